@@ -1,0 +1,410 @@
+"""One dataclass per stage; a YAML file plus flags become that dataclass, strictly.
+
+A flag beats the YAML file, which beats the default. YAML values travel through the same argparse types as flags, so
+`learning_rate: 1e-5` (a string to PyYAML) is a number here.
+"""
+
+import argparse
+import difflib
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, NoReturn, TypeVar, cast
+
+import yaml
+from transformers import HfArgumentParser
+
+from bge_core import UserError
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+def _flag(default: Any, help: str, *aliases: str) -> Any:
+    metadata: dict[str, Any] = {"help": help}
+    if aliases:
+        metadata["aliases"] = [f"--{name}" for name in aliases]
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def _required(help: str, *aliases: str) -> Any:
+    metadata: dict[str, Any] = {"help": help}
+    if aliases:
+        metadata["aliases"] = [f"--{name}" for name in aliases]
+    return field(metadata=metadata)
+
+
+def _need(condition: bool, name: str, value: object, remedy: str) -> None:
+    if not condition:
+        raise UserError(f"--{name} {value!r}: {remedy}")
+
+
+def _two_placeholders(name: str, value: str) -> str:
+    value = value.replace("\\n", "\n")
+    try:
+        value.format("", "")
+        complete = value.count("{}") == 2
+    except (IndexError, KeyError, ValueError):
+        complete = False
+    _need(complete, name, value, "must hold '{}' twice: first the instruction, then the text")
+    return value
+
+
+@dataclass
+class PrepareConfig:
+    """Raw question/answer files -> train.jsonl, test.jsonl, corpus.jsonl."""
+
+    input_dir: str = _required("Folder (or one file) with .jsonl .json .csv .tsv .xlsx .parquet files; read recursively.")
+    output_dir: str = _required("Where train.jsonl, test.jsonl, corpus.jsonl and manifest.json go.")
+    train_num: int | None = _flag(None, "At most this many training rows. Default: nine tenths of the rows.")
+    split_by: Literal["group", "question"] = _flag(
+        "group", "group: no question and no answer on both sides. question: new questions about known answers."
+    )
+    query_field: str | None = _flag(None, "Column of the question; default: found by common names.")
+    answer_field: str | None = _flag(None, "Column of the answer; default: found by common names.")
+    seed: int = _flag(42, "Seed of the split.")
+    overwrite_output_dir: bool = _flag(False, "Replace the files of an earlier run in output_dir.")
+
+    def __post_init__(self) -> None:
+        _need(self.train_num is None or self.train_num > 0, "train_num", self.train_num, "use a number above 0")
+
+
+@dataclass
+class MineConfig:
+    """Training data -> training data with hard negatives, found with faiss."""
+
+    model_name_or_path: str = _required("Encoder that finds the negatives.", "embedder_name_or_path")
+    input_file: str = _required("Training data (JSONL: query, pos, optional neg).")
+    output_file: str = _required("Where the rows with their mined `neg` go.")
+    candidate_pool: str | None = _flag(None, "JSONL with `text`; default: the distinct pos and neg of input_file.")
+    range_for_sampling: str = _flag("10-210", "a-b: sample from hits [a, b) of the ranking counted from 0.")
+    negative_number: int = _flag(15, "Negatives per query.")
+    use_gpu_for_searching: bool = _flag(False, "Search with faiss on the GPUs.")
+    keep_neg: bool = _flag(False, "Keep the input's own negatives and add the mined ones behind them.")
+    query_instruction_for_retrieval: str | None = _flag(
+        None, "Put before each query. Default: the model's stored query prompt, if any; '' for none."
+    )
+    passage_instruction_for_retrieval: str | None = _flag(None, "Likewise for candidates.")
+    sentence_pooling_method: Literal["cls", "mean", "last_token"] | None = _flag(
+        None, "Default: what the model's sentence-transformers files say, else cls.", "pooling_method"
+    )
+    query_max_len: int = _flag(512, "Longest query in tokens.")
+    passage_max_len: int = _flag(512, "Longest candidate in tokens.")
+    batch_size: int = _flag(64, "Texts per encoding batch.")
+    fp16: bool = _flag(False, "Encode in float16 (GPU).")
+    bf16: bool = _flag(False, "Encode in bfloat16.")
+    seed: int = _flag(42, "Seed of the sampling.")
+    cache_dir: str | None = _flag(None, "Folder of the hub's downloads.")
+    trust_remote_code: bool = _flag(False, "Run model code that comes with the checkpoint.")
+
+    def __post_init__(self) -> None:
+        _need(self.negative_number > 0, "negative_number", self.negative_number, "use a number above 0")
+        _need(self.batch_size > 0, "batch_size", self.batch_size, "use a number above 0")
+        _need(not (self.fp16 and self.bf16), "fp16", True, "cannot go with --bf16: choose one")
+        _ = self.sampling_range
+
+    @property
+    def sampling_range(self) -> tuple[int, int]:
+        """(a, b) of range_for_sampling "a-b": hits a (included) to b (excluded), counted from 0."""
+        try:
+            start, end = (int(part) for part in self.range_for_sampling.split("-"))
+        except ValueError:
+            start, end = 0, -1
+        _need(0 <= start < end, "range_for_sampling", self.range_for_sampling, "write two ranks, as 2-200")
+        return start, end
+
+
+@dataclass
+class TrainConfig:
+    """Training data -> a fine-tuned encoder. Names and defaults are FlagEmbedding's and transformers' where they agree."""
+
+    # model
+    model_name_or_path: str = _required("Hub name or folder of the encoder to fine-tune.", "embedder_name_or_path")
+    output_dir: str = _required("Run folder: final model, checkpoints, metrics.jsonl, curves.png, manifest.json.")
+    train_data: list[str] = _required("One or more JSONL files, or folders of them.")
+    tokenizer_name: str | None = _flag(None, "Tokenizer, if it lies elsewhere than the model.")
+    cache_dir: str | None = _flag(None, "Folder of the hub's downloads.")
+    token: str | None = _flag(None, "Hub token; default: the environment's HF_TOKEN.")
+    trust_remote_code: bool = _flag(False, "Run model code that comes with the checkpoint.")
+    sentence_pooling_method: Literal["cls", "mean", "last_token"] | None = _flag(
+        None, "Default: what the checkpoint's sentence-transformers files say, else cls."
+    )
+    normalize_embeddings: bool = _flag(True, "Scale vectors to length 1, so that scores are cosines.", "normlized")
+    fix_position_embedding: bool = _flag(False, "Freeze the position embeddings.")
+    # data
+    train_group_size: int = _flag(8, "Passages per query: one positive and train_group_size - 1 of its negatives.")
+    query_max_len: int = _flag(32, "Longest query in tokens.")
+    passage_max_len: int = _flag(128, "Longest passage in tokens.")
+    query_instruction_for_retrieval: str | None = _flag(
+        None, "Put before each query. Default: the checkpoint's stored query prompt, if any; '' for none."
+    )
+    query_instruction_format: str = _flag("{}{}", "How instruction and query are joined.")
+    passage_instruction_for_retrieval: str | None = _flag(None, "Likewise for passages.")
+    passage_instruction_format: str = _flag("{}{}", "How instruction and passage are joined.")
+    max_example_num_per_dataset: int = _flag(100_000_000, "At most this many rows of each file, drawn with the seed.")
+    same_dataset_within_batch: bool = _flag(False, "All rows of a batch come from the same file.")
+    dataloader_drop_last: bool = _flag(False, "Leave out the last, smaller batch of an epoch.")
+    dataloader_num_workers: int = _flag(0, "Processes that tokenize ahead.")
+    # loss
+    temperature: float = _flag(0.02, "Scores are divided by it.")
+    negatives_cross_device: bool = _flag(False, "Passages of every process are negatives for every query.")
+    use_inbatch_neg: bool = _flag(True, "Passages of other queries are negatives; False: a query's own passages alone.")
+    exclude_positives: bool = _flag(True, "A passage that is a known positive of the query is never its negative.")
+    knowledge_distillation: bool = _flag(False, "Learn from pos_scores and neg_scores.")
+    kd_loss_type: Literal["kl_div", "m3_kd_loss"] = _flag("kl_div", "Distillation loss.")
+    use_mrl: bool = _flag(False, "Matryoshka: the loss is the mean over mrl_dims.")
+    mrl_dims: list[int] = _flag([], "Leading dimensions that shall work alone.")
+    loss: str | None = _flag(None, "FILE.py:FUNCTION(LossInput, LossConfig) -> LossOutput instead of the built-in loss.")
+    loss_args: str | None = _flag(None, "JSON object, given to the loss as cfg.args.")
+    # optimization
+    num_train_epochs: float = _flag(3.0, "Passes over the data; may be a fraction.")
+    max_steps: int = _flag(-1, "Optimizer updates; above 0 it beats num_train_epochs.")
+    per_device_train_batch_size: int = _flag(8, "Queries per process and micro-batch.")
+    gradient_accumulation_steps: int | None = _flag(None, "Micro-batches per update. Default: Accelerate's, else 1.")
+    sub_batch_size: int | None = _flag(None, "GradCache: encode this many texts at a time; memory no longer grows with the batch.")
+    learning_rate: float = _flag(5e-5, "Peak learning rate of AdamW.")
+    lr_scheduler_type: str = _flag("linear", "As in transformers: linear, cosine, constant, constant_with_warmup, ...")
+    warmup_ratio: float = _flag(0.0, "Warm-up as a share of all steps.")
+    warmup_steps: int = _flag(0, "Warm-up in steps; above 0 it beats warmup_ratio.")
+    weight_decay: float = _flag(0.0, "Decoupled weight decay of matrices (never of biases and norms).")
+    adam_beta1: float = _flag(0.9, "AdamW's beta1.")
+    adam_beta2: float = _flag(0.999, "AdamW's beta2.")
+    adam_epsilon: float = _flag(1e-8, "AdamW's epsilon.")
+    max_grad_norm: float = _flag(1.0, "Clip the whole gradient to this norm; 0: never.")
+    fp16: bool = _flag(False, "float16 autocast with loss scaling (GPU).")
+    bf16: bool = _flag(False, "bfloat16 autocast.")
+    gradient_checkpointing: bool = _flag(False, "Trade time for activation memory.")
+    seed: int = _flag(42, "Seed of data order, choice of passages and dropout.")
+    # run folder
+    logging_steps: int = _flag(10, "Steps between two lines of metrics.jsonl.")
+    save_steps: float = _flag(500, "Steps between two checkpoints; below 1: that share of all steps; 0: none.")
+    save_total_limit: int | None = _flag(None, "Keep this many newest checkpoints (and the best).")
+    resume_from_checkpoint: str | None = _flag(None, "'latest', or the path of a checkpoint.")
+    overwrite_output_dir: bool = _flag(False, "Begin anew in a folder that holds another run.")
+    report_to: str = _flag("none", "tensorboard, wandb or none.")
+    run_name: str | None = _flag(None, "Name of the run for the tracker.")
+    # evaluation while training
+    val_data: str | None = _flag(None, "Evaluation data (query, pos); scored every eval_steps and at the end.")
+    val_corpus: str | None = _flag(None, "Corpus to search; default: the distinct pos and neg of val_data.")
+    eval_steps: float | None = _flag(None, "Steps between two evaluations, as save_steps. Default: save_steps.")
+    per_device_eval_batch_size: int = _flag(64, "Texts per encoding batch of the evaluation.")
+    metric_for_best_model: str = _flag("MRR@10", "Decides the best checkpoint; larger is better.")
+    load_best_model_at_end: bool = _flag(False, "The final model is that of the best evaluation.")
+    early_stopping_patience: int | None = _flag(None, "Stop after this many evaluations without a better one.")
+    # look before you train
+    show_batch: bool = _flag(False, "Print one batch, decoded, and end.")
+
+    def __post_init__(self) -> None:
+        for name in (
+            "train_group_size", "query_max_len", "passage_max_len", "per_device_train_batch_size", "logging_steps",
+            "per_device_eval_batch_size", "max_example_num_per_dataset", "learning_rate", "temperature",
+            "adam_epsilon",
+        ):  # fmt: skip
+            _need(getattr(self, name) > 0, name, getattr(self, name), "use a number above 0")
+        for name in ("gradient_accumulation_steps", "sub_batch_size", "save_total_limit", "early_stopping_patience"):
+            value = getattr(self, name)
+            if name == "sub_batch_size" and value is not None and value <= 0:
+                self.sub_batch_size = value = None  # FlagEmbedding's -1: off
+            _need(value is None or value > 0, name, value, "use a number above 0")
+        for name in ("weight_decay", "max_grad_norm", "warmup_steps", "save_steps", "dataloader_num_workers"):
+            _need(getattr(self, name) >= 0, name, getattr(self, name), "use 0 or a number above it")
+        _need(self.max_steps > 0 or self.num_train_epochs > 0, "num_train_epochs", self.num_train_epochs, "use a number above 0")
+        _need(0 <= self.warmup_ratio <= 1, "warmup_ratio", self.warmup_ratio, "use a share from 0 to 1")
+        _need(not (self.fp16 and self.bf16), "fp16", True, "cannot go with --bf16: choose one")
+        _need(self.use_mrl == bool(self.mrl_dims), "mrl_dims", self.mrl_dims, "go with --use_mrl, as --use_mrl --mrl_dims 256 512")
+        _need(all(dim > 0 for dim in self.mrl_dims), "mrl_dims", self.mrl_dims, "use numbers above 0")
+        _need(self.report_to in ("none", "tensorboard", "wandb"), "report_to", self.report_to, "use tensorboard, wandb or none")
+        _need(
+            self.negatives_cross_device <= self.use_inbatch_neg, "negatives_cross_device", True,
+            "needs in-batch negatives: drop --use_inbatch_neg False",
+        )  # fmt: skip
+        for name in ("load_best_model_at_end", "early_stopping_patience", "eval_steps", "val_corpus"):
+            _need(self.val_data is not None or not getattr(self, name), name, getattr(self, name), "needs --val_data")
+        self.query_instruction_format = _two_placeholders("query_instruction_format", self.query_instruction_format)
+        self.passage_instruction_format = _two_placeholders("passage_instruction_format", self.passage_instruction_format)
+        _ = self.parsed_loss_args
+
+    @property
+    def parsed_loss_args(self) -> dict[str, Any]:
+        """loss_args as the object it states, {} without."""
+        try:
+            args = json.loads(self.loss_args) if self.loss_args else {}
+        except json.JSONDecodeError:
+            args = None
+        _need(isinstance(args, dict), "loss_args", self.loss_args, """write a JSON object, as '{"margin": 0.1}'""")
+        return dict(args)
+
+
+@dataclass
+class MergeConfig:
+    """Several checkpoints -> their weighted average."""
+
+    models: list[str] = _required("Two or more hub names or folders.")
+    output_path: str = _required("Where the merged model goes.")
+    weights: list[float] = _flag([], "One weight a model, summing to 1. Default: equal, or from --example_data.")
+    example_data: str | None = _flag(None, "JSONL with query, pos, neg: weights from each model's loss on it.")
+    temperature: float = _flag(5.0, "Of the softmax over the losses; larger: more equal weights.")
+    neg_number: int = _flag(7, "Negatives per example when the loss is computed.")
+    max_input_length: int = _flag(512, "Longest text in tokens when the loss is computed.")
+    batch_size: int = _flag(2, "Examples per batch when the loss is computed.")
+    seed: int = _flag(42, "Seed of the choice of negatives.")
+    overwrite_output_dir: bool = _flag(False, "Replace an earlier model in output_path.")
+    cache_dir: str | None = _flag(None, "Folder of the hub's downloads.")
+    trust_remote_code: bool = _flag(False, "Run model code that comes with the checkpoint.")
+
+
+@dataclass
+class EvaluateConfig:
+    """One or more encoders and evaluation data -> MRR, Recall, nDCG by exact search."""
+
+    encoder: list[str] = _required("One or more hub names or folders.")
+    val_data: str = _required("JSONL with query and pos.")
+    corpus: str | None = _flag(None, "JSONL with text; default: the distinct pos and neg of val_data.")
+    k: int = _flag(100, "Depth of the ranking.")
+    add_instruction: bool = _flag(False, "Use the model's stored prompts, else BGE's query instruction for its language.")
+    query_instruction_for_retrieval: str | None = _flag(None, "Put before each query; beats --add_instruction.")
+    passage_instruction_for_retrieval: str | None = _flag(None, "Put before each passage; beats --add_instruction.")
+    pooling_method: Literal["cls", "mean", "last_token"] | None = _flag(
+        None, "Default: what the model's sentence-transformers files say, else cls.", "sentence_pooling_method"
+    )
+    max_query_length: int = _flag(64, "Longest query in tokens.")
+    max_passage_length: int = _flag(512, "Longest passage in tokens.")
+    batch_size: int = _flag(64, "Texts per encoding batch.")
+    fp16: bool = _flag(False, "Encode in float16 (GPU).")
+    bf16: bool = _flag(False, "Encode in bfloat16.")
+    output_dir: str | None = _flag(None, "Where metrics.json, per_query.jsonl, run.<model>.trec and manifest.json go.")
+    overwrite_output_dir: bool = _flag(False, "Replace the files of an earlier evaluation in output_dir.")
+    cache_dir: str | None = _flag(None, "Folder of the hub's downloads.")
+    trust_remote_code: bool = _flag(False, "Run model code that comes with the checkpoint.")
+
+    def __post_init__(self) -> None:
+        for name in ("k", "batch_size", "max_query_length", "max_passage_length"):
+            _need(getattr(self, name) > 0, name, getattr(self, name), "use a number above 0")
+        _need(not (self.fp16 and self.bf16), "fp16", True, "cannot go with --bf16: choose one")
+
+
+# Flags of FlagEmbedding and its examples that mean nothing here; the reason is what the user reads.
+REFUSED = {
+    "deepspeed": "DeepSpeed is not tested here; launch with accelerate or torchrun (DDP)",
+    "small_threshold": "merge small files yourself; every row is used",
+    "drop_threshold": "merge small files yourself; every row is used",
+    "shuffle_ratio": "it reorders thirds of a passage, which no evaluation does",
+    "cache_path": "rows are memory-mapped by datasets; set HF_DATASETS_CACHE",
+    "pad_to_multiple_of": "padding is the encoder's own affair",
+    "use_fast_tokenizer": "the fast tokenizer is always used",
+    "config_name": "the configuration always comes from the model; FlagEmbedding only printed it",
+    "save_strategy": "use --save_steps (below 1: a share of all steps; 0: none)",
+    "evaluation_strategy": "use --eval_steps with --val_data",
+    "eval_strategy": "use --eval_steps with --val_data",
+    "ddp_find_unused_parameters": "never needed: parameters without a gradient are frozen",
+    "remove_unused_columns": "unknown columns are always ignored",
+    "index_factory": "the search is exact",
+    "save_embedding": "embeddings are not kept",
+    "load_embedding": "embeddings are not kept",
+    "save_path": "embeddings are not kept",
+    "query_data": "it is called --val_data here",
+    "corpus_data": "it is called --corpus here",
+    "do_train": "train.py always trains",
+    "local_rank": "the launcher sets it in the environment",
+}
+
+
+class _Parser(HfArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; --help lists the flags")
+
+
+def parse_config(config_class: type[T], argv: Sequence[str] | None = None) -> T:
+    """Read `--config FILE.yaml` and flags into `config_class`.
+
+    Args:
+        config_class: one of the dataclasses above.
+        argv: words of the command line; None: sys.argv[1:].
+
+    Returns:
+        The filled and checked dataclass.
+
+    Raises:
+        UserError: unknown flag or key (the nearest name is offered), a value of the wrong type or range.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    parser = _Parser(config_class, allow_abbrev=False, description=config_class.__doc__)
+    parser.add_argument("--config", help="YAML file with the same names as the flags; flags override it.")
+    known = {option.lstrip("-") for action in parser._actions for option in action.option_strings}
+    for word in words:
+        name = word.split("=", 1)[0]
+        if name.startswith("--") and name[2:] not in known:
+            raise UserError(f"unknown flag {name}: {_advice(name[2:], known)}")
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--config")
+    config_file = early.parse_known_args(words)[0].config
+    from_yaml = _yaml_words(Path(config_file), known) if config_file else []
+    config, rest, *unknown = parser.parse_args_into_dataclasses(
+        args=from_yaml + words, look_for_args_file=False, return_remaining_strings=True
+    )
+    stray = [word for group in unknown for word in group]
+    if stray:
+        raise UserError(f"{stray[0]!r} belongs to no flag; --help lists the flags")
+    return cast(T, config)
+
+
+def _advice(name: str, known: set[str]) -> str:
+    if name in REFUSED:
+        return REFUSED[name]
+    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"did you mean --{nearest[0]}?" if nearest else "--help lists the flags"
+
+
+def _yaml_words(path: Path, known: set[str]) -> list[str]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except FileNotFoundError:
+        raise UserError(f"--config {path}: no such file") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"--config {path}: not readable as YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"--config {path}: holds {type(values).__name__}; write one `name: value` a line")
+    words: list[str] = []
+    for name, value in values.items():
+        if name not in known or name in ("config", "help"):
+            raise UserError(f"--config {path}: unknown key {name!r}: {_advice(str(name), known)}")
+        if isinstance(value, list):
+            words += [f"--{name}", *map(str, value)]
+        elif value is not None:
+            words.append(f"--{name}={json.dumps(value) if isinstance(value, dict) else value}")
+    return words
+
+
+def as_dict(config: Any) -> dict[str, Any]:
+    """The resolved settings for a manifest; a hub token is a secret and never part of it."""
+    return {name: value for name, value in asdict(config).items() if name != "token"}
+
+
+def changed_fields(config: Any) -> dict[str, Any]:
+    """Settings that differ from their defaults, in the order of the dataclass."""
+    blank = {f.name: f.default_factory() if callable(f.default_factory) else f.default for f in fields(config)}
+    return {name: value for name, value in as_dict(config).items() if value != blank[name]}
+
+
+def run_stage(config_class: type[T], stage: Callable[[T], int | None], argv: Sequence[str] | None = None) -> int:
+    """Parse and run one stage; turn the user's errors into one line on stderr.
+
+    Returns:
+        The exit code: 0 done, 2 the user's input, settings or disk; what `stage` returns otherwise. A fault of ours
+        passes through as the exception it is, with its traceback.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    for noisy in ("httpx", "datasets", "faiss", "faiss.loader", "matplotlib", "fsspec", "torch"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    try:
+        return stage(parse_config(config_class, argv)) or 0
+    except (UserError, OSError) as error:
+        if int(os.environ.get("RANK", "0")) == 0 or not isinstance(error, UserError):
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2

@@ -1,0 +1,323 @@
+"""Training data as a pure function of (seed, step): which rows, which passages, which rank.
+
+    rows (memory-mapped) -> BatchPlan: row numbers of each global micro-batch -> deal to ranks -> choose passages -> tokens
+
+Nothing here depends on the number of workers, on where a run was resumed or, at an equal global batch, on the number of
+ranks. One item of `TrainingData` is one optimizer step of one rank.
+
+Shapes, of one rank's micro-batch: B queries, R passages, G most passages of a query, X most known positives of a query.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from torch import Tensor
+
+from bge_core import UserError, records
+from bge_core.config import TrainConfig
+from bge_core.packing import Tokens, tokenize
+
+_FEATURES = datasets.Features(
+    {
+        "query": datasets.Value("string"),
+        "pos": datasets.List(datasets.Value("string")),
+        "neg": datasets.List(datasets.Value("string")),
+        "pos_scores": datasets.List(datasets.Value("float64")),
+        "neg_scores": datasets.List(datasets.Value("float64")),
+        "prompt": datasets.Value("string"),
+    }
+)
+
+
+@dataclass(frozen=True)
+class Example:
+    """A row with its passages chosen: the positive first, then negatives; `teacher` scores in that order, or None."""
+
+    row: int
+    query: str
+    passages: list[str]
+    passage_ids: list[int]
+    known_ids: list[int]
+    teacher: list[float] | None
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One rank's micro-batch.
+
+    Args:
+        tokens: the B queries, then the R passages.
+        own_BG: columns (of this rank's R passages) of each query's passages, the positive first, -1 where fewer.
+        passage_id_R: hash of each passage's normalized text.
+        excluded_BX: hashes that are never a negative of a query: its positives and itself; -1 is padding.
+        teacher_BG: teacher scores of `own_BG`, or None.
+        num_global_rows: queries of this micro-batch on all ranks.
+        rows: the B numbers of the rows.
+    """
+
+    tokens: Tokens
+    own_BG: Tensor
+    passage_id_R: Tensor
+    excluded_BX: Tensor
+    teacher_BG: Tensor | None
+    num_global_rows: int
+    rows: list[int]
+
+    @property
+    def num_queries(self) -> int:
+        """B."""
+        return len(self.rows)
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """Which rows form which global micro-batch, as a pure function of seed and step.
+
+    Args:
+        file_sizes: rows of each file; row numbers run through the files in order.
+        batch_size: rows of a global micro-batch (processes x per-device batch).
+        accumulation: micro-batches a step; the last step of an epoch may have fewer.
+        seed: of the order.
+        drop_last: leave out a last micro-batch of an epoch that is smaller.
+        same_file: all rows of a micro-batch come from one file.
+    """
+
+    file_sizes: tuple[int, ...]
+    batch_size: int
+    accumulation: int
+    seed: int
+    drop_last: bool = False
+    same_file: bool = False
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of all files."""
+        return sum(self.file_sizes)
+
+    @property
+    def micro_batches_per_epoch(self) -> int:
+        """Global micro-batches of one pass."""
+        sizes = self.file_sizes if self.same_file else (self.num_rows,)
+        return sum(size // self.batch_size if self.drop_last else math.ceil(size / self.batch_size) for size in sizes)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps of one pass."""
+        return math.ceil(self.micro_batches_per_epoch / self.accumulation)
+
+    def epoch(self, number: int) -> list[np.ndarray]:
+        """The micro-batches of one epoch, each a vector of row numbers."""
+        rng = np.random.default_rng((self.seed, number))
+        if not self.same_file:
+            return self._cut(rng.permutation(self.num_rows))
+        starts = np.cumsum((0, *self.file_sizes))
+        parts = [self._cut(start + rng.permutation(size)) for start, size in zip(starts, self.file_sizes, strict=False)]
+        batches = [batch for part in parts for batch in part]
+        return [batches[i] for i in rng.permutation(len(batches))]
+
+    def _cut(self, order: np.ndarray) -> list[np.ndarray]:
+        batches = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
+        return batches[:-1] if self.drop_last and batches and len(batches[-1]) < self.batch_size else batches
+
+    def locate(self, step: int) -> tuple[int, slice]:
+        """(epoch, its micro-batches) of optimizer step `step`, counted from 0."""
+        epoch, within = divmod(step, self.steps_per_epoch)
+        return epoch, slice(within * self.accumulation, (within + 1) * self.accumulation)
+
+
+def deal(costs: Sequence[int], num_ranks: int) -> list[list[int]]:
+    """Deal positions 0..n-1 to ranks, by falling cost to and fro, so that counts differ by at most one and costs little.
+
+    Returns:
+        A rising list of positions for each rank.
+    """
+    hands: list[list[int]] = [[] for _ in range(num_ranks)]
+    for turn, position in enumerate(sorted(range(len(costs)), key=lambda i: -costs[i])):
+        lap, seat = divmod(turn, num_ranks)
+        hands[seat if lap % 2 == 0 else num_ranks - 1 - seat].append(position)
+    return [sorted(hand) for hand in hands]
+
+
+def choose_example(row: int, record: dict[str, Any], rng: np.random.Generator, config: TrainConfig) -> Example:
+    """Choose a row's positive and its negatives without repeats; fewer where it has fewer.
+
+    With `exclude_positives` a negative that is a known positive (as normalized text) or the query itself is passed over.
+    """
+    chosen = int(rng.integers(len(record["pos"])))
+    passages, teacher = [record["pos"][chosen]], []
+    known_ids = list(dict.fromkeys([*map(records.text_id, record["pos"]), records.text_id(record["query"])]))
+    passage_ids = [records.text_id(passages[0])]
+    used = set(known_ids) if config.exclude_positives else {passage_ids[0]}
+    negatives = record["neg"] or []
+    picked = []
+    for i in rng.permutation(len(negatives)):
+        if len(passages) == config.train_group_size:
+            break
+        negative_id = records.text_id(negatives[i])
+        if negative_id not in used:
+            used.add(negative_id)
+            picked.append(int(i))
+            passages.append(negatives[i])
+            passage_ids.append(negative_id)
+    if config.knowledge_distillation:
+        teacher = [record["pos_scores"][chosen], *(record["neg_scores"][i] for i in picked)]
+    query = instructed(record["query"], record["prompt"], config)
+    if config.passage_instruction_for_retrieval:
+        join = config.passage_instruction_format.format
+        passages = [join(config.passage_instruction_for_retrieval, passage) for passage in passages]
+    return Example(row, query, passages, passage_ids, known_ids, teacher or None)
+
+
+def instructed(query: str, prompt: str | None, config: TrainConfig) -> str:
+    """The query behind its row's own prompt, else the run's instruction, else nothing."""
+    instruction = prompt if prompt is not None else config.query_instruction_for_retrieval
+    return config.query_instruction_format.format(instruction, query) if instruction else query
+
+
+class TrainingData(torch.utils.data.Dataset[list[Batch]]):
+    """Item `step` is the list of micro-batches of that optimizer step for one rank.
+
+    Args:
+        config: the run's settings, with both instructions resolved.
+        tokenizer: the encoder's.
+        max_positions: longest text in tokens that the encoder takes.
+        rank, world_size: of this process.
+        accumulation: micro-batches a step.
+
+    Raises:
+        UserError: a file is missing or has bad lines; fewer rows than a global batch with drop_last.
+    """
+
+    def __init__(
+        self, config: TrainConfig, tokenizer: Any, max_positions: int, rank: int, world_size: int, accumulation: int
+    ) -> None:
+        self.config, self.tokenizer, self.rank, self.world_size = config, tokenizer, rank, world_size
+        self.query_max_len = min(config.query_max_len, max_positions)
+        self.passage_max_len = min(config.passage_max_len, max_positions)
+        self.files = list_files(config.train_data)
+        parts = [_load_rows(file, config.knowledge_distillation) for file in self.files]
+        self.inputs = [records.describe_input(file, len(part)) for file, part in zip(self.files, parts, strict=True)]
+        for i, part in enumerate(parts):
+            if len(part) > config.max_example_num_per_dataset:
+                kept = np.random.default_rng((config.seed, i)).permutation(len(part))[: config.max_example_num_per_dataset]
+                parts[i] = part.select(np.sort(kept))
+        self.rows = datasets.concatenate_datasets(parts)
+        self.plan = BatchPlan(
+            tuple(len(part) for part in parts), world_size * config.per_device_train_batch_size, accumulation,
+            config.seed, config.dataloader_drop_last, config.same_dataset_within_batch,
+        )  # fmt: skip
+        if self.plan.micro_batches_per_epoch == 0:
+            raise UserError(
+                f"--train_data holds {len(self.rows)} rows, fewer than one global batch of {self.plan.batch_size}: "
+                "lower --per_device_train_batch_size or drop --dataloader_drop_last"
+            )
+        self.num_steps = (
+            config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * self.plan.steps_per_epoch)
+        )
+        self._epoch = lru_cache(maxsize=1)(self.plan.epoch)
+
+    def __len__(self) -> int:
+        return self.num_steps
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_epoch"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._epoch = lru_cache(maxsize=1)(self.plan.epoch)
+
+    def examples(self, step: int) -> Iterator[tuple[list[Example], int]]:
+        """This rank's examples of each micro-batch of a step, and the number of rows on all ranks."""
+        epoch, micro_batches = self.plan.locate(step)
+        for row_numbers in self._epoch(epoch)[micro_batches]:
+            chosen = [
+                choose_example(row, record, np.random.default_rng((self.config.seed, epoch, row)), self.config)
+                for row, record in zip(row_numbers.tolist(), self._records(row_numbers), strict=True)
+            ]
+            hand = deal([self._cost(example) for example in chosen], self.world_size)[self.rank]
+            yield [chosen[i] for i in hand], len(chosen)
+
+    def _records(self, row_numbers: np.ndarray) -> list[dict[str, Any]]:
+        columns = self.rows[row_numbers]
+        return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+    def _cost(self, example: Example) -> int:
+        """About the number of tokens: characters, cut at the length limits."""
+        passages = sum(min(len(passage), self.passage_max_len) for passage in example.passages)
+        return min(len(example.query), self.query_max_len) + passages
+
+    def __getitem__(self, step: int) -> list[Batch]:
+        return [self.collate(examples, num_rows) for examples, num_rows in self.examples(step)]
+
+    def collate(self, examples: list[Example], num_global_rows: int) -> Batch:
+        """Tokenize and number the columns."""
+        queries = [example.query for example in examples]
+        passages = [passage for example in examples for passage in example.passages]
+        token_lists = tokenize(self.tokenizer, queries, self.query_max_len)
+        token_lists += tokenize(self.tokenizer, passages, self.passage_max_len)
+        ends = np.cumsum([len(example.passages) for example in examples]).tolist()
+        starts = [0, *ends[:-1]]
+        teachers = [example.teacher for example in examples if example.teacher]
+        return Batch(
+            tokens=Tokens.from_lists(token_lists),
+            own_BG=_padded([list(range(start, end)) for start, end in zip(starts, ends, strict=False)], -1),
+            passage_id_R=torch.tensor([i for example in examples for i in example.passage_ids], dtype=torch.int64),
+            excluded_BX=_padded([example.known_ids for example in examples], -1),
+            teacher_BG=_padded(teachers, 0.0) if self.config.knowledge_distillation else None,
+            num_global_rows=num_global_rows,
+            rows=[example.row for example in examples],
+        )
+
+
+def _padded(rows: Sequence[Sequence[float]], fill: float) -> Tensor:
+    width = max(map(len, rows), default=0)
+    dtype = torch.int64 if isinstance(fill, int) else torch.float64
+    return torch.tensor([[*row, *[fill] * (width - len(row))] for row in rows], dtype=dtype).reshape(len(rows), width)
+
+
+def list_files(paths: Sequence[str]) -> list[Path]:
+    """The .jsonl and .json files named, or below the folders named, each once, sorted by path.
+
+    Raises:
+        UserError: nothing there.
+    """
+    found: set[Path] = set()
+    for path in map(Path, paths):
+        if path.is_dir():
+            inside = {file for file in path.rglob("*.json*") if file.suffix in (".json", ".jsonl") and file.is_file()}
+            inside = {file for file in inside if not file.name.endswith("manifest.json")}
+            if not inside:
+                raise UserError(f"--train_data {path}: the folder holds no .jsonl file")
+            found |= inside
+        elif path.is_file():
+            found.add(path)
+        else:
+            raise UserError(f"--train_data {path}: no such file or folder")
+    return sorted(found)
+
+
+def _read_training_rows(file: str, sha256: str, with_scores: bool) -> Iterator[dict[str, Any]]:
+    """The rows of a file, reduced to known fields. `sha256` makes the cache of `datasets` follow the content."""
+    check = lambda row: records.check_training_row(row, with_scores=with_scores)  # noqa: E731
+    for _, row in records.read_jsonl(file, check):
+        yield {name: row.get(name) for name in _FEATURES} | {"neg": row.get("neg") or []}
+
+
+def _load_rows(file: Path, with_scores: bool) -> datasets.Dataset:
+    arguments = {"file": str(file), "sha256": records.sha256(file), "with_scores": with_scores}
+    try:
+        rows = datasets.Dataset.from_generator(_read_training_rows, features=_FEATURES, gen_kwargs=arguments)
+    except datasets.exceptions.DatasetGenerationError as error:
+        if isinstance(error.__cause__, UserError):
+            raise error.__cause__ from None
+        raise
+    if len(rows) == 0:
+        raise UserError(f"{file}: holds no row")
+    return rows

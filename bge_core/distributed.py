@@ -1,0 +1,173 @@
+"""The process group: start-up checks, gather with gradient, the wrapped model. Written once, right for any number.
+
+Why the gather needs a gradient. With queries dealt to W ranks and every passage a candidate of every query,
+
+    L = 1/M sum_r sum_{i on r} l_i(q_i, p_1..p_N)
+
+the gradient of a passage is the sum over ALL ranks' rows, while its owner alone can carry it back into the encoder.
+So the backward of the gather sums each passage's gradients over the ranks and hands them to the owner. Each rank
+computes its own rows only; DDP averages over ranks, hence the factor W in the step.
+"""
+
+import logging
+import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from bge_core import UserError
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+def resolve_precision(fp16: bool, bf16: bool, *, cuda: bool) -> str:
+    """The mixed precision that will be used: "fp16", "bf16" or "no".
+
+    Order: the flag, else Accelerate's environment, else none. `accelerate launch` always exports "no", which therefore
+    counts as not set. fp16 without a GPU becomes "no" with a warning.
+
+    Raises:
+        UserError: the flag and Accelerate's environment name different half precisions.
+    """
+    flag = "fp16" if fp16 else "bf16" if bf16 else "no"
+    launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    if flag != "no" and launcher not in ("no", flag):
+        raise UserError(f"--{flag}, but accelerate launch was told --mixed_precision {launcher}: choose one")
+    precision = flag if flag != "no" else launcher
+    if precision not in ("no", "fp16", "bf16"):
+        raise UserError(f"--mixed_precision {precision}: is not supported; use fp16, bf16 or no")
+    if precision == "fp16" and not cuda:
+        logger.warning("fp16 needs a GPU; this run uses float32 (--bf16 works on CPUs, too)")
+        return "no"
+    return precision
+
+
+def start(fp16: bool = False, bf16: bool = False, **kwargs: Any) -> Accelerator:
+    """Accelerate's device, precision and process group, checked against what the launcher promised.
+
+    Args:
+        fp16, bf16: the user's flags.
+        kwargs: for Accelerator.
+
+    Raises:
+        UserError: the launcher started W processes, but they did not find each other (each would train alone).
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    cuda = torch.cuda.is_available()
+    mps = world_size == 1 and torch.backends.mps.is_available()
+    precision = resolve_precision(fp16, bf16, cuda=cuda)
+    accelerator = Accelerator(cpu=not (cuda or mps), mixed_precision=precision, **kwargs)
+    if accelerator.num_processes != world_size:
+        raise UserError(
+            f"the launcher started {world_size} processes, but {accelerator.num_processes} joined; start with\n"
+            f"  torchrun --nproc_per_node {world_size} train.py ...    or\n"
+            f"  accelerate launch --config_file configs/accelerate/<one of the files> train.py ..."
+        )
+    return accelerator
+
+
+def world() -> tuple[int, int]:
+    """(rank, world size); (0, 1) without a process group."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def wrap(model: nn.Module) -> nn.Module:
+    """The model whose backward averages gradients over the ranks; itself for one process."""
+    if world()[1] == 1:
+        return model
+    # device_ids=None: inputs are placed by us; buffers never change; every trainable parameter gets a gradient.
+    return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def sync_only_if(condition: bool, model: nn.Module) -> AbstractContextManager[Any]:
+    """Within it, backward averages gradients over the ranks only if `condition`; otherwise they pile up locally."""
+    return model.no_sync() if isinstance(model, DistributedDataParallel) and not condition else nullcontext()
+
+
+def gather_counts(*counts: int, device: torch.device) -> list[list[int]]:
+    """Every rank's values of `counts`: one list over the ranks for each of them."""
+    local = torch.tensor(counts, device=device)
+    gathered = [torch.empty_like(local) for _ in range(world()[1])]
+    dist.all_gather(gathered, local)
+    return torch.stack(gathered, dim=1).tolist()  # type: ignore[no-any-return]
+
+
+def _pad_rows(rows: Tensor, size: int) -> Tensor:
+    return torch.cat([rows, rows.new_zeros((size - len(rows), *rows.shape[1:]))])
+
+
+class _GatherRows(torch.autograd.Function):
+    """Concatenate every rank's rows; backward: sum over ranks, own rows out."""
+
+    @staticmethod
+    def forward(ctx: Any, local: Tensor, counts: list[int]) -> Tensor:
+        ctx.counts = counts
+        ctx.rank, world_size = world()
+        padded = _pad_rows(local, max(counts))
+        gathered = [torch.empty_like(padded) for _ in range(world_size)]
+        dist.all_gather(gathered, padded)
+        return torch.cat([part[:count] for part, count in zip(gathered, counts, strict=True)])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (gradient,) = gradients
+        parts = [_pad_rows(part, max(ctx.counts)) for part in gradient.split(ctx.counts)]
+        summed = torch.empty_like(parts[0])
+        dist.reduce_scatter(summed, parts)
+        return summed[: ctx.counts[ctx.rank]], None
+
+
+def gather_rows(local: Tensor, counts: list[int]) -> Tensor:
+    """Every rank's rows, in rank order, with gradient.
+
+    Args:
+        local: (counts[rank], ...) this rank's rows; any dtype (integers carry no gradient).
+        counts: rows of each rank; they may differ, and some may be 0.
+
+    Returns:
+        (sum(counts), ...). backward: dL/dlocal = sum over ranks of dL_r/d(its rows), not divided by anything.
+    """
+    if sum(counts) == 0:
+        return local
+    return _GatherRows.apply(local, counts)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """The sum of a tensor over all ranks, in place; itself for one process."""
+    if world()[1] > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Every rank's value, in rank order, on every rank."""
+    return list(gather_object([value])) if world()[1] > 1 else [value]
+
+
+def on_main(function: Callable[[], T]) -> T:
+    """Run `function` on rank 0 alone and give every rank its value, or its UserError, so that all go on or all stop."""
+    value: Any = None
+    error: UserError | None = None
+    if world()[0] == 0:
+        try:
+            value = function()
+        except (UserError, OSError) as caught:
+            error = UserError(str(caught))
+    if world()[1] > 1:
+        value, error = broadcast_object_list([value, error])
+    if error is not None:
+        raise error
+    return value  # type: ignore[no-any-return]

@@ -1,0 +1,212 @@
+"""THE FILE TO EDIT: what the model learns. Torch only; paste it into a notebook and it works.
+
+A loss sees representations, never the model, the ranks or the chunks: the step has gathered them (with gradient)
+before, so a loss written for one process is exact on many and under GradCache. It computes this rank's rows only and
+returns their mean; it does no communication, draws no random number and never synchronizes with the device.
+
+Shapes:
+    B  queries of this rank             M  queries of all ranks          N  passages (candidates) of all ranks
+    G  most passages of one query's own group: its positive, then its own negatives
+    X  most texts that are known positives of one query, the query itself included
+    D  embedding size                   E  size of a guide model's embedding
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Settings of the loss.
+
+    Args:
+        temperature: scores are divided by it.
+        in_batch_negatives: passages of other queries are negatives; False: a query's own group alone.
+        distillation: learn from `teacher_BG`: "kl_div" or "m3_kd_loss"; None: contrastive only.
+        mrl_dims: leading dimensions that shall work alone (Matryoshka); the loss is the mean over them.
+        normalize: vectors have length 1 (a leading part is scaled to length 1 again).
+        exclude_positives: a known positive of a query is never its negative.
+        args: whatever --loss_args holds, for a loss of your own.
+    """
+
+    temperature: float = 0.02
+    in_batch_negatives: bool = True
+    distillation: Literal["kl_div", "m3_kd_loss"] | None = None
+    mrl_dims: tuple[int, ...] = ()
+    normalize: bool = True
+    exclude_positives: bool = True
+    args: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class LossInput:
+    """One micro-batch as one rank sees it. Vectors are float32 or wider; ids and columns are int64.
+
+    B may be 0 on a rank of a last, short batch; whatever the loss is then counts nothing, but must keep its graph.
+
+    Args:
+        query_BD: this rank's queries.
+        all_query_MD: the queries of all ranks, with gradient; this rank's begin at row `row_offset`.
+        candidate_ND: the passages of all ranks, with gradient.
+        positive_B: column (of candidate_ND) of each query's positive.
+        own_BG: columns of the query's own passages, the positive first; -1 where it has fewer.
+        candidate_id_N: hash of each passage's normalized text, >= 0.
+        excluded_BX: hashes that are never a negative of this query (its positives, itself); -1 is padding.
+        teacher_BG: teacher scores of `own_BG` (any number where own_BG is -1), or None.
+        guide_query_BE, guide_candidate_NE: a frozen guide model's vectors, or None.
+    """
+
+    query_BD: Tensor
+    all_query_MD: Tensor
+    row_offset: int
+    candidate_ND: Tensor
+    positive_B: Tensor
+    own_BG: Tensor
+    candidate_id_N: Tensor
+    excluded_BX: Tensor
+    teacher_BG: Tensor | None = None
+    guide_query_BE: Tensor | None = None
+    guide_candidate_NE: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class LossOutput:
+    """`loss`: mean over this rank's B queries, a scalar. `metrics`: detached scalars, likewise means over B."""
+
+    loss: Tensor
+    metrics: dict[str, Tensor]
+
+
+def training_loss(x: LossInput, cfg: LossConfig) -> LossOutput:
+    """The built-in loss: InfoNCE, plus distillation and Matryoshka where `cfg` says so.
+
+    With s_ij = <q_i, p_j> / temperature and C_i the candidates of query i,
+
+        L_i = -log( exp(s_i,pos(i)) / sum_{j in C_i} exp(s_ij) )          (van den Oord et al. 2018, eq. 4)
+
+    Returns:
+        The mean over rows (and over `mrl_dims`, Kusupati et al. 2022, eq. 1) with the metrics of the last dimension.
+    """
+    mask_BN = negative_mask(x, cfg)
+    losses = []
+    for dim in cfg.mrl_dims or (x.query_BD.shape[-1],):
+        similarity_BN = similarity(x.query_BD, x.candidate_ND, dim, cfg)
+        losses.append(_row_losses(similarity_BN / cfg.temperature, mask_BN, x, cfg).mean())
+    with torch.no_grad():
+        metrics = ranking_metrics(similarity_BN, mask_BN, x)
+    return LossOutput(torch.stack(losses).mean(), metrics)
+
+
+def similarity(query_BD: Tensor, candidate_ND: Tensor, dim: int, cfg: LossConfig) -> Tensor:
+    """<q_i, p_j> over the first `dim` dimensions (cosines where `cfg.normalize`); shape (B, N)."""
+    if dim < query_BD.shape[-1]:
+        query_BD, candidate_ND = query_BD[:, :dim], candidate_ND[:, :dim]
+        if cfg.normalize:
+            query_BD, candidate_ND = F.normalize(query_BD, dim=-1), F.normalize(candidate_ND, dim=-1)
+    return query_BD @ candidate_ND.T
+
+
+def negative_mask(x: LossInput, cfg: LossConfig) -> Tensor:
+    """True where candidate j is a negative of query i; shape (B, N), the positive's own column is False.
+
+    Not a negative: a text that is one of the query's positives or the query itself, wherever it stands (by id, so that
+    every rank's copies count), and, without in-batch negatives, every passage outside the query's own group.
+    """
+    num_rows, num_candidates = x.query_BD.shape[0], x.candidate_ND.shape[0]
+    if cfg.in_batch_negatives:
+        mask_BN = x.own_BG.new_ones((num_rows, num_candidates), dtype=torch.bool)
+    else:
+        mask_BN = _own_columns(x, num_candidates)
+    if cfg.exclude_positives:
+        mask_BN = mask_BN & ~known_positives(x)
+    return mask_BN.scatter(1, x.positive_B[:, None], False)
+
+
+def known_positives(x: LossInput) -> Tensor:
+    """True where candidate j is one of the query's positives, or the query itself; shape (B, N)."""
+    known_BN = x.own_BG.new_zeros((x.own_BG.shape[0], x.candidate_ND.shape[0]), dtype=torch.bool)
+    for id_B in x.excluded_BX.unbind(dim=1):
+        known_BN |= x.candidate_id_N[None, :] == id_B[:, None]
+    return known_BN
+
+
+def _own_columns(x: LossInput, num_candidates: int) -> Tensor:
+    """True where candidate j belongs to the query's own group; shape (B, N)."""
+    own_BN1 = x.own_BG.new_zeros((x.own_BG.shape[0], num_candidates + 1), dtype=torch.bool)
+    column_BG = torch.where(x.own_BG >= 0, x.own_BG, num_candidates)  # padding goes to an extra column, cut off here
+    return own_BN1.scatter(1, column_BG, True)[:, :num_candidates]
+
+
+def _row_losses(score_BN: Tensor, mask_BN: Tensor, x: LossInput, cfg: LossConfig) -> Tensor:
+    """L_i of every row; shape (B,)."""
+    if cfg.distillation is None:
+        return info_nce(score_BN, mask_BN, x.positive_B)
+    if x.teacher_BG is None:
+        raise ValueError("distillation needs teacher scores: --knowledge_distillation with pos_scores and neg_scores")
+    teacher_BG = x.teacher_BG.to(score_BN.dtype).masked_fill(x.own_BG < 0, -torch.inf).softmax(dim=1)
+    if cfg.distillation == "kl_div":
+        return info_nce(score_BN, mask_BN, x.positive_B) + group_cross_entropy(score_BN, x.own_BG, teacher_BG)
+    return m3_distillation(score_BN, mask_BN | _own_columns(x, score_BN.shape[1]), x.own_BG, teacher_BG)
+
+
+def info_nce(score_BN: Tensor, mask_BN: Tensor, positive_B: Tensor) -> Tensor:
+    """-log softmax of the positive among itself and the negatives in `mask_BN`; shape (B,)."""
+    positive_B1 = positive_B[:, None]
+    kept_BN = mask_BN.scatter(1, positive_B1, True)
+    return score_BN.masked_fill(~kept_BN, -torch.inf).logsumexp(dim=1) - score_BN.gather(1, positive_B1)[:, 0]
+
+
+def group_cross_entropy(score_BN: Tensor, own_BG: Tensor, teacher_BG: Tensor) -> Tensor:
+    """-sum_g t_g log softmax_g of the query's own passages; shape (B,).
+
+    It is KL(teacher || student) plus the teacher's entropy, which has no gradient. Source: FlagEmbedding 1.4.2,
+    abc/finetune/embedder/AbsModeling.py, distill_loss "kl_div".
+    """
+    own_score_BG = score_BN.gather(1, own_BG.clamp(min=0)).masked_fill(own_BG < 0, -torch.inf)
+    log_prob_BG = own_score_BG.log_softmax(dim=1).masked_fill(own_BG < 0, 0.0)
+    return -(teacher_BG * log_prob_BG).sum(dim=1)
+
+
+def m3_distillation(score_BN: Tensor, kept_BN: Tensor, own_BG: Tensor, teacher_BG: Tensor) -> Tensor:
+    """sum_g t_g * -log( exp(s_g) / sum over the candidates in `kept_BN` without own passages 0..g-1 ); shape (B,).
+
+    Source: FlagEmbedding 1.4.2, abc/finetune/embedder/AbsModeling.py, distill_loss "m3_kd_loss".
+    """
+    loss_B = score_BN[:, :0].sum(dim=1)  # zeros that keep the graph where there is no row
+    for g, column_B in enumerate(own_BG.unbind(dim=1)):
+        present_B = column_B >= 0
+        if g > 0:  # drop passage g-1, but only where g exists: an empty sum would be log 0, and its gradient NaN
+            dropped_BN = torch.zeros_like(kept_BN).scatter(1, own_BG[:, g - 1 : g].clamp(min=0), True)
+            kept_BN = kept_BN & ~(dropped_BN & present_B[:, None])
+        log_total_B = score_BN.masked_fill(~kept_BN, -torch.inf).logsumexp(dim=1)
+        own_score_B = score_BN.gather(1, column_B.clamp(min=0)[:, None])[:, 0]
+        loss_B = loss_B + torch.where(present_B, teacher_BG[:, g] * (log_total_B - own_score_B), 0.0)
+    return loss_B
+
+
+def ranking_metrics(similarity_BN: Tensor, mask_BN: Tensor, x: LossInput) -> dict[str, Tensor]:
+    """What the batch looks like to the model; means over rows (a row without negatives counts as right).
+
+    accuracy: share of rows whose positive is above every negative. negative_beats_positive: share of rows with a
+    negative above the positive (a tie is in neither). positive_similarity, hardest_negative_similarity: before the
+    division by the temperature; rows without negatives are left out of the latter. masked_negatives: copies of known
+    positives among a row's candidates. log_candidates: ln of the number of candidates, the InfoNCE of a random guess.
+    """
+    positive_B = similarity_BN.gather(1, x.positive_B[:, None])[:, 0]
+    hardest_B = similarity_BN.masked_fill(~mask_BN, -torch.inf).amax(dim=1)
+    num_negatives_B = mask_BN.sum(dim=1)
+    masked_B = known_positives(x).scatter(1, x.positive_B[:, None], False).sum(dim=1)
+    has_negative_B = num_negatives_B > 0
+    return {
+        "accuracy": (positive_B > hardest_B).to(positive_B.dtype).mean(),
+        "negative_beats_positive": (positive_B < hardest_B).to(positive_B.dtype).mean(),
+        "positive_similarity": positive_B.mean(),
+        "hardest_negative_similarity": torch.where(has_negative_B, hardest_B, 0.0).sum() / has_negative_B.sum().clamp(1),
+        "masked_negatives": masked_B.to(positive_B.dtype).mean(),
+        "log_candidates": (num_negatives_B + 1).to(positive_B.dtype).log().mean(),
+    }

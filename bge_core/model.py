@@ -1,0 +1,271 @@
+"""The encoder: a stock transformers backbone, pooling and normalization; loaded from and saved for everybody.
+
+    text -> tokens -> backbone -> pooling (cls, mean or last_token) -> normalization -> vector
+
+A saved folder opens in transformers, in sentence-transformers (which would silently use mean pooling without the files
+that state otherwise) and in FlagEmbedding, and gives the same vectors.
+
+Shapes: T tokens of all texts, S texts, L longest text of a padded bucket, D embedding size.
+"""
+
+import json
+import logging
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoModel, AutoTokenizer
+from transformers.utils import cached_file
+
+from bge_core import UserError
+from bge_core.packing import Tokens, pad_buckets
+
+logger = logging.getLogger(__name__)
+
+Pooling = Literal["cls", "mean", "last_token"]
+POOLINGS: tuple[Pooling, ...] = ("cls", "mean", "last_token")
+# The names of sentence-transformers 2 to 5 (a flag each) and 6 (one value) for the same three poolings.
+_POOLING_FLAGS = {"pooling_mode_cls_token": "cls", "pooling_mode_mean_tokens": "mean", "pooling_mode_lasttoken": "last_token"}
+_POOLING_NAMES = {"cls": "cls", "mean": "mean", "lasttoken": "last_token"}
+
+
+@dataclass(frozen=True)
+class EncoderSettings:
+    """What a checkpoint says beyond its weights.
+
+    Args:
+        pooling: how token vectors become one; None: not stated.
+        normalize: vectors have length 1; None: not stated.
+        max_length: longest text in tokens that the vectors were trained for; None: not stated.
+        query_prompt, passage_prompt: put before each text; None: not stated.
+    """
+
+    pooling: Pooling | None = None
+    normalize: bool | None = None
+    max_length: int | None = None
+    query_prompt: str | None = None
+    passage_prompt: str | None = None
+
+
+class Encoder(nn.Module):
+    """Backbone, pooling and normalization.
+
+    Args:
+        backbone: a transformers encoder whose output has `last_hidden_state`.
+        tokenizer: its fast tokenizer.
+        settings: pooling and normalize must be stated.
+    """
+
+    def __init__(self, backbone: Any, tokenizer: Any, settings: EncoderSettings) -> None:
+        super().__init__()
+        if settings.pooling not in POOLINGS:
+            raise UserError(f"pooling {settings.pooling!r}: use one of {', '.join(POOLINGS)}")
+        self.backbone = backbone
+        self.tokenizer = tokenizer
+        self.settings = settings
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.backbone.parameters()).device
+
+    @property
+    def embedding_size(self) -> int:
+        """D."""
+        return int(self.backbone.config.hidden_size)
+
+    @property
+    def max_positions(self) -> int:
+        """Longest text in tokens that the backbone takes."""
+        limit = getattr(self.backbone.config, "max_position_embeddings", None) or 1 << 30
+        offset = self.backbone.config.pad_token_id + 1 if "roberta" in self.backbone.config.model_type else 0
+        return int(limit - offset)
+
+    def freeze(self, *, position_embeddings: bool = False) -> None:
+        """Switch off the gradient of what gets none (BERT's pooler) and, on request, of the position embeddings."""
+        for name, parameter in self.backbone.named_parameters():
+            if name.startswith("pooler.") or (position_embeddings and "position_embeddings" in name):
+                parameter.requires_grad_(False)
+
+    def forward(self, tokens: Tokens) -> Tensor:
+        """Vectors of S texts.
+
+        Args:
+            tokens: on this encoder's device. S may be 0: a rank without rows still takes part in the backward.
+
+        Returns:
+            (S, D), float32 or wider, of length 1 where `settings.normalize`.
+        """
+        if len(tokens) == 0:
+            dummy = torch.tensor([self.tokenizer.pad_token_id], device=self.device)
+            return self.forward(Tokens(dummy, [1]))[:0]
+        positions, pooled = [], []
+        for bucket, id_sL, mask_sL in pad_buckets(tokens, self.tokenizer.pad_token_id):
+            hidden_sLD = self.backbone(input_ids=id_sL, attention_mask=mask_sL).last_hidden_state
+            positions += bucket
+            pooled.append(pool(hidden_sLD, mask_sL, self.settings.pooling))
+        vector_SD = torch.cat(pooled)[torch.tensor(positions, device=self.device).argsort()]
+        return F.normalize(vector_SD, dim=-1) if self.settings.normalize else vector_SD
+
+    def save(self, folder: str | Path) -> None:
+        """Write weights, tokenizer and the files that sentence-transformers reads into an existing or new folder."""
+        folder = Path(folder)
+        self.backbone.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+        write_settings(folder, self.settings, self.embedding_size)
+
+
+def pool(hidden_sLD: Tensor, mask_sL: Tensor, pooling: Pooling | None) -> Tensor:
+    """One vector a text from right-padded token vectors, in float32 or wider; (s, D).
+
+    cls: the first token. mean: sum of the real tokens / their number. last_token: the last real token.
+    """
+    hidden_sLD = hidden_sLD.to(torch.promote_types(hidden_sLD.dtype, torch.float32))
+    if pooling == "cls":
+        return hidden_sLD[:, 0]
+    if pooling == "mean":
+        weight_sL1 = mask_sL.to(hidden_sLD.dtype)[:, :, None]
+        return (hidden_sLD * weight_sL1).sum(dim=1) / weight_sL1.sum(dim=1)
+    last_s = mask_sL.sum(dim=1) - 1
+    return hidden_sLD[torch.arange(len(last_s), device=last_s.device), last_s]
+
+
+def load_encoder(
+    name: str | Path,
+    *,
+    pooling: Pooling | None = None,
+    normalize: bool | None = None,
+    tokenizer_name: str | None = None,
+    cache_dir: str | None = None,
+    token: str | None = None,
+    trust_remote_code: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> Encoder:
+    """Load a hub model or a folder.
+
+    Args:
+        name: hub name or folder.
+        pooling: None: what the checkpoint's sentence-transformers files say, else cls. A contradiction is warned of.
+        normalize: None: what those files say, else True.
+        dtype: of the weights; float32 master weights unless told otherwise, whatever the checkpoint was saved in.
+
+    Returns:
+        The encoder, on the CPU, in eval mode.
+
+    Raises:
+        UserError: not a model, not reachable, weights missing.
+    """
+    hub: dict[str, Any] = {"cache_dir": cache_dir, "token": token, "trust_remote_code": trust_remote_code}
+    folder = Path(name)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise UserError(f"{name}: is not a model folder (it has no config.json)")
+    if not folder.exists() and (str(name).startswith((".", "/", "~")) or str(name).count("/") > 1):
+        raise UserError(f"{name}: no such folder")
+    try:
+        backbone, info = AutoModel.from_pretrained(name, dtype=dtype, output_loading_info=True, **hub)
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_name or name, use_fast=True, **hub)
+    except (OSError, ValueError, KeyError) as error:
+        if isinstance(error, OSError) and error.errno is not None and not folder.is_dir():
+            raise
+        first_line = str(error).strip().split("\n")[0]
+        raise UserError(
+            f"{name}: could not be loaded as a model: {first_line}\n"
+            "Give a folder, or a hub name; where the hub is out of reach, set HF_ENDPOINT to a mirror."
+        ) from None
+    if not tokenizer.is_fast or tokenizer.pad_token_id is None:
+        raise UserError(f"{tokenizer_name or name}: needs a fast tokenizer (tokenizer.json) with a padding token")
+    _refuse_missing_weights(name, backbone, info)
+    stored = read_settings(name, cache_dir=cache_dir, token=token)
+    if pooling and stored.pooling and pooling != stored.pooling:
+        logger.warning("%s was trained with %s pooling; you chose %s", name, stored.pooling, pooling)
+    settings = replace(
+        stored,
+        pooling=pooling or stored.pooling or "cls",
+        normalize=normalize if normalize is not None else stored.normalize if stored.normalize is not None else True,
+    )
+    return Encoder(backbone, tokenizer, settings).eval()
+
+
+def _refuse_missing_weights(name: str | Path, backbone: Any, info: dict[str, Any]) -> None:
+    missing = set(info["missing_keys"])
+    pooler = {key for key in missing if key.startswith("pooler.")}
+    if missing - pooler:
+        raise UserError(f"{name}: the checkpoint lacks weights of {type(backbone).__name__}: {', '.join(sorted(missing)[:5])}")
+    if pooler:  # a random pooler, which nothing uses, must not get into what we save
+        backbone.pooler = None
+
+
+def _read_file(name: str | Path, file: str, **hub: Any) -> Any:
+    """A JSON file of a model, None where it has none."""
+    quiet = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "gated_repo", "connection_errors")}
+    found = cached_file(str(name), file, **hub, **quiet)
+    if found is None:
+        return None
+    try:
+        return json.loads(Path(found).read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{name}/{file}: not JSON: {error}") from None
+
+
+def read_settings(name: str | Path, **hub: Any) -> EncoderSettings:
+    """What a checkpoint's sentence-transformers files state; nothing stated without them."""
+    modules = _read_file(name, "modules.json", **hub)
+    if not modules:
+        return EncoderSettings()
+    pooling: Any = None
+    for module in modules:
+        if module["type"].endswith("Pooling"):
+            config = _read_file(name, f"{module['path']}/config.json", **hub) or {}
+            chosen = [ours for flag, ours in _POOLING_FLAGS.items() if config.get(flag)]
+            pooling = _POOLING_NAMES.get(config.get("pooling_mode", ""), chosen[0] if len(chosen) == 1 else None)
+            if pooling is None:
+                logger.warning("%s states a pooling that this project lacks (%s); using cls", name, config)
+        elif not module["type"].endswith(("Transformer", "Normalize")):
+            logger.warning("%s has a module %s, which this project leaves out", name, module["type"])
+    sentence_config = _read_file(name, "sentence_bert_config.json", **hub) or {}
+    prompts = (_read_file(name, "config_sentence_transformers.json", **hub) or {}).get("prompts") or {}
+    return EncoderSettings(
+        pooling=pooling,
+        normalize=any(module["type"].endswith("Normalize") for module in modules),
+        max_length=sentence_config.get("max_seq_length"),
+        query_prompt=prompts.get("query"),
+        passage_prompt=prompts.get("passage") or prompts.get("document") or prompts.get("passage", prompts.get("document")),
+    )
+
+
+def write_settings(folder: Path, settings: EncoderSettings, embedding_size: int) -> None:
+    """The files that tell sentence-transformers (2 to 6) pooling, normalization, prompts and length."""
+
+    def write(file: str, value: Any) -> None:
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        (folder / file).write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+
+    modules = [("", "Transformer"), ("1_Pooling", "Pooling")] + [("2_Normalize", "Normalize")] * bool(settings.normalize)
+    write(
+        "modules.json",
+        [
+            {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
+            for i, (path, kind) in enumerate(modules)
+        ],
+    )
+    flags = {flag: settings.pooling == ours for flag, ours in _POOLING_FLAGS.items()}
+    others = ("max_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens")
+    write(
+        "1_Pooling/config.json",
+        {"word_embedding_dimension": embedding_size, **flags, **{f"pooling_mode_{name}": False for name in others}},
+    )
+    if settings.normalize:
+        (folder / "2_Normalize").mkdir(exist_ok=True)
+    write("sentence_bert_config.json", {"max_seq_length": settings.max_length or 512, "do_lower_case": False})
+    passage_prompt = settings.passage_prompt or ""
+    write(
+        "config_sentence_transformers.json",
+        {
+            "prompts": {"query": settings.query_prompt or "", "passage": passage_prompt, "document": passage_prompt},
+            "default_prompt_name": None,
+            "similarity_fn_name": "cosine" if settings.normalize else "dot",
+        },
+    )

@@ -1,0 +1,336 @@
+#!/usr/bin/env python3
+"""Fine-tune a text-embedding model: read the settings, build, then one loop over optimizer steps.
+
+    python train.py --model_name_or_path BAAI/bge-large-zh-v1.5 --train_data train_minedHN.jsonl --output_dir OUT ...
+    torchrun --nproc_per_node 2 train.py ...
+    accelerate launch train.py --config configs/train/bge-large-zh.yaml
+
+`python train.py --help` lists every flag. To change what is learned, edit bge_core/loss.py or give --loss FILE.py:FUNCTION.
+"""
+
+import functools
+import importlib.util
+import logging
+import math
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+import transformers
+from tqdm import tqdm
+
+from bge_core import UserError, checkpoint, records, report
+from bge_core.config import TrainConfig, as_dict, changed_fields, run_stage
+from bge_core.data import TrainingData
+from bge_core.distributed import on_main, start, sum_over_ranks, world, wrap
+from bge_core.evaluation import evaluate_encoder, load_task
+from bge_core.loss import LossConfig, training_loss
+from bge_core.model import Encoder, load_encoder
+from bge_core.packing import Tokens
+from bge_core.optim import build_optimizer, learning_rate_schedule
+from bge_core.runlog import append_metrics, cut_metrics, memory_mb
+from bge_core.step import LossFunction, StepSettings, forward_backward
+
+logger = logging.getLogger(__name__)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the stage; returns the exit code."""
+    return run_stage(TrainConfig, train, argv)
+
+
+def train(config: TrainConfig) -> None:
+    """The whole run of one process."""
+    # ---- build
+    accelerator = start(config.fp16, config.bf16, **tracker_options(config))
+    rank, world_size = world()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    if rank > 0:
+        logging.getLogger().setLevel(logging.ERROR)
+    accumulation = config.gradient_accumulation_steps or accelerator.gradient_accumulation_steps
+    output_dir = Path(config.output_dir)
+    loss = load_loss(config.loss) if config.loss else training_loss
+
+    encoder = build_encoder(config, config.model_name_or_path)
+    config = resolve_instructions(config, encoder)
+    data = TrainingData(config, encoder.tokenizer, encoder.max_positions, rank, world_size, accumulation)
+    task = load_task(config.val_data, config.val_corpus) if config.val_data else None
+    if config.show_batch:
+        if rank == 0:
+            print(report.describe_batch(data, config))
+        return
+
+    resume = on_main(
+        lambda: checkpoint.open_run_folder(
+            output_dir, as_dict(config), resume=config.resume_from_checkpoint, overwrite=config.overwrite_output_dir
+        )
+    )
+    if resume:
+        encoder = build_encoder(config, str(resume))
+    encoder.settings = replace(
+        encoder.settings,
+        max_length=data.passage_max_len,
+        query_prompt=prompt_of(config.query_instruction_for_retrieval, config.query_instruction_format),
+        passage_prompt=prompt_of(config.passage_instruction_for_retrieval, config.passage_instruction_format),
+    )
+    encoder.to(accelerator.device)
+    model = wrap(encoder)
+    optimizer = build_optimizer(
+        encoder, config.learning_rate, config.weight_decay, (config.adam_beta1, config.adam_beta2), config.adam_epsilon
+    )
+    scaler = accelerator.scaler or torch.amp.GradScaler(enabled=False)
+    settings = StepSettings(
+        loss=loss,
+        loss_config=loss_config(config),
+        cross_device=config.negatives_cross_device,
+        chunk_size=config.sub_batch_size,
+        scaler=scaler,
+        autocast=accelerator.autocast,
+    )
+    num_steps = data.num_steps
+    num_warmup = config.warmup_steps or math.ceil(config.warmup_ratio * num_steps)
+    lr_at = learning_rate_schedule(config.lr_scheduler_type, config.learning_rate, num_warmup, num_steps)
+    save_every = interval(config.save_steps, num_steps)
+    eval_every = interval(config.eval_steps or config.save_steps, num_steps) if task else 0
+    evaluate = functools.partial(
+        evaluate_encoder, encoder, task, batch_size=config.per_device_eval_batch_size,
+        precision=accelerator.mixed_precision, query_prompt=encoder.settings.query_prompt,
+        passage_prompt=encoder.settings.passage_prompt, query_max_length=data.query_max_len,
+        passage_max_length=data.passage_max_len,
+    )  # fmt: skip
+
+    # ---- begin, or go on where a checkpoint left off
+    progress: dict[str, Any] = {"skipped": 0, "best_value": -math.inf, "best_step": 0, "stale": 0, "window": {}, "scores": {}}
+    model.train()
+    settle(model, world_size)
+    torch.manual_seed(config.seed + rank)
+    first_step = 0
+    if resume:
+        state = checkpoint.load_checkpoint(resume)
+        first_step, progress = state["step"], state["progress"]
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+        if len(state["random_states"]) == world_size:
+            checkpoint.restore_random_state(state["random_states"][rank])
+        logger.info("resumed from %s", resume)
+    facts = report.run_facts(config, data, encoder, accelerator.mixed_precision, accumulation, world_size, num_warmup)
+    manifest = records.make_manifest("train", as_dict(config), data.inputs, facts=facts)
+    metrics_file = output_dir / "metrics.jsonl"
+    if rank == 0:
+        for line in report.preflight(config, data, encoder, facts):
+            logger.info(line)
+        records.write_json(output_dir / "manifest.json", manifest | {"status": "running"})
+        cut_metrics(metrics_file, first_step)
+    if config.report_to != "none":
+        accelerator.init_trackers("bge_core", {k: v for k, v in as_dict(config).items() if isinstance(v, (int, float, str))})
+
+    def save(step: int) -> None:
+        state = {"progress": progress, "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+        checkpoint.save_checkpoint(output_dir, step, encoder, state)
+        if rank == 0:
+            best = f"checkpoint-{progress['best_step']}" if config.load_best_model_at_end else None
+            checkpoint.prune(output_dir, config.save_total_limit, best)
+
+    def log(values: dict[str, Any]) -> None:
+        if rank == 0:
+            append_metrics(metrics_file, values)
+        accelerator.log({name: value for name, value in values.items() if name != "step"}, step=values["step"])
+
+    # ---- the loop
+    loader = torch.utils.data.DataLoader(
+        data, batch_size=None, sampler=range(first_step, num_steps), num_workers=config.dataloader_num_workers
+    )
+    bar = tqdm(total=num_steps, initial=first_step, desc="train", unit="step", disable=None if rank == 0 else True)
+    window, clock = progress["window"], time.perf_counter()
+    for step, micro_batches in enumerate(loader, start=first_step + 1):
+        for group in optimizer.param_groups:
+            group["lr"] = lr_at(step - 1 - progress["skipped"])
+
+        shares = forward_backward(model, micro_batches, settings)
+
+        shares["queries"] = torch.tensor(sum(batch.num_queries for batch in micro_batches))
+        shares["tokens"] = torch.tensor(sum(len(batch.tokens.input_id_T) for batch in micro_batches))
+        values = torch.stack([share.to(accelerator.device, torch.float64) for share in shares.values()])
+        means = dict(zip(shares, sum_over_ranks(values).tolist(), strict=True))
+        if not math.isfinite(means["loss"]):
+            raise not_finite(output_dir, step, rank, data, micro_batches)
+
+        scaler.unscale_(optimizer)
+        grad_norm = torch.nn.utils.clip_grad_norm_(encoder.parameters(), config.max_grad_norm or math.inf).item()
+        if not math.isfinite(grad_norm) and not scaler.is_enabled():
+            raise not_finite(output_dir, step, rank, data, micro_batches)
+        scale = scaler.get_scale()
+        scaler.step(optimizer)
+        scaler.update()
+        progress["skipped"] += scaler.get_scale() < scale
+        optimizer.zero_grad(set_to_none=True)
+
+        for name, value in {**means, "steps": 1}.items():
+            window[name] = window.get(name, 0) + value
+        bar.update()
+        if step % config.logging_steps == 0 or step == num_steps:
+            seconds, clock = time.perf_counter() - clock, time.perf_counter()
+            line = summarize(window, seconds) | {"lr": optimizer.param_groups[0]["lr"], "grad_norm": grad_norm}
+            if scaler.is_enabled():
+                line |= {"skipped_steps": progress["skipped"], "loss_scale": scaler.get_scale()}
+            log({"step": step, "epoch": round(step / data.plan.steps_per_epoch, 4)} | line)
+            bar.set_postfix_str(report.one_line(line))
+            if bar.disable and rank == 0:
+                logger.info("step %d/%d  %s", step, num_steps, report.one_line(line))
+            window.clear()
+
+        stop = False
+        if eval_every and (step % eval_every == 0 or step == num_steps):
+            progress["scores"] = scores = evaluate().means
+            log({"step": step} | scores)
+            logger.info("step %d  %s", step, "  ".join(f"{name} {value:.4f}" for name, value in scores.items()))
+            is_best = scores[config.metric_for_best_model] > progress["best_value"]
+            if is_best:
+                progress |= {"best_value": scores[config.metric_for_best_model], "best_step": step, "stale": 0}
+            else:
+                progress["stale"] += 1
+            stop = config.early_stopping_patience is not None and progress["stale"] >= config.early_stopping_patience
+            if is_best and config.load_best_model_at_end and not (save_every and step % save_every == 0):
+                save(step)
+            clock = time.perf_counter()
+        if save_every and step % save_every == 0:
+            save(step)
+        if stop:
+            logger.info("stopped early: %d evaluations without a better %s", progress["stale"], config.metric_for_best_model)
+            break
+    bar.close()
+
+    # ---- the final model
+    accelerator.wait_for_everyone()
+    if rank == 0:
+        best = output_dir / f"checkpoint-{progress['best_step']}"
+        use_best = config.load_best_model_at_end and best.is_dir()
+        checkpoint.publish_model(output_dir, best if use_best else encoder)
+        if use_best:
+            logger.info("the final model is that of step %d (%s %.4f)", progress["best_step"], config.metric_for_best_model, progress["best_value"])
+        report.plot_curves(metrics_file, output_dir / "curves.png")
+        report.write_model_card(
+            output_dir,
+            title=config.run_name or output_dir.name,
+            facts={"base model": config.model_name_or_path, "training data": config.train_data, **facts, "settings": changed_fields(config)},
+            scores=progress["scores"],
+            prompt=encoder.settings.query_prompt or "",
+        )
+        skipped = {"skipped_steps": progress["skipped"]}
+        records.write_json(output_dir / "manifest.json", manifest | {"status": "finished", "scores": progress["scores"], **skipped})
+        print(f"model: {output_dir}")
+    accelerator.end_training()
+
+
+def build_encoder(config: TrainConfig, name: str) -> Encoder:
+    """The encoder, float32 master weights, with what gets no gradient switched off."""
+    encoder = load_encoder(
+        name,
+        pooling=config.sentence_pooling_method,
+        normalize=config.normalize_embeddings,
+        tokenizer_name=config.tokenizer_name,
+        cache_dir=config.cache_dir,
+        token=config.token,
+        trust_remote_code=config.trust_remote_code,
+    )
+    encoder.freeze(position_embeddings=config.fix_position_embedding)
+    if config.gradient_checkpointing:
+        encoder.backbone.gradient_checkpointing_enable({"use_reentrant": False})
+    return encoder
+
+
+def resolve_instructions(config: TrainConfig, encoder: Encoder) -> TrainConfig:
+    """None becomes the checkpoint's stored prompt, or '' where it has none."""
+    query, passage = config.query_instruction_for_retrieval, config.passage_instruction_for_retrieval
+    return replace(
+        config,
+        query_instruction_for_retrieval=query if query is not None else encoder.settings.query_prompt or "",
+        passage_instruction_for_retrieval=passage if passage is not None else encoder.settings.passage_prompt or "",
+    )
+
+
+def prompt_of(instruction: str | None, form: str) -> str:
+    """What stands before a text: the form with the instruction and an empty text."""
+    return form.format(instruction, "") if instruction else ""
+
+
+def loss_config(config: TrainConfig) -> LossConfig:
+    """The loss's part of the settings."""
+    return LossConfig(
+        temperature=config.temperature,
+        in_batch_negatives=config.use_inbatch_neg,
+        distillation=config.kd_loss_type if config.knowledge_distillation else None,
+        mrl_dims=tuple(config.mrl_dims),
+        normalize=config.normalize_embeddings,
+        exclude_positives=config.exclude_positives,
+        args=config.parsed_loss_args,
+    )
+
+
+def load_loss(spec: str) -> LossFunction:
+    """FILE.py:FUNCTION -> the function. UserError where it cannot be had."""
+    file, _, name = spec.rpartition(":")
+    if not Path(file).is_file():
+        raise UserError(f"--loss {spec}: write FILE.py:FUNCTION; there is no file {file!r}")
+    module_spec = importlib.util.spec_from_file_location("user_loss", file)
+    assert module_spec is not None and module_spec.loader is not None
+    module = importlib.util.module_from_spec(module_spec)
+    sys.modules["user_loss"] = module  # dataclasses defined there look themselves up
+    module_spec.loader.exec_module(module)
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise UserError(f"--loss {spec}: {file} has no function {name!r}")
+    return function  # type: ignore[no-any-return]
+
+
+def tracker_options(config: TrainConfig) -> dict[str, Any]:
+    """Accelerator's arguments for the tracker. UserError where its package is missing."""
+    if config.report_to == "none":
+        return {}
+    if importlib.util.find_spec(config.report_to) is None:
+        raise UserError(f'--report_to {config.report_to}: is not installed; pip install "bge-core[{config.report_to}]"')
+    return {"log_with": config.report_to, "project_dir": config.output_dir}
+
+
+def interval(steps: float, num_steps: int) -> int:
+    """transformers' rule: below 1 a share of all steps, rounded up; 0 never."""
+    return math.ceil(steps * num_steps) if 0 < steps < 1 else int(steps)
+
+
+def settle(model: torch.nn.Module, world_size: int) -> None:
+    """Two throw-away passes: DDP orders its buckets anew after the first, which changes sums in the last bit.
+
+    Done at every start, they leave the first real step the same order in a fresh and in a resumed run.
+    """
+    for _ in range(2 if world_size > 1 else 0):
+        model(Tokens(torch.zeros(1, dtype=torch.int64, device=next(model.parameters()).device), [1])).sum().backward()
+        model.zero_grad(set_to_none=True)
+
+
+def summarize(window: dict[str, float], seconds: float) -> dict[str, float]:
+    """Means over the steps since the last log, and what the run did per second."""
+    steps = window["steps"]
+    rates = {f"{name}_per_second": round(window[name] / seconds, 2) for name in ("queries", "tokens")}
+    means = {name: value / steps for name, value in window.items() if name not in ("queries", "tokens", "steps")}
+    return means | rates | {"memory_mb": round(memory_mb(), 1)}
+
+
+def not_finite(output_dir: Path, step: int, rank: int, data: TrainingData, micro_batches: Sequence[Any]) -> UserError:
+    """Write the rows of a batch whose loss or gradient is NaN or infinite; say what to try."""
+    file = output_dir / f"not_finite-step{step}-rank{rank}.jsonl"
+    records.write_jsonl(file, ({"row": row} | data.rows[row] for batch in micro_batches for row in batch.rows))
+    return UserError(
+        f"step {step}: the loss or its gradient is NaN or infinite; nothing was updated. The rows of this batch are in {file}.\n"
+        "Try a smaller --learning_rate, --warmup_ratio 0.1, --bf16 instead of --fp16, and look at those rows; "
+        "--resume_from_checkpoint latest goes on from the last checkpoint."
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
