@@ -39,14 +39,14 @@ logger = logging.getLogger(__name__)
 OUTPUTS = ("train.jsonl", "test.jsonl", "corpus.jsonl", "manifest.json")
 # The first of these names that a file has is taken; anchor and positive are those of sentence-transformers.
 QUESTION_NAMES = [
-    "query", "question", "q", "anchor", "问题", "提问", "问句", "问", "标准问", "标准问题", "标准问法", "用户问题", "用户提问",
-    "用户问", "用户咨询", "咨询问题", "咨询", "问题描述", "问题内容", "问法", "questions", "queries", "instruction", "prompt",
-    "title", "标题", "问题标题",
+    "query", "question", "q", "anchor", "问题", "提问", "问句", "问", "标准问", "标准问题", "标准问法", "用户问题",
+    "用户提问", "用户问", "用户咨询", "咨询问题", "咨询", "问题描述", "问题内容", "问法", "questions", "queries",
+    "instruction", "prompt", "title", "标题", "问题标题",
 ]  # fmt: skip
 ANSWER_NAMES = [
-    "answer", "pos", "positive", "a", "答案", "回答", "回复", "答复", "答", "解答", "标准答案", "标准回答", "标准回复", "客服回答",
-    "客服回复", "参考答案", "最佳答案", "答案内容", "回答内容", "回复内容", "answers", "positives", "response", "reply",
-    "passage", "document", "output", "content", "text", "内容", "正文",
+    "answer", "pos", "positive", "a", "答案", "回答", "回复", "答复", "答", "解答", "标准答案", "标准回答", "标准回复",
+    "客服回答", "客服回复", "参考答案", "最佳答案", "答案内容", "回答内容", "回复内容", "answers", "positives", "response",
+    "reply", "passage", "document", "output", "content", "text", "内容", "正文",
 ]  # fmt: skip
 NEGATIVE_NAME = re.compile(r"(hard_?)?neg(ative)?s?(_?\d+)?|负例|难负例|负样本")
 NAME_NOISE = re.compile(r"\(.*?\)|\[.*?\]|【.*?】|[*:]")  # as in 问题(必填), *问题, 问题:
@@ -171,7 +171,8 @@ def find_inputs(source: Path, output_dir: Path) -> list[Path]:
     if source.is_dir():
         below = sorted(source.rglob("*"), key=lambda path: path.relative_to(source).parts)
         files = [path for path in below if path.is_file() and target not in path.resolve().parents]
-    files = [path for path in files if not path.name.startswith((".", "~$"))]  # ~$: Excel's locks
+    hidden = (".", "~$")  # ~$: Excel's locks
+    files = [path for path in files if not any(part.startswith(hidden) for part in path.relative_to(source).parts)]
     inputs = [path for path in files if path.suffix.lower() in READERS]
     if not inputs:
         raise UserError(f"--input_dir {source}: holds no file of a known kind ({' '.join(READERS)})")
@@ -472,10 +473,9 @@ def _fill(num_groups: Counter[int], room: int, seed: int) -> dict[int, int]:
     chance, taken = random.Random(seed), {}
     for size, sums in zip(reversed(sizes), reversed(reachable), strict=True):
         wish = num_groups[size] * left / unseen + chance.random() - 0.5
-        counts = range(min(num_groups[size], left // size) + 1)
-        possible = (count for count in counts if sums >> (left - count * size) & 1)
-        taken[size] = min(possible, key=functools.partial(_distance, wish))
-        taken[size] = next(count for count in counts if sums >> (left - count * size) & 1)
+        distance = [abs(count - wish) for count in range(min(num_groups[size], left // size) + 1)]
+        nearest_first = sorted(range(len(distance)), key=distance.__getitem__)
+        taken[size] = next(count for count in nearest_first if sums >> (left - count * size) & 1)
         left, unseen = left - taken[size] * size, unseen - num_groups[size] * size
     return taken
 
@@ -574,7 +574,9 @@ def prepare(config: PrepareConfig) -> None:
         records.write_jsonl(temporary["test.jsonl"], map(pairs.row, test))
         corpus = enumerate(pairs.answers.spellings)
         records.write_jsonl(temporary["corpus.jsonl"], ({"id": str(number), "text": text} for number, text in corpus))
-        records.write_json(temporary["manifest.json"], records.make_manifest("prepare", as_dict(config), inputs, counts=counts))
+        records.write_json(
+            temporary["manifest.json"], records.make_manifest("prepare", as_dict(config), inputs, counts=counts)
+        )
         (output_dir / "manifest.json").unlink(missing_ok=True)  # an earlier one must not vouch for a mixture
 
     for name, count in counts.items():

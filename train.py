@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import huggingface_hub
 import torch
 import transformers
 from tqdm import tqdm
@@ -51,6 +52,7 @@ def train(config: TrainConfig) -> None:
     rank, world_size = world()
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
+    huggingface_hub.utils.disable_progress_bars()
     if rank > 0:
         logging.getLogger().setLevel(logging.ERROR)
     accumulation = config.gradient_accumulation_steps or accelerator.gradient_accumulation_steps
@@ -144,8 +146,9 @@ def train(config: TrainConfig) -> None:
 
     # ---- the loop
     loader = torch.utils.data.DataLoader(
-        data, batch_size=None, sampler=range(first_step, num_steps), num_workers=config.dataloader_num_workers
-    )
+        data, batch_size=None, sampler=range(first_step, num_steps), num_workers=config.dataloader_num_workers,
+        generator=torch.Generator(),  # its own: drawing the workers' seed from the global one would shift dropout
+    )  # fmt: skip
     bar = tqdm(total=num_steps, initial=first_step, desc="train", unit="step", disable=None if rank == 0 else True)
     window, clock = progress["window"], time.perf_counter()
     for step, micro_batches in enumerate(loader, start=first_step + 1):

@@ -9,6 +9,7 @@ So the backward of the gather sums each passage's gradients over the ranks and h
 computes its own rows only; DDP averages over ranks, hence the factor W in the step.
 """
 
+import inspect
 import logging
 import os
 from collections.abc import Callable
@@ -83,8 +84,10 @@ def wrap(model: nn.Module) -> nn.Module:
     """The model whose backward averages gradients over the ranks; itself for one process."""
     if world()[1] == 1:
         return model
-    # device_ids=None: inputs are placed by us; buffers never change; every trainable parameter gets a gradient.
-    return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+    # Inputs are placed by us (no device_ids) and buffers never change. The flag was renamed in torch 2.12.
+    known = inspect.signature(DistributedDataParallel.__init__).parameters
+    sync_buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    return DistributedDataParallel(model, gradient_as_bucket_view=True, **{sync_buffers: False})
 
 
 def unwrap(model: nn.Module) -> nn.Module:

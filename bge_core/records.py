@@ -81,6 +81,8 @@ def _parse(line: bytes) -> tuple[Row, str | None]:
         return {}, f"not UTF-8 (byte {error.start}); convert the file, for example with iconv -f GB18030 -t UTF-8"
     except json.JSONDecodeError as error:
         return {}, f"not JSON ({error.msg}, column {error.colno}); write one object a line"
+    except (ValueError, RecursionError) as error:  # thousands of digits, or of brackets within each other
+        return {}, f"not readable as JSON ({error}); write one object a line"
     if not isinstance(row, dict):
         return {}, f"is a JSON {type(row).__name__}; write one object a line"
     return row, None
@@ -92,7 +94,11 @@ def _found(value: object) -> str:
 
 
 def _has_surrogate(text: str) -> bool:
-    return any("\ud800" <= char <= "\udfff" for char in text)
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def _check_text(row: Row, name: str, *, required: bool) -> str | None:
@@ -130,11 +136,18 @@ def _check_scores(row: Row, texts: str, *, required: bool) -> str | None:
     name = f"{texts}_scores"
     scores, count = row.get(name), len(row.get(texts) or [])
     if scores is None:
-        return f"field '{name}' is missing; --knowledge_distillation needs it on every row" if required and count else None
+        return (
+            f"field '{name}' is missing; --knowledge_distillation needs it on every row" if required and count else None
+        )
     if not isinstance(scores, list) or len(scores) != count:
         return f"field '{name}' is {_found(scores)}; it must be a list of {count} numbers, one for each '{texts}'"
     for i, score in enumerate(scores):
-        if isinstance(score, bool) or not isinstance(score, (int, float)) or score != score or abs(score) == float("inf"):
+        if (
+            isinstance(score, bool)
+            or not isinstance(score, (int, float))
+            or score != score
+            or abs(score) == float("inf")
+        ):
             return f"field '{name}[{i}]' is {_found(score)}; it must be a finite number"
     return None
 
@@ -200,19 +213,26 @@ def atomic_path(target: str | Path) -> Iterator[Path]:
     """A temporary name beside `target` (file or folder) that becomes `target` when the block ends well.
 
     A file is flushed to disk before the rename. On an error, or where the target cannot be written, nothing is left.
-    A folder replaces an earlier folder of that name.
+    A folder replaces an earlier folder of that name, a file never does. A symbolic link stays one: what it points to is
+    replaced.
     """
-    target = Path(target)
+    target = Path(os.path.realpath(target))
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.tmp-{os.getpid()}")
     try:
         yield temporary
         for file in [temporary, *temporary.rglob("*")] if temporary.is_dir() else [temporary]:
             _flush(file)
+        if target.is_dir() and not temporary.is_dir():
+            raise UserError(f"{target}: is a folder; name a file")
         if target.is_dir():
             aside = target.with_name(f".{target.name}.old-{os.getpid()}")
             os.replace(target, aside)
-            os.replace(temporary, target)
+            try:
+                os.replace(temporary, target)
+            except OSError:
+                os.replace(aside, target)
+                raise
             shutil.rmtree(aside)
         else:
             os.replace(temporary, target)

@@ -16,15 +16,15 @@ from bge_core.records import atomic_path
 from bge_core.runlog import read_metrics
 
 
-def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table for a terminal: first column left, others right; Chinese characters count as two columns."""
+def text_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: bool = False) -> str:
+    """A table for a terminal: first column left, others right unless `left`; a Chinese character is two wide."""
     cells = [list(header), *map(list, rows)]
     widths = [max(_width(row[i]) for row in cells) for i in range(len(header))]
     lines = []
     for row in cells:
         padded = [" " * (width - _width(cell)) for cell, width in zip(row, widths, strict=True)]
-        first, *others = [cell + gap if i == 0 else gap + cell for i, (cell, gap) in enumerate(zip(row, padded, strict=True))]
-        lines.append("  ".join([first, *others]).rstrip())
+        placed = [cell + gap if left or i == 0 else gap + cell for i, (cell, gap) in enumerate(zip(row, padded, strict=True))]
+        lines.append("  ".join(placed).rstrip())
     lines.insert(1, "  ".join("-" * width for width in widths))
     return "\n".join(lines)
 

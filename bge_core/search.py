@@ -81,7 +81,7 @@ def exact_search(
     budget = memory_mb * 2**20
     corpus_rows = max(1, int(budget / 2 / (4 * dim + 8)))
     query_rows = max(1, int(budget / 4 / (4 * dim + 64 * num_nominees)))
-    pair_rows = max(1, int(budget / 4 / (20 * dim)))
+    pair_rows = max(1, int(min(budget / 4, 2**21) / (20 * dim)))  # at most 2 MiB: it stays in the cache
 
     query_norm = _norms(queries, "queries", corpus_rows)
     corpus_norm = _norms(corpus, "corpus", corpus_rows).max()

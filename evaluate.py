@@ -1,0 +1,132 @@
+#!/usr/bin/env python3
+"""Score one or several encoders on questions with known answers: MRR, Recall and nDCG by exact search.
+
+    python evaluate.py --encoder MODEL [MODEL ...] --val_data test.jsonl --corpus corpus.jsonl --add_instruction --k 100
+
+Prints one dict a model on stdout and, for several, a table with the differences to the first.
+"""
+
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from bge_core import records
+from bge_core.config import EvaluateConfig, as_dict, run_stage
+from bge_core.distributed import start, world
+from bge_core.evaluation import Ranking, RetrievalTask, bge_instruction, evaluate_encoder, load_task
+from bge_core.model import Encoder, load_encoder
+from bge_core.report import compare_models
+
+logger = logging.getLogger(__name__)
+OWN_FILES = ("metrics.json", "per_query.jsonl", "run.<model>.trec", "manifest.json")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the stage; returns the exit code."""
+    return run_stage(EvaluateConfig, evaluate, argv)
+
+
+def evaluate(config: EvaluateConfig) -> None:
+    """Evaluate every encoder, print, and write the files if an output folder is given."""
+    accelerator = start(config.fp16, config.bf16)
+    transformers.utils.logging.disable_progress_bar()
+    is_main = world()[0] == 0
+    if not is_main:
+        logging.getLogger().setLevel(logging.ERROR)
+    if config.output_dir and is_main:
+        records.refuse_foreign_folder(config.output_dir, config.overwrite_output_dir, OWN_FILES)
+    task = load_task(config.val_data, config.corpus)
+    logger.info("%d questions, %d passages", len(task.queries), len(task.corpus))
+
+    rankings: dict[str, Ranking] = {}
+    used: dict[str, Any] = {}
+    for path, name in zip(config.encoder, unique_names(config.encoder), strict=True):
+        encoder = load_encoder(
+            path, pooling=config.pooling_method, cache_dir=config.cache_dir, trust_remote_code=config.trust_remote_code
+        ).to(accelerator.device)
+        query_prompt, passage_prompt = prompts(config, path, encoder, task)
+        used[name] = {
+            "model": path, "pooling": encoder.settings.pooling, "query_instruction": query_prompt,
+            "passage_instruction": passage_prompt, "precision": accelerator.mixed_precision,
+        }  # fmt: skip
+        rankings[name] = evaluate_encoder(
+            encoder, task, k=config.k, batch_size=config.batch_size, precision=accelerator.mixed_precision,
+            query_prompt=query_prompt, passage_prompt=passage_prompt,
+            query_max_length=config.max_query_length, passage_max_length=config.max_passage_length,
+        )  # fmt: skip
+        if is_main:
+            print(f"# {name} ({encoder.settings.pooling} pooling, query instruction {query_prompt!r})")
+            print(rankings[name].means, flush=True)
+    if not is_main:
+        return
+    if len(rankings) > 1:
+        print("\n" + compare_models({name: ranking.means for name, ranking in rankings.items()}))
+    if config.output_dir:
+        write_results(Path(config.output_dir), config, task, rankings, used)
+        print(f"written: {config.output_dir}")
+
+
+def unique_names(paths: Sequence[str]) -> list[str]:
+    """Each model's last folder name; of equal ones the later get a number."""
+    names: list[str] = []
+    for path in paths:
+        name = Path(path).name or str(path)
+        taken = names.count(name) or sum(other.startswith(f"{name}-") and other[len(name) + 1 :].isdigit() for other in names)
+        names.append(f"{name}-{taken + 1}" if taken else name)
+    return names
+
+
+def prompts(config: EvaluateConfig, path: str, encoder: Encoder, task: RetrievalTask) -> tuple[str, str]:
+    """What stands before questions and passages.
+
+    With --add_instruction: the model's stored prompts, else BGE's query instruction for its language. The flags that
+    name an instruction beat that; without either there is none.
+    """
+    query, passage = "", ""
+    if config.add_instruction:
+        stored = encoder.settings
+        query = stored.query_prompt if stored.query_prompt is not None else bge_instruction(path, task.queries)
+        passage = stored.passage_prompt or ""
+    if config.query_instruction_for_retrieval is not None:
+        query = config.query_instruction_for_retrieval
+    if config.passage_instruction_for_retrieval is not None:
+        passage = config.passage_instruction_for_retrieval
+    return query, passage
+
+
+def write_results(
+    folder: Path, config: EvaluateConfig, task: RetrievalTask, rankings: dict[str, Ranking], used: dict[str, Any]
+) -> None:
+    """metrics.json, per_query.jsonl, one TREC run a model and, last, manifest.json."""
+    for name, ranking in rankings.items():
+        with records.atomic_path(folder / f"run.{name}.trec") as temporary, open(temporary, "w", encoding="utf-8") as file:
+            for query_id, rows, scores in zip(task.query_ids, ranking.rows, ranking.scores, strict=True):
+                for rank, (row, score) in enumerate(zip(rows, scores, strict=True), start=1):
+                    file.write(f"{query_id} Q0 {task.corpus_ids[row]} {rank} {score:.6f} {name}\n")
+    records.write_jsonl(
+        folder / "per_query.jsonl",
+        (
+            {"model": name, "query_id": query_id, "query": query}
+            | {metric: float(values[i]) for metric, values in ranking.per_query.items()}
+            for name, ranking in rankings.items()
+            for i, (query_id, query) in enumerate(zip(task.query_ids, task.queries, strict=True))
+        ),
+    )
+    records.write_json(folder / "metrics.json", {name: ranking.means for name, ranking in rankings.items()})
+    inputs = [records.describe_input(config.val_data, len(task.queries))]
+    if config.corpus:
+        inputs.append(records.describe_input(config.corpus, len(task.corpus)))
+    manifest = records.make_manifest(
+        "evaluate", as_dict(config), inputs, encoders=used, missing_positives=len(task.missing),
+        device=torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+    )  # fmt: skip
+    records.write_json(folder / "manifest.json", manifest)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,477 @@
+"""The miner: its choice against FlagEmbedding's and as properties, its stage from the command line."""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_model import make_tiny_bert
+
+import mine
+from bge_core import search
+from bge_core.mining import COUNTS, Negatives, select_negatives
+from bge_core.records import distinct_texts, text_id
+from bge_core.search import exact_search
+
+ROOT = Path(__file__).resolve().parent.parent
+GOLDEN = json.loads((ROOT / "tests" / "golden" / "hn_mine.json").read_text(encoding="utf-8"))
+
+Row = dict[str, Any]
+
+
+def select(
+    queries: list[str], positives: list[list[str]], ranked: list[list[int]], pool: list[str], **options: Any
+) -> tuple[list[Negatives], dict[str, int]]:
+    """select_negatives with a pool of texts; everything in range, five negatives, unless told otherwise."""
+    options = {"sampling_range": (0, 1000), "negative_number": 5, "seed": 0} | options
+    array = np.array(ranked, dtype=np.int64).reshape(len(queries), -1)
+    chosen, counts = select_negatives(queries, positives, array, [text_id(text) for text in pool], **options)
+    return chosen, {name: count for name, count in counts.items() if count}
+
+
+# --- the choice -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", GOLDEN["cases"], ids=lambda case: case["name"])
+def test_candidates_equal_those_of_flagembedding(case: Row) -> None:
+    rows, texts = GOLDEN["rows"], GOLDEN["pools"][case["pool"]]
+    pool = distinct_texts(rows, "pos", "neg") if texts is None else distinct_texts([{"text": texts}], "text")
+    start, end = map(int, case["range_for_sampling"].split("-"))
+    queries = np.array(GOLDEN["query_embeddings"], dtype=np.float32)
+    passages = np.array([GOLDEN["passage_embeddings"][text] for text in pool], dtype=np.float32)
+    ranked = exact_search(queries, passages, end)[1]
+    chosen, _ = select_negatives(
+        [row["query"] for row in rows], [row["pos"] for row in rows], ranked, list(map(text_id, pool)),
+        sampling_range=(start, end), negative_number=10**6, seed=0,
+    )  # fmt: skip
+    assert [[pool[i] for i in choice.ranked] for choice in chosen] == case["expected"]
+
+
+def test_a_small_example_by_hand() -> None:
+    pool = ["p0", "p1", "p2", "p3", "p4", "p5", "问", "p7"]
+    ranked = [[7, 3, 0, 6, 1, 4, 2, 5]]
+    # Hits 2 to 6 are p0 (the positive), 问 (the query), p1, p4; the range counts before these are taken out.
+    chosen, counts = select(["问"], [["p0", "elsewhere"]], ranked, pool, sampling_range=(2, 6), negative_number=2)
+    assert chosen == [Negatives([1, 4], [])]
+    assert counts == {"positives_dropped": 1, "queries_dropped": 1}
+    chosen, counts = select(["问"], [["p0"]], ranked, pool, sampling_range=(2, 6), negative_number=1)
+    assert chosen in ([Negatives([1], [])], [Negatives([4], [])])
+    assert counts == {"positives_dropped": 1, "queries_dropped": 1, "rows_sampled": 1}
+    chosen, counts = select(["问"], [["p0"]], ranked, pool, sampling_range=(2, 6), negative_number=4, kept=[["p4"]])
+    assert chosen[0].ranked == [1] and len(chosen[0].filled) == 3 and set(chosen[0].filled) < {2, 3, 5, 7}
+    assert counts == {
+        "positives_dropped": 1, "queries_dropped": 1, "kept_dropped": 1, "rows_filled_at_random": 1,
+        "negatives_at_random": 3,
+    }  # fmt: skip
+    chosen, counts = select(["问"], [["p0"]], ranked, pool, sampling_range=(2, 6), negative_number=99)
+    assert chosen[0].ranked == [1, 4] and sorted(chosen[0].filled) == [2, 3, 5, 7]
+    assert counts["rows_short"] == 1 and "rows_without_negatives" not in counts
+
+
+def test_texts_are_compared_normalized() -> None:
+    pool = ["ＡＢＣ  公司", "其他", " 问题？"]
+    chosen, counts = select(["问题?"], [["ABC 公司"]], [[0, 1, 2]], pool)
+    assert chosen == [Negatives([1], [])]
+    assert counts == {"positives_dropped": 1, "queries_dropped": 1, "rows_short": 1}
+
+
+@pytest.mark.parametrize("pool", [[], ["p0"], ["q"], ["p0", "q"]])
+def test_a_pool_without_any_negative(pool: list[str]) -> None:
+    chosen, counts = select(["q"], [["p0"]], [list(range(len(pool)))], pool)
+    assert chosen == [Negatives([], [])]
+    assert counts["rows_short"] == counts["rows_without_negatives"] == 1
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> Row:
+    """A pool, rows whose texts come from it or not, and for each a ranking cut short and padded."""
+    num_pool = draw(st.integers(0, 12))
+    texts = st.sampled_from([f"t{i}" for i in range(15)])  # t12 to t14 are never in the pool
+    num_rows = draw(st.integers(1, 4))
+    depth = draw(st.integers(0, 14))
+    ranked = [[*draw(st.permutations(range(num_pool))), *[-1] * 14][:depth] for _ in range(num_rows)]
+    start = draw(st.integers(0, 6))
+    return {
+        "queries": draw(st.lists(texts, min_size=num_rows, max_size=num_rows)),
+        "positives": draw(st.lists(st.lists(texts, min_size=1, max_size=3), min_size=num_rows, max_size=num_rows)),
+        "kept": draw(st.lists(st.lists(texts, max_size=3), min_size=num_rows, max_size=num_rows)),
+        "ranked": ranked,
+        "pool": [f"t{i}" for i in range(num_pool)],
+        "sampling_range": (start, start + draw(st.integers(1, 10))),
+        "negative_number": draw(st.integers(1, 9)),
+        "seed": draw(st.integers(-3, 3)),
+    }
+
+
+@settings(deadline=None, max_examples=300)
+@given(problem=problems())
+def test_what_holds_for_every_row(problem: Row) -> None:
+    chosen, counts = select(**problem)
+    (start, end), wanted, pool = problem["sampling_range"], problem["negative_number"], problem["pool"]
+    for i, (ranked, filled) in enumerate(chosen):
+        barred = {problem["queries"][i], *problem["positives"][i], *problem["kept"][i]}
+        in_range = [row for row in problem["ranked"][i][start:end] if row >= 0 and pool[row] not in barred]
+        found = [*ranked, *filled]
+        assert not {pool[row] for row in found} & barred
+        assert len(set(found)) == len(found) == min(wanted, len(set(pool) - barred))
+        assert len(ranked) == min(wanted, len(in_range))
+        assert ranked == [row for row in in_range if row in ranked]  # in the order of the ranking
+    assert counts.get("negatives_at_random", 0) == sum(len(choice.filled) for choice in chosen)
+    assert counts.get("rows_short", 0) == sum(len(ranked) + len(filled) < wanted for ranked, filled in chosen)
+    assert set(counts) <= set(COUNTS)
+
+
+@settings(deadline=None, max_examples=100)
+@given(problem=problems(), other=problems())
+def test_a_row_depends_on_no_other_row(problem: Row, other: Row) -> None:
+    """The same row at the same place, among other rows, chooses the same."""
+    before = select(**problem)[0]
+    changed = {**problem}
+    for name in ("queries", "positives", "kept", "ranked"):
+        changed[name] = [*problem[name][:1], *problem[name][:1], *problem[name][2:], *problem[name]]
+    after = select(**changed)[0]
+    assert after[0] == before[0] and after[2 : len(before)] == before[2:]
+
+
+def test_the_seed_and_the_row_decide_the_sample() -> None:
+    pool, ranked = [f"p{i}" for i in range(200)], [list(range(200))] * 3
+
+    def run(seed: int, end: int) -> list[Negatives]:
+        return select(["q"] * 3, [["x"]] * 3, ranked, pool, seed=seed, sampling_range=(2, end), negative_number=20)[0]
+
+    for end in (150, 10):  # a sample of the range; a random filling
+        assert run(1, end) == run(1, end) != run(2, end)
+        assert len({str(choice) for choice in run(1, end) + run(2, end)}) == 6
+
+
+def test_every_candidate_is_equally_likely() -> None:
+    num_rows, pool = 6000, [f"p{i}" for i in range(10)]
+    positives = [["p0", "p1"]] * num_rows
+    for name, sampling_range in (("ranked", (0, 10)), ("filled", (20, 30))):
+        chosen, _ = select(
+            ["q"] * num_rows, positives, [list(range(10))] * num_rows, pool, negative_number=3,
+            sampling_range=sampling_range,
+        )  # fmt: skip
+        times = np.bincount([row for choice in chosen for row in getattr(choice, name)], minlength=10)
+        assert times[:2].sum() == 0
+        np.testing.assert_allclose(times[2:], num_rows * 3 / 8, rtol=0.08)  # 5 standard deviations
+
+
+# --- the stage ------------------------------------------------------------------------------------------------------
+
+ROWS: list[Row] = [
+    {"query": "怎么转账", "pos": ["登录账户后转账"], "来源": {"页": 3}, "neg": ["退货服务"], "type": "qa"},
+    {"query": "密码忘了", "pos": ["请点找回密码", "给客服电话"], "id": 7},
+    {"neg": ["感冒吃什么药"], "query": "发烧怎么办", "pos": ["多喝水，看医生"], "prompt": "问：", "extra": None},
+    {"query": "今天天气", "pos": ["有雨，温度低"], "pos_scores": [0.5], "neg": ["酒店"], "neg_scores": [0.25]},
+    {"query": "怎么 转账", "pos": ["在手机上转账"]},
+    {"query": "签证怎么办理", "pos": ["先提交申请"], "prompt": None},
+    {"query": "旅游买什么", "pos": ["机票和酒店"], "neg": []},
+    {"query": "酒店", "pos": ["请查询订单"], "prompt": ""},
+]  # fmt: skip
+POOL = distinct_texts(ROWS, "pos", "neg")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = make_tiny_bert(tmp_path_factory.mktemp("model"))
+    (folder / "modules.json").write_text(
+        json.dumps(
+            [
+                {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
+                {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
+                {"idx": 2, "name": "2", "path": "2_Normalize", "type": "sentence_transformers.models.Normalize"},
+            ]
+        )
+    )
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode_mean_tokens": True}))
+    (folder / "config_sentence_transformers.json").write_text(
+        json.dumps({"prompts": {"query": "为这个句子：", "passage": "文："}})
+    )
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def loggers_as_before() -> Iterator[None]:
+    level = logging.getLogger().level
+    search._warn_once.cache_clear()
+    yield
+    logging.getLogger().setLevel(level)
+
+
+@pytest.fixture
+def train_file(tmp_path: Path) -> Path:
+    return write_lines(tmp_path / "train.jsonl", ROWS)
+
+
+def write_lines(path: Path, rows: list[Row]) -> Path:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def read_lines(path: Path) -> list[Row]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def run(model: Path, train_file: Path, *flags: str) -> tuple[int, Path]:
+    output = train_file.with_name("mined.jsonl")
+    words = ["--model_name_or_path", str(model), "--input_file", str(train_file), "--output_file", str(output)]
+    return mine.main([*words, "--range_for_sampling", "1-6", "--negative_number", "3", *flags]), output
+
+
+def manifest_of(output: Path) -> Row:
+    return json.loads(Path(f"{output}.manifest.json").read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+
+
+def assert_nothing_written(folder: Path, *expected: str) -> None:
+    assert sorted(path.name for path in folder.iterdir()) == sorted(expected)
+
+
+def test_rows_keep_their_columns_and_order(
+    model: Path, train_file: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    code, output = run(model, train_file)
+    assert code == 0
+    found = read_lines(output)
+    for row, before in zip(found, ROWS, strict=True):
+        kept = [name for name in before if name != "neg_scores"]
+        assert list(row) == (kept if "neg" in kept else [*kept, "neg"])
+        assert {name: row[name] for name in kept if name != "neg"} == {n: before[n] for n in kept if n != "neg"}
+        assert len(row["neg"]) == len(set(row["neg"])) == 3
+        assert not set(row["neg"]) & {row["query"], *row["pos"]}
+    # The same question twice: what answers it in one row is no negative in the other.
+    assert not {"在手机上转账", "登录账户后转账"} & {*found[0]["neg"], *found[4]["neg"]}
+    assert [r.getMessage() for r in caplog.records if r.levelname == "WARNING"] == [
+        "neg_scores of 1 rows are left out: mined negatives have no score"
+    ]
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0].split() == ["rows", "8"] and f"written: {output}, {output}.manifest.json" in printed
+    assert printed[-1].startswith("next: python train.py ") and f"--train_data {output}" in printed[-1]
+    assert_nothing_written(output.parent, "train.jsonl", "mined.jsonl", "mined.jsonl.manifest.json")
+
+
+def test_the_negatives_are_the_hits_of_the_range(model: Path, train_file: Path) -> None:
+    """With so few hits that nothing is sampled: compared with a ranking by sentence-transformers."""
+    from sentence_transformers import SentenceTransformer
+
+    code, output = run(model, train_file, "--range_for_sampling", "2-5", "--negative_number", "3")
+    assert code == 0
+    theirs = SentenceTransformer(str(model), device="cpu", local_files_only=True)
+    asked = [("为这个句子：" if row.get("prompt") is None else row["prompt"]) + row["query"] for row in ROWS]
+    queries = theirs.encode(asked, prompt="")
+    pool = theirs.encode(["文：" + text for text in POOL], prompt="")
+    for i, (row, order) in enumerate(zip(read_lines(output), np.argsort(-(queries @ pool.T), axis=1), strict=True)):
+        same = [other for other in ROWS if text_id(other["query"]) == text_id(row["query"])]
+        barred = {row["query"], *(text for other in same for text in other["pos"])}
+        if i not in (0, 4):
+            assert barred == {row["query"], *row["pos"]}
+        hits = [POOL[place] for place in order[2:5] if POOL[place] not in barred]
+        assert row["neg"][: len(hits)] == hits
+    counts = manifest_of(output)["counts"]
+    assert counts["rows_with_own_prompt"] == 2 and counts["pool"] == len(POOL) and counts["rows_sampled"] == 0
+
+
+def test_the_manifest_says_what_was_used(model: Path, train_file: Path, caplog: pytest.LogCaptureFixture) -> None:
+    code, output = run(model, train_file, "--use_gpu_for_searching", "--fp16")
+    assert code == 0
+    manifest = manifest_of(output)
+    assert manifest["stage"] == "mine" and manifest["seed"] == 42
+    assert manifest["encoder"] == {
+        "model": str(model), "pooling": "mean", "normalize": True, "query_instruction": "为这个句子：",
+        "passage_instruction": "文：",
+    }  # fmt: skip
+    assert manifest["config"]["range_for_sampling"] == "1-6" and manifest["config"]["use_gpu_for_searching"] is True
+    assert [entry["rows"] for entry in manifest["inputs"]] == [8]
+    assert manifest["counts"]["negatives_mean"] == 3
+    if not search.gpu_available():
+        assert manifest["search_device"] == "cpu" and manifest["precision"] == "no"
+        warnings = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+        assert sum("sees no GPU" in text for text in warnings) == sum("fp16 needs a GPU" in text for text in warnings) == 1
+
+
+def test_instructions_and_pooling_can_be_chosen(
+    model: Path, train_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = run(model, train_file)[1].read_bytes()
+    code, output = run(
+        model, train_file, "--query_instruction_for_retrieval", "", "--passage_instruction_for_retrieval", "段 落",
+        "--pooling_method", "cls",
+    )  # fmt: skip
+    assert code == 0 and output.read_bytes() != first
+    encoder = manifest_of(output)["encoder"]
+    assert (encoder["query_instruction"], encoder["passage_instruction"], encoder["pooling"]) == ("", "段 落", "cls")
+    flags = "--query_instruction_for_retrieval '' --passage_instruction_for_retrieval '段 落' --sentence_pooling_method cls"
+    assert flags in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_keep_neg_puts_own_negatives_first(model: Path, tmp_path: Path) -> None:
+    rows: list[Row] = [
+        {"query": "密码忘了", "pos": ["请点找回密码"], "neg": ["酒店", "请点找回密码", "酒 店", "酒店", "密码忘了"]},
+        *ROWS[1:],
+    ]
+    code, output = run(model, write_lines(tmp_path / "train.jsonl", rows), "--keep_neg")
+    assert code == 0
+    for row, before in zip(read_lines(output), rows, strict=True):
+        own = distinct_texts([before], "neg")
+        if before is rows[0]:
+            own = ["酒店", "酒 店"]
+        assert row["neg"][: len(own)] == own and len(row["neg"]) == len(own) + 3
+        assert len(set(map(text_id, row["neg"]))) == len(row["neg"])
+        assert "neg_scores" not in row and not set(row["neg"]) & {row["query"], *row["pos"]}
+    counts = manifest_of(output)["counts"]
+    assert (counts["own_negatives_kept"], counts["own_negatives_dropped"]) == (4, 3)
+
+
+def test_candidate_pool(model: Path, train_file: Path, tmp_path: Path) -> None:
+    texts = ["登录账户后转账", "请查询订单", "请查询 订单", "Ａ", "A", "单", "面包", "米"]
+    pool = write_lines(tmp_path / "pool.jsonl", [{"text": text, "other": 1} for text in texts])
+    code, output = run(model, train_file, "--candidate_pool", str(pool))
+    assert code == 0
+    assert {text for row in read_lines(output) for text in row["neg"]} <= set(texts) - {"A"}
+    manifest = manifest_of(output)
+    assert [entry["rows"] for entry in manifest["inputs"]] == [8, 8] and manifest["counts"]["pool"] == 7
+
+
+def test_a_pool_too_small_fills_up_then_gives_fewer(
+    model: Path, train_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pool = write_lines(tmp_path / "pool.jsonl", [{"text": text} for text in ("登录账户后转账", "面包", "酒店")])
+    code, output = run(model, train_file, "--candidate_pool", str(pool), "--range_for_sampling", "2-200")
+    assert code == 0
+    found = read_lines(output)
+    assert set(found[0]["neg"]) == {"面包", "酒店"} == set(found[4]["neg"])
+    assert set(found[7]["neg"]) == {"面包", "登录账户后转账"} and len(found[1]["neg"]) == 3
+    counts = manifest_of(output)["counts"]
+    assert counts["rows_short"] == 3 and counts["rows_filled_at_random"] == 8 and counts["negatives_min"] == 2
+    assert any("3 rows have fewer than 3 mined negatives" in r.getMessage() for r in caplog.records)
+
+    write_lines(pool, [{"text": "登录账户后转账"}])
+    write_lines(train_file, ROWS[:1])
+    code, output = run(model, train_file, "--candidate_pool", str(pool))
+    assert code == 0 and read_lines(output)[0]["neg"] == []
+    assert manifest_of(output)["counts"]["rows_without_negatives"] == 1
+
+
+def test_an_earlier_output_is_replaced_whole(
+    model: Path, train_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, output = run(model, train_file)
+    before = output.read_bytes(), Path(f"{output}.manifest.json").read_bytes()
+    names = [path.name for path in output.parent.iterdir()]
+    assert run(model, train_file)[0] == 0 and (output.read_bytes(), Path(f"{output}.manifest.json").read_bytes()) == before
+
+    def no_space(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", no_space)
+        assert run(model, train_file, "--seed", "7")[0] == 2
+    assert capsys.readouterr().err.count("No space left on device") == 1
+    assert (output.read_bytes(), Path(f"{output}.manifest.json").read_bytes()) == before
+    assert_nothing_written(output.parent, *names)
+    assert run(model, train_file, "--seed", "7")[0] == 0 and output.read_bytes() != before[0]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"query": "q", "pos": "one"}', "field 'pos' is \"one\"; it must be a list"),
+        ('{"query": "q", "pos": []}', "field 'pos' is an empty list"),
+        ('{"pos": ["p"]}', "field 'query' is missing"),
+        ('{"query": "q", ', "not JSON"),
+        ('{"query": "q", "pos": ["p"], "neg": ["n"], "neg_scores": []}', "list of 1 numbers"),
+    ],
+)
+def test_bad_input_names_file_and_line(
+    model: Path, train_file: Path, capsys: pytest.CaptureFixture[str], line: str, message: str
+) -> None:
+    with open(train_file, "a", encoding="utf-8") as file:
+        file.write(line + "\n")
+    code, output = run(model, train_file)
+    error = capsys.readouterr().err
+    assert code == 2 and f"{train_file}:9: " in error and message in error
+    assert_nothing_written(output.parent, "train.jsonl")
+
+
+def test_empty_and_missing_files(
+    model: Path, train_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    empty = write_lines(tmp_path / "empty.jsonl", [])
+    for flags, message in (
+        (["--candidate_pool", str(empty)], f"{empty}: holds no row"),
+        (["--candidate_pool", str(tmp_path / "none.jsonl")], "none.jsonl: no such file"),
+        (["--input_file", str(empty)], f"{empty}: holds no row"),
+        (["--model_name_or_path", str(tmp_path)], "not a model folder"),
+        (["--model_name_or_path", str(tmp_path / "none")], "none: no such folder"),
+    ):
+        assert run(model, train_file, *flags)[0] == 2
+        assert message in capsys.readouterr().err
+    assert_nothing_written(tmp_path, "train.jsonl", "empty.jsonl")
+
+
+def test_outputs_that_are_refused(
+    model: Path, train_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    link = tmp_path / "link.jsonl"
+    link.symlink_to(train_file)
+    pool = write_lines(tmp_path / "pool.jsonl", [{"text": "面包"}])
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    for target, message in (
+        (train_file, "would replace --input_file"),
+        (link, "would replace --input_file"),
+        (pool, "would replace --candidate_pool"),
+        (folder, "is not a file"),
+        (Path("/dev/null"), "is not a file"),
+        (train_file / "below.jsonl", "cannot be written"),
+    ):
+        assert run(model, train_file, "--candidate_pool", str(pool), "--output_file", str(target))[0] == 2
+        assert message in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
+    assert folder.is_dir()
+
+
+def test_two_processes_give_the_bytes_of_one(model: Path, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    characters = "".join(row["query"] + row["pos"][0] for row in ROWS)
+    texts = ["".join(rng.choice(list(characters), size=rng.integers(2, 40))) for _ in range(150)]
+    rows = [{"query": texts[i], "pos": [texts[i + 50]], "neg": [texts[i + 100]]} for i in range(50)]
+    train_file = write_lines(tmp_path / "train.jsonl", rows)
+    outputs = [tmp_path / "one.jsonl", tmp_path / "two.jsonl"]
+    launch = [
+        ["mine.py"],
+        ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0", "mine.py"],
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    jobs = [
+        subprocess.Popen(
+            [
+                sys.executable, *start, "--model_name_or_path", str(model), "--input_file", str(train_file),
+                "--output_file", str(output), "--range_for_sampling", "2-30", "--negative_number", "7",
+                "--batch_size", "8", "--use_gpu_for_searching",
+            ],
+            cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for start, output in zip(launch, outputs, strict=True)
+    ]  # fmt: skip
+    for job in jobs:
+        out, error = job.communicate(timeout=120)
+        assert job.returncode == 0, error
+        assert out.count("next: python train.py") == 1 and error.count("faiss sees no GPU") == 1
+    assert outputs[0].read_bytes() == outputs[1].read_bytes()
+    assert all(len(row["neg"]) == 7 for row in read_lines(outputs[0]))
+    manifests = [manifest_of(output) for output in outputs]
+    for manifest in manifests:
+        del manifest["config"]["output_file"]
+    assert manifests[0] == manifests[1]
