@@ -45,8 +45,8 @@ QUESTION_NAMES = [
 ]  # fmt: skip
 ANSWER_NAMES = [
     "answer", "pos", "positive", "a", "答案", "回答", "回复", "答复", "答", "解答", "标准答案", "标准回答", "标准回复",
-    "客服回答", "客服回复", "参考答案", "最佳答案", "答案内容", "回答内容", "回复内容", "answers", "positives", "response",
-    "reply", "passage", "document", "output", "content", "text", "内容", "正文",
+    "客服回答", "客服回复", "参考答案", "最佳答案", "答案内容", "回答内容", "回复内容", "answers", "positives",
+    "response", "reply", "passage", "document", "output", "content", "text", "内容", "正文",
 ]  # fmt: skip
 NEGATIVE_NAME = re.compile(r"(hard_?)?neg(ative)?s?(_?\d+)?|负例|难负例|负样本")
 NAME_NOISE = re.compile(r"\(.*?\)|\[.*?\]|【.*?】|[*:]")  # as in 问题(必填), *问题, 问题:

@@ -318,7 +318,8 @@ def refuse_foreign_folder(folder: str | Path, overwrite: bool, own_files: Iterab
         shown = ", ".join(held[:5]) + (", ..." if len(held) > 5 else "")
         own = ", ".join(sorted(own_files))
         raise UserError(
-            f"{folder}: is not empty (it holds {shown}); name another folder, or add --overwrite_output_dir to replace {own}"
+            f"{folder}: is not empty (it holds {shown}); name another folder, or add --overwrite_output_dir "
+            f"to replace {own}"
         )
     refuse_unwritable(folder)
 

@@ -1,0 +1,504 @@
+"""Weighted averages of checkpoints, read and written tensor by tensor.
+
+    theta = sum_m w_m theta_m,   sum_m w_m = 1,   in float32
+
+Averaging a fine-tuned model with its base keeps much of what fine-tuning forgets. A few tensors are in memory at a
+time, whatever the number of models. Source: Xiao et al. 2023, "LM-Cocktail", and its package LM_Cocktail 0.0.4.
+
+Shapes: B examples, N passages of all examples, b and n those of one batch, D embedding size.
+"""
+
+import functools
+import json
+import logging
+import math
+import os
+import random
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import AutoConfig, AutoModel, AutoTokenizer
+from transformers.utils import cached_file
+
+from bge_core import UserError, records
+from bge_core.encode import encode
+from bge_core.loss import info_nce
+from bge_core.model import EncoderSettings, load_encoder, read_settings, write_settings
+from bge_core.records import Row
+
+logger = logging.getLogger(__name__)
+
+OUTPUTS = ("model.safetensors", "manifest.json", "the files of configuration and tokenizer")
+_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+_TYPE_NAMES = {torch.float32: "F32", torch.int64: "I64", torch.int32: "I32", torch.int8: "I8", torch.uint8: "U8"}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model on disk.
+
+    Args:
+        name: as the user wrote it.
+        backbone: the transformers model without weights (on the meta device).
+        tokenizer, settings: its tokenizer and what its sentence-transformers files state.
+        files: its weight files.
+        tensors: what reads each tensor, by the backbone's names. Reading maps a file: shape and type cost nothing.
+    """
+
+    name: str
+    backbone: Any
+    tokenizer: Any
+    settings: EncoderSettings
+    files: list[Path]
+    tensors: dict[str, Callable[[], Tensor]]
+
+
+def mix_models(
+    model_names_or_paths: Sequence[str],
+    model_type: str,
+    weights: Sequence[float],
+    output_path: str | None = None,
+    *,
+    overwrite: bool = False,
+    **hub: Any,
+) -> Any:
+    """LM_Cocktail's function of this name: average models with given weights.
+
+    Args:
+        model_names_or_paths, weights, overwrite: of `merge_folders`.
+        model_type: "encoder".
+        output_path: where to save the result, too; None: nowhere.
+        hub: cache_dir, token, trust_remote_code.
+
+    Returns:
+        The merged transformers model, float32, in eval mode.
+
+    Raises:
+        UserError: as `merge_folders`, or another model_type.
+    """
+    _refuse_model_type(model_type)
+    if output_path is not None:
+        merge_folders(model_names_or_paths, weights, output_path, overwrite=overwrite, **hub)
+        return load_encoder(output_path, **hub).backbone
+    checkpoints = open_checkpoints(model_names_or_paths, weights, **hub)
+    backbone = load_encoder(model_names_or_paths[0], **hub).backbone
+    names = merged_names(checkpoints)
+    if not any(name.startswith("pooler.") for name in names):
+        backbone.pooler = None
+    state = backbone.state_dict()
+    for name, tensor in average(checkpoints, weights, [name for name in names if name in state]):
+        state[name].copy_(tensor)
+    return backbone
+
+
+def mix_models_with_data(
+    model_names_or_paths: Sequence[str],
+    model_type: str,
+    example_ata: Sequence[Row] | None = None,
+    temperature: float = 5.0,
+    batch_size: int = 2,
+    max_input_length: int = 2048,
+    neg_number: int = 7,
+    output_path: str | None = None,
+    *,
+    example_data: Sequence[Row] | None = None,
+    seed: int = 42,
+    overwrite: bool = False,
+    **hub: Any,
+) -> Any:
+    """LM_Cocktail's function of this name: average models with weights from their losses on a few examples.
+
+    Args:
+        model_names_or_paths, model_type, output_path, overwrite, hub: of `mix_models`.
+        example_ata: rows with `query`, `pos` and, optionally, `neg`; LM_Cocktail spells it so.
+        example_data: the same, in full.
+        temperature: of `weights_from_losses`.
+        batch_size, max_input_length, neg_number, seed: of `example_losses`.
+
+    Returns:
+        The merged transformers model, float32, in eval mode.
+
+    Raises:
+        UserError: as `mix_models`, `weights_from_losses` and `example_losses`.
+    """
+    _refuse_model_type(model_type)
+    if (example_ata is None) == (example_data is None):
+        raise UserError("example_data: give the examples, once (example_ata is another name of it)")
+    if output_path is not None:
+        refuse_output(output_path, model_names_or_paths, overwrite)
+    losses = example_losses(
+        model_names_or_paths, example_data or example_ata or [], batch_size=batch_size,
+        max_input_length=max_input_length, neg_number=neg_number, seed=seed, **hub,
+    )  # fmt: skip
+    weights = weights_from_losses(losses, temperature)
+    return mix_models(model_names_or_paths, model_type, weights, output_path, overwrite=overwrite, **hub)
+
+
+def _refuse_model_type(model_type: str) -> None:
+    if model_type != "encoder":
+        raise UserError(f"model_type {model_type!r}: this project trains and merges encoders only; use 'encoder'")
+
+
+def weights_from_losses(losses: Sequence[float], temperature: float = 5.0) -> list[float]:
+    """w_m = exp(-L_m / temperature) / sum_k exp(-L_k / temperature), in float32.
+
+    UserError where the temperature is not above 0. Source: Xiao et al. 2023, eq. 3-4; LM_Cocktail 0.0.4, utils.py, compute_weights.
+    """
+    if not temperature > 0:
+        raise UserError(f"temperature {temperature}: use a number above 0")
+    weights: list[float] = torch.softmax(-torch.tensor(losses, dtype=torch.float32) / temperature, dim=-1).tolist()
+    return weights
+
+
+def example_losses(
+    models: Sequence[str],
+    examples: Sequence[Row],
+    *,
+    batch_size: int = 2,
+    max_input_length: int = 2048,
+    neg_number: int = 7,
+    seed: int = 42,
+    **hub: Any,
+) -> list[float]:
+    """Each model's InfoNCE on examples: cosines / 0.05, mean over the rows of a batch, then over batches.
+
+    A row's candidates are the first `pos` and the drawn `neg` of every row of its batch. Vectors are pooled as the
+    merged model will pool (LM_Cocktail always takes CLS); no instruction is added.
+
+    Args:
+        models: hub names or folders that can be merged.
+        examples: rows with `query`, `pos` and, optionally, `neg`.
+        batch_size: rows of a batch.
+        max_input_length: longest text in tokens, cut to what the model takes.
+        neg_number: negatives of a row, drawn with `seed` and the same for every model; all of them where it has fewer.
+
+    Returns:
+        One loss a model.
+
+    Raises:
+        UserError: no example, a bad one, a setting out of range, models that cannot be merged.
+
+    Source: Xiao et al. 2023, section 3; LM_Cocktail 0.0.4, utils.py, embedder_loss.
+    """
+    if batch_size < 1 or max_input_length < 1 or neg_number < 0:
+        found = f"batch_size {batch_size}, max_input_length {max_input_length}, neg_number {neg_number}"
+        raise UserError(f"{found}: the first two must be above 0, the last at least 0")
+    for number, row in enumerate(examples):
+        if problem := records.check_training_row(row):
+            raise UserError(f"example_data[{number}]: {problem}")
+    if not examples:
+        raise UserError("example_data: holds no row")
+    pooling = merged_settings(open_checkpoints(models, **hub)).pooling
+    rng = random.Random(seed)
+    negatives = [rng.sample(row.get("neg") or [], min(neg_number, len(row.get("neg") or []))) for row in examples]
+    groups = [[row["pos"][0], *drawn] for row, drawn in zip(examples, negatives, strict=True)]
+    texts = [row["query"] for row in examples] + [text for group in groups for text in group]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    losses = []
+    for name in models:
+        encoder = load_encoder(name, pooling=pooling, normalize=True, **hub).to(device)
+        vectors = torch.from_numpy(encode(encoder, texts, max_length=max_input_length))
+        query_BD, passage_ND = vectors[: len(examples)], vectors[len(examples) :]
+        losses.append(mean_loss(query_BD, passage_ND, [len(group) for group in groups], batch_size))
+        logger.info("%s: loss %.4f on %d examples", name, losses[-1], len(examples))
+    return losses
+
+
+def mean_loss(query_BD: Tensor, passage_ND: Tensor, group_sizes: Sequence[int], batch_size: int) -> float:
+    """InfoNCE at temperature 0.05, mean over batches of the mean over rows.
+
+    Args:
+        query_BD, passage_ND: unit vectors; each query's passages lie together, its positive first.
+        group_sizes: passages of each query; sum N.
+        batch_size: queries of a batch; the last may be smaller.
+    """
+    losses = []
+    groups = iter(passage_ND.split(list(group_sizes)))
+    for query_bD in query_BD.split(batch_size):
+        batch = [next(groups) for _ in query_bD]
+        positive_b = torch.tensor([0, *map(len, batch[:-1])]).cumsum(0)
+        score_bn = query_bD @ torch.cat(batch).T / 0.05
+        losses.append(info_nce(score_bn, torch.ones_like(score_bn, dtype=torch.bool), positive_b).mean())
+    return float(torch.stack(losses).mean())
+
+
+def merge_folders(
+    models: Sequence[str],
+    weights: Sequence[float],
+    output_path: str | Path,
+    *,
+    overwrite: bool = False,
+    config: Row | None = None,
+    inputs: Sequence[Row] = (),
+    **hub: Any,
+) -> Row:
+    """Write the weighted average of models as a model folder, float32, whole or not at all.
+
+    Configuration, tokenizer, pooling and prompts are the first model's (a setting that it does not state, the next
+    one's that does). Integer tensors are copied from the first; one that differs elsewhere is an error (LM_Cocktail
+    takes the last model's). A pooler that not every model has is left out: no embedding uses it.
+
+    Args:
+        models: hub names or folders.
+        weights: one a model, summing to 1 within 1e-3 and used as they are; below 0 is allowed.
+        output_path: where the result goes.
+        overwrite: replace a model there; files of other names stay.
+        config, inputs: settings and further input files for the manifest.
+        hub: cache_dir, token, trust_remote_code.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        UserError: weights that do not fit, models that differ (they and what differs are named), an output folder that
+            holds something, a disk that is full.
+    """
+    refuse_output(output_path, models, overwrite)
+    checkpoints = open_checkpoints(models, weights, **hub)
+    settings, names, first = merged_settings(checkpoints), merged_names(checkpoints), checkpoints[0]
+    sha256 = functools.cache(records.sha256)
+    files = [{"path": str(f), "sha256": sha256(f), "model": c.name} for c in checkpoints for f in c.files]
+    facts = {"models": [c.name for c in checkpoints], "weights": list(weights), "pooling": settings.pooling}
+    manifest = records.make_manifest("merge", config or facts, [*files, *inputs], **facts)
+    try:
+        with _model_folder(Path(output_path)) as temporary:
+            temporary.mkdir()
+            like = {name: _like(first.tensors[name]()) for name in names}
+            _write_safetensors(temporary / "model.safetensors", like, average(checkpoints, weights, names))
+            _save_config_and_tokenizer(temporary, first)
+            write_settings(temporary, settings, first.backbone.config.hidden_size)
+            records.write_json(temporary / "manifest.json", manifest)
+    except OSError as error:
+        raise UserError(f"{output_path}: the merged model could not be written: {error}") from None
+    return manifest
+
+
+def refuse_output(output_path: str | Path, models: Sequence[str], overwrite: bool) -> None:
+    """Before any work: may the merged model go there? UserError if not; asking leaves nothing behind."""
+    folder = Path(output_path)
+    if any(Path(name).exists() and Path(name).resolve() == folder.resolve() for name in models):
+        raise UserError(f"{folder}: is one of the models to merge; name another folder")
+    absent = not folder.exists()
+    records.refuse_foreign_folder(folder, overwrite, OUTPUTS)
+    if absent:
+        folder.rmdir()
+
+
+def open_checkpoints(models: Sequence[str], weights: Sequence[float] | None = None, **hub: Any) -> list[Checkpoint]:
+    """Open all models; UserError where they, or they and the weights (None: not known yet), do not fit."""
+    if weights is not None:
+        what = f"weights {_joined(weights)} for the models {_joined(models)}"
+        if len(weights) != len(models):
+            raise UserError(f"{what}: give one a model ({len(models)})")
+        if not abs(math.fsum(weights) - 1) <= 1e-3:
+            raise UserError(f"{what}: they sum to {math.fsum(weights):g}; make it 1")
+    checkpoints = [open_checkpoint(str(name), **hub) for name in models]
+    for one, other in combinations(checkpoints, 2):
+        _refuse_difference(one, other)
+    return checkpoints
+
+
+def open_checkpoint(name: str, **hub: Any) -> Checkpoint:
+    """Open a hub model or a folder without reading its weights.
+
+    They are read later, tensor by tensor, from safetensors files with the backbone's names (or those of a model with a
+    head: a prefix more). Any other checkpoint (pytorch_model.bin, names of old versions) transformers loads whole.
+
+    Raises:
+        UserError: not a model, not reachable, damaged, weights missing.
+    """
+    try:
+        config = AutoConfig.from_pretrained(name, **hub)
+        tokenizer = AutoTokenizer.from_pretrained(name, **hub)
+        with torch.device("meta"):
+            backbone = AutoModel.from_config(config, trust_remote_code=hub.get("trust_remote_code"))
+    except (OSError, ValueError, KeyError):
+        load_encoder(name, **hub)  # says what is wrong, as in every other stage
+        raise
+    names = set(backbone.state_dict())
+    access = {key: hub.get(key) for key in ("cache_dir", "token")}
+    files = _weight_files(name, **access)
+    tensors: dict[str, Callable[[], Tensor]] = {}
+    for file in files if all(file.suffix == ".safetensors" for file in files) else []:
+        try:
+            with safe_open(file, "pt") as stored:
+                keys = list(stored.keys())
+        except SafetensorError as error:
+            raise UserError(f"{name}: {file} is not a whole safetensors file ({error}); fetch it again") from None
+        for key in keys:
+            own = key if key in names else key.removeprefix(f"{backbone.base_model_prefix}.")
+            read = functools.partial(_read_tensor, file, key)
+            if own in names or not read().is_floating_point():  # position ids, which older versions stored
+                tensors[own] = read
+    if any(key not in tensors and not key.startswith("pooler.") for key in names):
+        state = load_encoder(name, **hub).backbone.state_dict()
+        tensors = {key: functools.partial(state.__getitem__, key) for key in state}
+    return Checkpoint(name, backbone, tokenizer, read_settings(name, **access), files, tensors)
+
+
+def _read_tensor(file: Path, key: str) -> Tensor:
+    """Memory-mapped, and opened anew each time, so that the pages are given back with the tensor."""
+    with safe_open(file, "pt") as stored:
+        tensor: Tensor = stored.get_tensor(key)
+    return tensor
+
+
+def _weight_files(name: str, **hub: Any) -> list[Path]:
+    """The files that transformers would take: one, or the shards that an index lists; none where it finds none."""
+
+    def find(file: str) -> str | None:
+        quiet = {
+            f"_raise_exceptions_for_{why}": False for why in ("missing_entries", "gated_repo", "connection_errors")
+        }
+        found: str | None = cached_file(name, file, **hub, **quiet)
+        return found
+
+    present = next(filter(None, map(find, _WEIGHTS)), None)
+    if present is None or not present.endswith(".json"):
+        return [Path(present)] if present else []
+    index = json.loads(Path(present).read_text(encoding="utf-8"))
+    found = {shard: find(shard) for shard in sorted(set(index["weight_map"].values()))}
+    if absent := [shard for shard, path in found.items() if path is None]:
+        raise UserError(f"{name}: lacks {_joined(absent)}, which {Path(present).name} lists; fetch it again")
+    return [Path(path) for path in found.values() if path]
+
+
+def _refuse_difference(one: Checkpoint, other: Checkpoint) -> None:
+    def same(what: str, ours: object, theirs: object) -> None:
+        if ours != theirs:
+            raise UserError(f"{one.name} and {other.name} cannot be merged: {what} is {ours} and {theirs}")
+
+    ours, theirs = one.backbone.config, other.backbone.config
+    for field in ("model_type", "num_attention_heads"):  # another number of heads has the same shapes
+        same(field, getattr(ours, field, None), getattr(theirs, field, None))
+    keys, other_keys = set(one.backbone.state_dict()), set(other.backbone.state_dict())
+    for key in sorted(key for key in keys ^ other_keys if not key.startswith("pooler.")):
+        same(f"weight {key}", *("present" if key in held else "absent" for held in (keys, other_keys)))
+    for key in sorted(one.tensors.keys() & other.tensors.keys()):
+        same(f"the shape of {key}", *(tuple(c.tensors[key]().shape) for c in (one, other)))
+    ids, other_ids = one.tokenizer.get_vocab(), other.tokenizer.get_vocab()
+    for token in sorted(token for token, _ in ids.items() ^ other_ids.items())[:1]:
+        same(f"the tokenizer's id of {token!r}", ids.get(token, "absent"), other_ids.get(token, "absent"))
+    if one.settings.pooling and other.settings.pooling:
+        same("pooling", one.settings.pooling, other.settings.pooling)
+
+
+def _joined(values: Iterable[Any]) -> str:
+    shown = [str(value) for value in values]
+    return ", ".join(shown[:5]) + ", ..." * (len(shown) > 5)
+
+
+def merged_settings(checkpoints: Sequence[Checkpoint]) -> EncoderSettings:
+    """Each setting as the first model that states it has it (else cls, normalized); a contradiction is warned of."""
+    stated: dict[str, Any] = {}
+    for name in (field.name for field in fields(EncoderSettings)):
+        for checkpoint in checkpoints:
+            value = getattr(checkpoint.settings, name)
+            if value is not None and stated.setdefault(name, value) != value:
+                logger.warning("%s: has %s %r; the result has %r", checkpoint.name, name, value, stated[name])
+    return replace(EncoderSettings(pooling="cls", normalize=True), **stated)
+
+
+def merged_names(checkpoints: Sequence[Checkpoint]) -> list[str]:
+    """The tensors of the merged model: the first model's, without its pooler unless every model has one."""
+    names = set(checkpoints[0].tensors)
+    poolers = {name for name in names if name.startswith("pooler.")}
+    if lacking := [c.name for c in checkpoints if poolers - c.tensors.keys()]:
+        logger.info("%s: no pooler, which no embedding uses; the result has none either", _joined(lacking))
+        names -= poolers
+    return sorted(names)
+
+
+def average(
+    checkpoints: Sequence[Checkpoint], weights: Sequence[float], names: Iterable[str]
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield each name with sum_m w_m theta_m in float32; integers as they are in the first model.
+
+    A model of weight 0 is not read, so [1, 0] gives the first model bit for bit.
+
+    Raises:
+        UserError: an integer tensor that differs between models, or an average that is not finite.
+    """
+    models = _joined(c.name for c in checkpoints)
+    for name in names:
+        readers = [c.tensors[name] for c in checkpoints if name in c.tensors]
+        first = readers[0]()
+        if not first.is_floating_point():
+            if not all(torch.equal(first, read()) for read in readers[1:]):
+                raise UserError(f"{models} cannot be merged: {name} holds integers, and they differ")
+            yield name, first
+            continue
+        total = None
+        for weight, read in zip(weights, readers, strict=True):
+            if weight != 0:
+                term = read().to(torch.float32) * weight
+                total = term if total is None else total.add_(term)
+        assert total is not None  # the weights sum to 1
+        if not total.isfinite().all():
+            raise UserError(f"{models} cannot be merged: {name} would be NaN or infinite; is one of them broken?")
+        yield name, total
+
+
+@contextmanager
+def _model_folder(folder: Path) -> Iterator[Path]:
+    """A path for a folder that takes `folder`'s place with one rename.
+
+    A folder that holds something, or is a mount point, stays: it gets the new files one by one, the manifest last.
+    """
+    if not folder.is_dir() or not (os.path.ismount(folder) or any(folder.iterdir())):
+        with records.atomic_path(folder) as temporary:
+            yield temporary
+        return
+    staged = folder / ".merged"
+    try:
+        with records.atomic_path(staged) as temporary:
+            yield temporary
+        (folder / "manifest.json").unlink(missing_ok=True)  # an earlier one must not vouch for a mixture
+        keep_last = shutil.ignore_patterns("manifest.json")
+        shutil.copytree(staged, folder, ignore=keep_last, copy_function=os.replace, dirs_exist_ok=True)
+        os.replace(staged / "manifest.json", folder / "manifest.json")
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+
+
+def _like(tensor: Tensor) -> Tensor:
+    """Shape and type in the merged model, without data."""
+    return torch.empty_like(tensor, device="meta", dtype=torch.float32 if tensor.is_floating_point() else None)
+
+
+def _write_safetensors(path: Path, like: dict[str, Tensor], tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """A safetensors file from tensors that come one by one, in the order of `like` (the library wants all at once).
+
+    The format: 8 bytes with the header's length, the header (JSON: type, shape and place of each tensor), the data.
+    """
+    header: Row = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in like.items():
+        start, end = end, end + tensor.nbytes
+        header[name] = {"dtype": _TYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for _, tensor in tensors:
+            file.write(tensor.contiguous().reshape(-1).numpy().data)
+
+
+def _save_config_and_tokenizer(folder: Path, first: Checkpoint) -> None:
+    config = first.backbone.config
+    config.architectures, config.dtype = [type(first.backbone).__name__], torch.float32
+    config.save_pretrained(folder)
+    try:
+        first.tokenizer.save_pretrained(folder)
+    except Exception as error:  # the tokenizers library has no narrower type for a full disk
+        if type(error) is not Exception:
+            raise
+        raise OSError(str(error)) from None
