@@ -76,7 +76,9 @@ def unique_names(paths: Sequence[str]) -> list[str]:
     names: list[str] = []
     for path in paths:
         name = Path(path).name or str(path)
-        taken = names.count(name) or sum(other.startswith(f"{name}-") and other[len(name) + 1 :].isdigit() for other in names)
+        taken = names.count(name) or sum(
+            other.startswith(f"{name}-") and other[len(name) + 1 :].isdigit() for other in names
+        )
         names.append(f"{name}-{taken + 1}" if taken else name)
     return names
 
@@ -104,7 +106,10 @@ def write_results(
 ) -> None:
     """metrics.json, per_query.jsonl, one TREC run a model and, last, manifest.json."""
     for name, ranking in rankings.items():
-        with records.atomic_path(folder / f"run.{name}.trec") as temporary, open(temporary, "w", encoding="utf-8") as file:
+        with (
+            records.atomic_path(folder / f"run.{name}.trec") as temporary,
+            open(temporary, "w", encoding="utf-8") as file,
+        ):
             for query_id, rows, scores in zip(task.query_ids, ranking.rows, ranking.scores, strict=True):
                 for rank, (row, score) in enumerate(zip(rows, scores, strict=True), start=1):
                     file.write(f"{query_id} Q0 {task.corpus_ids[row]} {rank} {score:.6f} {name}\n")

@@ -8,7 +8,6 @@
 `python train.py --help` lists every flag. To change what is learned, edit bge_core/loss.py or give --loss FILE.py:FUNCTION.
 """
 
-import functools
 import importlib.util
 import logging
 import math
@@ -31,13 +30,15 @@ from bge_core.data import TrainingData
 from bge_core.distributed import on_main, start, sum_over_ranks, world, wrap
 from bge_core.evaluation import evaluate_encoder, load_task
 from bge_core.loss import LossConfig, training_loss
+from bge_core.metrics import per_query_metrics
 from bge_core.model import Encoder, load_encoder
-from bge_core.packing import Tokens
 from bge_core.optim import build_optimizer, learning_rate_schedule
+from bge_core.packing import Tokens
 from bge_core.runlog import append_metrics, cut_metrics, memory_mb
 from bge_core.step import LossFunction, StepSettings, forward_backward
 
 logger = logging.getLogger(__name__)
+METRIC_NAMES = tuple(per_query_metrics([], []))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -61,8 +62,14 @@ def train(config: TrainConfig) -> None:
 
     encoder = build_encoder(config, config.model_name_or_path)
     config = resolve_instructions(config, encoder)
+    if max(config.mrl_dims, default=0) > encoder.embedding_size:
+        raise UserError(f"--mrl_dims {config.mrl_dims}: the model's vectors have {encoder.embedding_size} dimensions")
     data = TrainingData(config, encoder.tokenizer, encoder.max_positions, rank, world_size, accumulation)
     task = load_task(config.val_data, config.val_corpus) if config.val_data else None
+    if config.metric_for_best_model not in METRIC_NAMES:
+        raise UserError(
+            f"--metric_for_best_model {config.metric_for_best_model!r}: use one of {', '.join(METRIC_NAMES)}"
+        )
     if config.show_batch:
         if rank == 0:
             print(report.describe_batch(data, config))
@@ -99,16 +106,22 @@ def train(config: TrainConfig) -> None:
     num_warmup = config.warmup_steps or math.ceil(config.warmup_ratio * num_steps)
     lr_at = learning_rate_schedule(config.lr_scheduler_type, config.learning_rate, num_warmup, num_steps)
     save_every = interval(config.save_steps, num_steps)
-    eval_every = interval(config.eval_steps or config.save_steps, num_steps) if task else 0
-    evaluate = functools.partial(
-        evaluate_encoder, encoder, task, batch_size=config.per_device_eval_batch_size,
-        precision=accelerator.mixed_precision, query_prompt=encoder.settings.query_prompt,
-        passage_prompt=encoder.settings.passage_prompt, query_max_length=data.query_max_len,
-        passage_max_length=data.passage_max_len,
-    )  # fmt: skip
+    eval_every = interval(config.eval_steps or config.save_steps, num_steps)
+    evaluation = {
+        "batch_size": config.per_device_eval_batch_size, "precision": accelerator.mixed_precision,
+        "query_prompt": encoder.settings.query_prompt, "passage_prompt": encoder.settings.passage_prompt,
+        "query_max_length": data.query_max_len, "passage_max_length": data.passage_max_len,
+    }  # fmt: skip
 
     # ---- begin, or go on where a checkpoint left off
-    progress: dict[str, Any] = {"skipped": 0, "best_value": -math.inf, "best_step": 0, "stale": 0, "window": {}, "scores": {}}
+    progress: dict[str, Any] = {
+        "skipped": 0,
+        "best_value": -math.inf,
+        "best_step": 0,
+        "stale": 0,
+        "window": {},
+        "scores": {},
+    }
     model.train()
     settle(model, world_size)
     torch.manual_seed(config.seed + rank)
@@ -130,7 +143,9 @@ def train(config: TrainConfig) -> None:
         records.write_json(output_dir / "manifest.json", manifest | {"status": "running"})
         cut_metrics(metrics_file, first_step)
     if config.report_to != "none":
-        accelerator.init_trackers("bge_core", {k: v for k, v in as_dict(config).items() if isinstance(v, (int, float, str))})
+        accelerator.init_trackers(
+            "bge_core", {k: v for k, v in as_dict(config).items() if isinstance(v, (int, float, str))}
+        )
 
     def save(step: int) -> None:
         state = {"progress": progress, "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
@@ -179,18 +194,18 @@ def train(config: TrainConfig) -> None:
         bar.update()
         if step % config.logging_steps == 0 or step == num_steps:
             seconds, clock = time.perf_counter() - clock, time.perf_counter()
-            line = summarize(window, seconds) | {"lr": optimizer.param_groups[0]["lr"], "grad_norm": grad_norm}
+            logged = summarize(window, seconds) | {"lr": optimizer.param_groups[0]["lr"], "grad_norm": grad_norm}
             if scaler.is_enabled():
-                line |= {"skipped_steps": progress["skipped"], "loss_scale": scaler.get_scale()}
-            log({"step": step, "epoch": round(step / data.plan.steps_per_epoch, 4)} | line)
-            bar.set_postfix_str(report.one_line(line))
+                logged |= {"skipped_steps": progress["skipped"], "loss_scale": scaler.get_scale()}
+            log({"step": step, "epoch": round(step / data.plan.steps_per_epoch, 4)} | logged)
+            bar.set_postfix_str(report.one_line(logged))
             if bar.disable and rank == 0:
-                logger.info("step %d/%d  %s", step, num_steps, report.one_line(line))
+                logger.info("step %d/%d  %s", step, num_steps, report.one_line(logged))
             window.clear()
 
         stop = False
-        if eval_every and (step % eval_every == 0 or step == num_steps):
-            progress["scores"] = scores = evaluate().means
+        if task and eval_every and (step % eval_every == 0 or step == num_steps):
+            progress["scores"] = scores = evaluate_encoder(encoder, task, **evaluation).means
             log({"step": step} | scores)
             logger.info("step %d  %s", step, "  ".join(f"{name} {value:.4f}" for name, value in scores.items()))
             is_best = scores[config.metric_for_best_model] > progress["best_value"]
@@ -205,7 +220,9 @@ def train(config: TrainConfig) -> None:
         if save_every and step % save_every == 0:
             save(step)
         if stop:
-            logger.info("stopped early: %d evaluations without a better %s", progress["stale"], config.metric_for_best_model)
+            logger.info(
+                "stopped early: %d evaluations without a better %s", progress["stale"], config.metric_for_best_model
+            )
             break
     bar.close()
 
@@ -216,17 +233,29 @@ def train(config: TrainConfig) -> None:
         use_best = config.load_best_model_at_end and best.is_dir()
         checkpoint.publish_model(output_dir, best if use_best else encoder)
         if use_best:
-            logger.info("the final model is that of step %d (%s %.4f)", progress["best_step"], config.metric_for_best_model, progress["best_value"])
+            logger.info(
+                "the final model is that of step %d (%s %.4f)",
+                progress["best_step"],
+                config.metric_for_best_model,
+                progress["best_value"],
+            )
         report.plot_curves(metrics_file, output_dir / "curves.png")
         report.write_model_card(
             output_dir,
             title=config.run_name or output_dir.name,
-            facts={"base model": config.model_name_or_path, "training data": config.train_data, **facts, "settings": changed_fields(config)},
+            facts={
+                "base model": config.model_name_or_path,
+                "training data": config.train_data,
+                **facts,
+                "settings": changed_fields(config),
+            },
             scores=progress["scores"],
             prompt=encoder.settings.query_prompt or "",
         )
         skipped = {"skipped_steps": progress["skipped"]}
-        records.write_json(output_dir / "manifest.json", manifest | {"status": "finished", "scores": progress["scores"], **skipped})
+        records.write_json(
+            output_dir / "manifest.json", manifest | {"status": "finished", "scores": progress["scores"], **skipped}
+        )
         print(f"model: {output_dir}")
     accelerator.end_training()
 
@@ -329,7 +358,8 @@ def not_finite(output_dir: Path, step: int, rank: int, data: TrainingData, micro
     file = output_dir / f"not_finite-step{step}-rank{rank}.jsonl"
     records.write_jsonl(file, ({"row": row} | data.rows[row] for batch in micro_batches for row in batch.rows))
     return UserError(
-        f"step {step}: the loss or its gradient is NaN or infinite; nothing was updated. The rows of this batch are in {file}.\n"
+        f"step {step}: the loss or its gradient is NaN or infinite; nothing was updated. "
+        f"The rows of this batch are in {file}.\n"
         "Try a smaller --learning_rate, --warmup_ratio 0.1, --bf16 instead of --fp16, and look at those rows; "
         "--resume_from_checkpoint latest goes on from the last checkpoint."
     )

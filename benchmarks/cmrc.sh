@@ -23,15 +23,16 @@ fi
 $PYTHON - "$OUT/prepared" "$CMRC/qa" <<'PYTHON'
 import json, sys
 from pathlib import Path
+from bge_core.records import normalize_text as clean
 prepared, raw = map(Path, sys.argv[1:])
 rows = {name: [json.loads(line) for line in open(prepared / f"{name}.jsonl", encoding="utf-8")] for name in ("train", "test", "corpus")}
 pairs = [json.loads(line) for file in sorted(raw.glob("*.jsonl")) for line in open(file, encoding="utf-8")]
-clean = lambda text: " ".join(text.split())
-questions, answers = {clean(p["question"]) for p in pairs}, {clean(p["answer"]) for p in pairs}
-found = {row["query"] for name in ("train", "test") for row in rows[name]}
-print(f"prepare: {len(pairs)} pairs -> {len(rows['train'])} train + {len(rows['test'])} test questions, {len(rows['corpus'])} answers")
+full = [pair for pair in pairs if clean(pair["question"]) and clean(pair["answer"])]
+questions, answers = {clean(pair["question"]) for pair in full}, {clean(pair["answer"]) for pair in full}
+found = {clean(row["query"]) for name in ("train", "test") for row in rows[name]}
+print(f"prepare: {len(pairs)} pairs, {len(pairs) - len(full)} with an empty side -> {len(rows['train'])} train + {len(rows['test'])} test questions, {len(rows['corpus'])} answers")
 assert found == questions, (len(found), len(questions))
-assert {row["text"] for row in rows["corpus"]} == answers
+assert {clean(row["text"]) for row in rows["corpus"]} == answers
 PYTHON
 
 # 2. the recipe. The encoder was pretrained with mean pooling and says so; without those files it is a bare checkpoint,

@@ -33,7 +33,9 @@ def read_scores(folder: Path) -> dict[str, dict[str, np.ndarray]]:
 def bootstrap_interval(differences: np.ndarray, seed: int = 0) -> tuple[float, float, float]:
     """Mean of paired differences with its 95 % percentile interval over resampled questions (Efron 1979)."""
     rng = np.random.default_rng(seed)
-    means = np.array([differences[rng.integers(len(differences), size=len(differences))].mean() for _ in range(RESAMPLES)])
+    means = np.array(
+        [differences[rng.integers(len(differences), size=len(differences))].mean() for _ in range(RESAMPLES)]
+    )
     low, high = np.quantile(means, [0.025, 0.975])
     return float(differences.mean()), float(low), float(high)
 
@@ -69,7 +71,13 @@ def main() -> None:
     lines += ["", f"`{args.command}`; {machine}; torch {torch.__version__}; {date.today()}"]
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "cmrc.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    record = {"command": args.command, "machine": machine, "torch": torch.__version__, "date": str(date.today()), **figures}
+    record = {
+        "command": args.command,
+        "machine": machine,
+        "torch": torch.__version__,
+        "date": str(date.today()),
+        **figures,
+    }
     (RESULTS / "cmrc.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     print("\n".join(lines))
 

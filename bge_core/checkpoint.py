@@ -33,10 +33,14 @@ FREE_SETTINGS = {
 def checkpoints(output_dir: str | Path) -> list[Path]:
     """The checkpoints of a run folder by rising step."""
     found = [path for path in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    return sorted((path for path in found if (path / STATE_FILE).is_file()), key=lambda path: int(path.name.split("-")[1]))
+    return sorted(
+        (path for path in found if (path / STATE_FILE).is_file()), key=lambda path: int(path.name.split("-")[1])
+    )
 
 
-def open_run_folder(output_dir: str | Path, config: dict[str, Any], *, resume: str | None, overwrite: bool) -> Path | None:
+def open_run_folder(
+    output_dir: str | Path, config: dict[str, Any], *, resume: str | None, overwrite: bool
+) -> Path | None:
     """Claim the run folder; say which checkpoint to resume.
 
     A folder whose manifest has the same configuration is the run's own. Any other folder that holds something is
@@ -56,7 +60,9 @@ def open_run_folder(output_dir: str | Path, config: dict[str, Any], *, resume: s
     """
     folder = Path(output_dir)
     if resume not in (None, "latest") and not (Path(str(resume)) / STATE_FILE).is_file():
-        raise UserError(f"--resume_from_checkpoint {resume}: is not a checkpoint (no {STATE_FILE}); name one, or 'latest'")
+        raise UserError(
+            f"--resume_from_checkpoint {resume}: is not a checkpoint (no {STATE_FILE}); name one, or 'latest'"
+        )
     held = _held(folder)
     manifest = records.read_json(folder / "manifest.json") or {}
     changed = _changed(manifest.get("config") or {}, config)
@@ -71,7 +77,10 @@ def open_run_folder(output_dir: str | Path, config: dict[str, Any], *, resume: s
         records.refuse_unwritable(folder)
         raise UserError(f"--output_dir {folder}: {_why_refused(manifest, own, changed, held)}")
     records.refuse_unwritable(folder)
-    for path in [*folder.glob("checkpoint-*"), *(folder / name for name in ("metrics.jsonl", "manifest.json", "curves.png"))]:
+    for path in [
+        *folder.glob("checkpoint-*"),
+        *(folder / name for name in ("metrics.jsonl", "manifest.json", "curves.png")),
+    ]:
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     _sweep(folder)
     return None
@@ -125,7 +134,9 @@ def load_checkpoint(folder: str | Path) -> dict[str, Any]:
     try:
         return dict(torch.load(Path(folder) / STATE_FILE, map_location="cpu", weights_only=True))
     except (RuntimeError, EOFError, OSError) as error:
-        raise UserError(f"{folder}/{STATE_FILE}: is damaged ({str(error).splitlines()[0]}); resume from an older one") from None
+        raise UserError(
+            f"{folder}/{STATE_FILE}: is damaged ({str(error).splitlines()[0]}); resume from an older one"
+        ) from None
 
 
 def random_state() -> dict[str, Any]:

@@ -60,7 +60,9 @@ def _two_placeholders(name: str, value: str) -> str:
 class PrepareConfig:
     """Raw question/answer files -> train.jsonl, test.jsonl, corpus.jsonl."""
 
-    input_dir: str = _required("Folder (or one file) with .jsonl .json .csv .tsv .xlsx .parquet files; read recursively.")
+    input_dir: str = _required(
+        "Folder (or one file) with .jsonl .json .csv .tsv .xlsx .parquet files; read recursively."
+    )
     output_dir: str = _required("Where train.jsonl, test.jsonl, corpus.jsonl and manifest.json go.")
     train_num: int | None = _flag(None, "At most this many training rows. Default: nine tenths of the rows.")
     split_by: Literal["group", "question"] = _flag(
@@ -160,14 +162,18 @@ class TrainConfig:
     kd_loss_type: Literal["kl_div", "m3_kd_loss"] = _flag("kl_div", "Distillation loss.")
     use_mrl: bool = _flag(False, "Matryoshka: the loss is the mean over mrl_dims.")
     mrl_dims: list[int] = _flag([], "Leading dimensions that shall work alone.")
-    loss: str | None = _flag(None, "FILE.py:FUNCTION(LossInput, LossConfig) -> LossOutput instead of the built-in loss.")
+    loss: str | None = _flag(
+        None, "FILE.py:FUNCTION(LossInput, LossConfig) -> LossOutput instead of the built-in loss."
+    )
     loss_args: str | None = _flag(None, "JSON object, given to the loss as cfg.args.")
     # optimization
     num_train_epochs: float = _flag(3.0, "Passes over the data; may be a fraction.")
     max_steps: int = _flag(-1, "Optimizer updates; above 0 it beats num_train_epochs.")
     per_device_train_batch_size: int = _flag(8, "Queries per process and micro-batch.")
     gradient_accumulation_steps: int | None = _flag(None, "Micro-batches per update. Default: Accelerate's, else 1.")
-    sub_batch_size: int | None = _flag(None, "GradCache: encode this many texts at a time; memory no longer grows with the batch.")
+    sub_batch_size: int | None = _flag(
+        None, "GradCache: encode this many texts at a time; memory no longer grows with the batch."
+    )
     learning_rate: float = _flag(5e-5, "Peak learning rate of AdamW.")
     lr_scheduler_type: str = _flag("linear", "As in transformers: linear, cosine, constant, constant_with_warmup, ...")
     warmup_ratio: float = _flag(0.0, "Warm-up as a share of all steps.")
@@ -214,12 +220,27 @@ class TrainConfig:
             _need(value is None or value > 0, name, value, "use a number above 0")
         for name in ("weight_decay", "max_grad_norm", "warmup_steps", "save_steps", "dataloader_num_workers"):
             _need(getattr(self, name) >= 0, name, getattr(self, name), "use 0 or a number above it")
-        _need(self.max_steps > 0 or self.num_train_epochs > 0, "num_train_epochs", self.num_train_epochs, "use a number above 0")
+        _need(
+            self.max_steps > 0 or self.num_train_epochs > 0,
+            "num_train_epochs",
+            self.num_train_epochs,
+            "use a number above 0",
+        )
         _need(0 <= self.warmup_ratio <= 1, "warmup_ratio", self.warmup_ratio, "use a share from 0 to 1")
         _need(not (self.fp16 and self.bf16), "fp16", True, "cannot go with --bf16: choose one")
-        _need(self.use_mrl == bool(self.mrl_dims), "mrl_dims", self.mrl_dims, "go with --use_mrl, as --use_mrl --mrl_dims 256 512")
+        _need(
+            self.use_mrl == bool(self.mrl_dims),
+            "mrl_dims",
+            self.mrl_dims,
+            "go with --use_mrl, as --use_mrl --mrl_dims 256 512",
+        )
         _need(all(dim > 0 for dim in self.mrl_dims), "mrl_dims", self.mrl_dims, "use numbers above 0")
-        _need(self.report_to in ("none", "tensorboard", "wandb"), "report_to", self.report_to, "use tensorboard, wandb or none")
+        _need(
+            self.report_to in ("none", "tensorboard", "wandb"),
+            "report_to",
+            self.report_to,
+            "use tensorboard, wandb or none",
+        )
         _need(
             self.negatives_cross_device <= self.use_inbatch_neg, "negatives_cross_device", True,
             "needs in-batch negatives: drop --use_inbatch_neg False",
@@ -227,18 +248,20 @@ class TrainConfig:
         for name in ("load_best_model_at_end", "early_stopping_patience", "eval_steps", "val_corpus"):
             _need(self.val_data is not None or not getattr(self, name), name, getattr(self, name), "needs --val_data")
         self.query_instruction_format = _two_placeholders("query_instruction_format", self.query_instruction_format)
-        self.passage_instruction_format = _two_placeholders("passage_instruction_format", self.passage_instruction_format)
+        self.passage_instruction_format = _two_placeholders(
+            "passage_instruction_format", self.passage_instruction_format
+        )
         _ = self.parsed_loss_args
 
     @property
     def parsed_loss_args(self) -> dict[str, Any]:
         """loss_args as the object it states, {} without."""
         try:
-            args = json.loads(self.loss_args) if self.loss_args else {}
+            args: Any = json.loads(self.loss_args) if self.loss_args else {}
         except json.JSONDecodeError:
             args = None
         _need(isinstance(args, dict), "loss_args", self.loss_args, """write a JSON object, as '{"margin": 0.1}'""")
-        return dict(args)
+        return cast(dict[str, Any], args)
 
 
 @dataclass
@@ -267,7 +290,9 @@ class EvaluateConfig:
     val_data: str = _required("JSONL with query and pos.")
     corpus: str | None = _flag(None, "JSONL with text; default: the distinct pos and neg of val_data.")
     k: int = _flag(100, "Depth of the ranking.")
-    add_instruction: bool = _flag(False, "Use the model's stored prompts, else BGE's query instruction for its language.")
+    add_instruction: bool = _flag(
+        False, "Use the model's stored prompts, else BGE's query instruction for its language."
+    )
     query_instruction_for_retrieval: str | None = _flag(None, "Put before each query; beats --add_instruction.")
     passage_instruction_for_retrieval: str | None = _flag(None, "Put before each passage; beats --add_instruction.")
     pooling_method: Literal["cls", "mean", "last_token"] | None = _flag(
@@ -334,7 +359,7 @@ def parse_config(config_class: type[T], argv: Sequence[str] | None = None) -> T:
         UserError: unknown flag or key (the nearest name is offered), a value of the wrong type or range.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    parser = _Parser(config_class, allow_abbrev=False, description=config_class.__doc__)
+    parser = _Parser(cast(Any, config_class), allow_abbrev=False, description=config_class.__doc__)
     parser.add_argument("--config", help="YAML file with the same names as the flags; flags override it.")
     known = {option.lstrip("-") for action in parser._actions for option in action.option_strings}
     for word in words:

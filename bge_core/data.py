@@ -206,7 +206,9 @@ class TrainingData(torch.utils.data.Dataset[list[Batch]]):
         self.inputs = [records.describe_input(file, len(part)) for file, part in zip(self.files, parts, strict=True)]
         for i, part in enumerate(parts):
             if len(part) > config.max_example_num_per_dataset:
-                kept = np.random.default_rng((config.seed, i)).permutation(len(part))[: config.max_example_num_per_dataset]
+                kept = np.random.default_rng((config.seed, i)).permutation(len(part))[
+                    : config.max_example_num_per_dataset
+                ]
                 parts[i] = part.select(np.sort(kept))
         self.rows = datasets.concatenate_datasets(parts)
         self.plan = BatchPlan(

@@ -9,6 +9,7 @@ So the backward of the gather sums each passage's gradients over the ranks and h
 computes its own rows only; DDP averages over ranks, hence the factor W in the step.
 """
 
+import atexit
 import inspect
 import logging
 import os
@@ -66,6 +67,7 @@ def start(fp16: bool = False, bf16: bool = False, **kwargs: Any) -> Accelerator:
     mps = world_size == 1 and torch.backends.mps.is_available()
     precision = resolve_precision(fp16, bf16, cuda=cuda)
     accelerator = Accelerator(cpu=not (cuda or mps), mixed_precision=precision, **kwargs)
+    atexit.register(_leave)
     if accelerator.num_processes != world_size:
         raise UserError(
             f"the launcher started {world_size} processes, but {accelerator.num_processes} joined; start with\n"
@@ -73,6 +75,12 @@ def start(fp16: bool = False, bf16: bool = False, **kwargs: Any) -> Accelerator:
             f"  accelerate launch --config_file configs/accelerate/<one of the files> train.py ..."
         )
     return accelerator
+
+
+def _leave() -> None:
+    """A process that ends with gloo's threads running can abort; also when an error ends it."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def world() -> tuple[int, int]:
@@ -87,7 +95,8 @@ def wrap(model: nn.Module) -> nn.Module:
     # Inputs are placed by us (no device_ids) and buffers never change. The flag was renamed in torch 2.12.
     known = inspect.signature(DistributedDataParallel.__init__).parameters
     sync_buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-    return DistributedDataParallel(model, gradient_as_bucket_view=True, **{sync_buffers: False})
+    options: dict[str, Any] = {"gradient_as_bucket_view": True, sync_buffers: False}
+    return DistributedDataParallel(model, **options)
 
 
 def unwrap(model: nn.Module) -> nn.Module:

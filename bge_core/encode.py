@@ -61,7 +61,12 @@ def encode(
     encoder.eval()
     mine = batches[rank::world_size]
     # disable=None: no bar where stderr is not a terminal
-    bar = tqdm(total=sum(map(len, mine)), desc=description, unit="text", disable=None if rank == 0 and len(texts) > 1000 else True)
+    bar = tqdm(
+        total=sum(map(len, mine)),
+        desc=description,
+        unit="text",
+        disable=None if rank == 0 and len(texts) > 1000 else True,
+    )
     with torch.inference_mode(), torch.autocast(device.type, half) if half else nullcontext(), bar:
         for batch in mine:
             vectors = encoder(Tokens.from_lists([tokens[i] for i in batch]).to(device))
@@ -74,5 +79,7 @@ def encode(
     result = vector_SD.numpy()
     bad = np.flatnonzero(~np.isfinite(result).all(axis=1))
     if len(bad):
-        raise UserError(f"the model gives NaN for {len(bad)} of {len(texts)} texts, first {texts[bad[0]][:60]!r}: is it broken?")
+        raise UserError(
+            f"the model gives NaN for {len(bad)} of {len(texts)} texts, first {texts[bad[0]][:60]!r}: is it broken?"
+        )
     return result

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from bge_core import records
+from bge_core import UserError, records
 from bge_core.encode import encode
 from bge_core.metrics import mean_metrics, per_query_metrics
 from bge_core.model import Encoder
@@ -72,20 +72,22 @@ def load_task(val_data: str | Path, corpus: str | Path | None = None) -> Retriev
         query_ids.append(str(row["id"]) if row.get("id") is not None else str(number - 1))
         rows.append(row)
     if not rows:
-        raise records.UserError(f"{val_data}: holds no row")
+        raise UserError(f"{val_data}: holds no row")
     if corpus is None:
         texts = records.distinct_texts(rows, "pos", "neg")
         ids = [str(i) for i in range(len(texts))]
     else:
         ids, texts = records.read_corpus(corpus)
     row_of: dict[int, int] = {}
-    kept = []
+    kept: list[int] = []
     for i, text in enumerate(texts):
         if row_of.setdefault(records.text_id(text), len(kept)) == len(kept):
             kept.append(i)
     if len(kept) < len(texts):
         logger.warning("%s: %d repeated texts were left out of the corpus", corpus, len(texts) - len(kept))
-    relevant, num_positives, missing = [], [], {}
+    relevant: list[list[int]] = []
+    num_positives: list[int] = []
+    missing: dict[int, str] = {}
     for row in rows:
         positives = {records.text_id(text): text for text in row["pos"]}
         relevant.append([row_of[i] for i in positives if i in row_of])
@@ -93,7 +95,9 @@ def load_task(val_data: str | Path, corpus: str | Path | None = None) -> Retriev
         missing.update({i: text for i, text in positives.items() if i not in row_of})
     if missing:
         shown = "".join(f"\n  {text[:60]}" for text in list(missing.values())[:3])
-        logger.warning("%s lacks %d positives of %s, which count as misses; first:%s", corpus, len(missing), val_data, shown)
+        logger.warning(
+            "%s lacks %d positives of %s, which count as misses; first:%s", corpus, len(missing), val_data, shown
+        )
     return RetrievalTask(
         query_ids, [row["query"] for row in rows], [ids[i] for i in kept], [texts[i] for i in kept],
         relevant, num_positives, list(missing.values()),

@@ -98,7 +98,7 @@ def training_loss(x: LossInput, cfg: LossConfig) -> LossOutput:
         similarity_BN = similarity(x.query_BD, x.candidate_ND, dim, cfg)
         losses.append(_row_losses(similarity_BN / cfg.temperature, mask_BN, x, cfg).mean())
     with torch.no_grad():
-        metrics = ranking_metrics(similarity_BN, mask_BN, x)
+        metrics = ranking_metrics(similarity_BN, mask_BN, x, cfg)
     return LossOutput(torch.stack(losses).mean(), metrics)
 
 
@@ -117,14 +117,17 @@ def negative_mask(x: LossInput, cfg: LossConfig) -> Tensor:
     Not a negative: a text that is one of the query's positives or the query itself, wherever it stands (by id, so that
     every rank's copies count), and, without in-batch negatives, every passage outside the query's own group.
     """
-    num_rows, num_candidates = x.query_BD.shape[0], x.candidate_ND.shape[0]
-    if cfg.in_batch_negatives:
-        mask_BN = x.own_BG.new_ones((num_rows, num_candidates), dtype=torch.bool)
-    else:
-        mask_BN = _own_columns(x, num_candidates)
+    mask_BN = candidate_mask(x, cfg)
     if cfg.exclude_positives:
         mask_BN = mask_BN & ~known_positives(x)
     return mask_BN.scatter(1, x.positive_B[:, None], False)
+
+
+def candidate_mask(x: LossInput, cfg: LossConfig) -> Tensor:
+    """True where candidate j stands against query i at all: everywhere, or in its own group alone; shape (B, N)."""
+    if not cfg.in_batch_negatives:
+        return own_columns(x)
+    return x.own_BG.new_ones((x.own_BG.shape[0], x.candidate_ND.shape[0]), dtype=torch.bool)
 
 
 def known_positives(x: LossInput) -> Tensor:
@@ -135,8 +138,9 @@ def known_positives(x: LossInput) -> Tensor:
     return known_BN
 
 
-def _own_columns(x: LossInput, num_candidates: int) -> Tensor:
+def own_columns(x: LossInput) -> Tensor:
     """True where candidate j belongs to the query's own group; shape (B, N)."""
+    num_candidates = x.candidate_ND.shape[0]
     own_BN1 = x.own_BG.new_zeros((x.own_BG.shape[0], num_candidates + 1), dtype=torch.bool)
     column_BG = torch.where(x.own_BG >= 0, x.own_BG, num_candidates)  # padding goes to an extra column, cut off here
     return own_BN1.scatter(1, column_BG, True)[:, :num_candidates]
@@ -151,7 +155,9 @@ def _row_losses(score_BN: Tensor, mask_BN: Tensor, x: LossInput, cfg: LossConfig
     teacher_BG = x.teacher_BG.to(score_BN.dtype).masked_fill(x.own_BG < 0, -torch.inf).softmax(dim=1)
     if cfg.distillation == "kl_div":
         return info_nce(score_BN, mask_BN, x.positive_B) + group_cross_entropy(score_BN, x.own_BG, teacher_BG)
-    return m3_distillation(score_BN, mask_BN | _own_columns(x, score_BN.shape[1]), x.own_BG, teacher_BG)
+    if cfg.distillation != "m3_kd_loss":
+        raise ValueError(f"distillation {cfg.distillation!r}: use 'kl_div', 'm3_kd_loss' or None")
+    return m3_distillation(score_BN, mask_BN | own_columns(x), x.own_BG, teacher_BG)
 
 
 def info_nce(score_BN: Tensor, mask_BN: Tensor, positive_B: Tensor) -> Tensor:
@@ -189,7 +195,7 @@ def m3_distillation(score_BN: Tensor, kept_BN: Tensor, own_BG: Tensor, teacher_B
     return loss_B
 
 
-def ranking_metrics(similarity_BN: Tensor, mask_BN: Tensor, x: LossInput) -> dict[str, Tensor]:
+def ranking_metrics(similarity_BN: Tensor, mask_BN: Tensor, x: LossInput, cfg: LossConfig) -> dict[str, Tensor]:
     """What the batch looks like to the model; means over rows (a row without negatives counts as right).
 
     accuracy: share of rows whose positive is above every negative. negative_beats_positive: share of rows with a
@@ -200,13 +206,15 @@ def ranking_metrics(similarity_BN: Tensor, mask_BN: Tensor, x: LossInput) -> dic
     positive_B = similarity_BN.gather(1, x.positive_B[:, None])[:, 0]
     hardest_B = similarity_BN.masked_fill(~mask_BN, -torch.inf).amax(dim=1)
     num_negatives_B = mask_BN.sum(dim=1)
-    masked_B = known_positives(x).scatter(1, x.positive_B[:, None], False).sum(dim=1)
+    known_BN = known_positives(x) & candidate_mask(x, cfg)
+    masked_B = known_BN.scatter(1, x.positive_B[:, None], False).sum(dim=1)
     has_negative_B = num_negatives_B > 0
     return {
         "accuracy": (positive_B > hardest_B).to(positive_B.dtype).mean(),
         "negative_beats_positive": (positive_B < hardest_B).to(positive_B.dtype).mean(),
         "positive_similarity": positive_B.mean(),
-        "hardest_negative_similarity": torch.where(has_negative_B, hardest_B, 0.0).sum() / has_negative_B.sum().clamp(1),
+        "hardest_negative_similarity": torch.where(has_negative_B, hardest_B, 0.0).sum()
+        / has_negative_B.sum().clamp(1),
         "masked_negatives": masked_B.to(positive_B.dtype).mean(),
         "log_candidates": (num_negatives_B + 1).to(positive_B.dtype).log().mean(),
     }

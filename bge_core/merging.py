@@ -38,19 +38,15 @@ logger = logging.getLogger(__name__)
 
 OUTPUTS = ("model.safetensors", "manifest.json", "the files of configuration and tokenizer")
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-_TYPE_NAMES = {torch.float32: "F32", torch.int64: "I64", torch.int32: "I32", torch.int8: "I8", torch.uint8: "U8"}
+_INTEGERS = {torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8"}
+_TYPE_NAMES = {torch.float32: "F32", torch.bool: "BOOL", **_INTEGERS}
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model on disk.
+    """A model on disk: its transformers model without weights, its tokenizer, what its sentence-transformers files say.
 
-    Args:
-        name: as the user wrote it.
-        backbone: the transformers model without weights (on the meta device).
-        tokenizer, settings: its tokenizer and what its sentence-transformers files state.
-        files: its weight files.
-        tensors: what reads each tensor, by the backbone's names. Reading maps a file: shape and type cost nothing.
+    `tensors` holds a function for each tensor, by the backbone's names, that maps it from its file.
     """
 
     name: str
@@ -62,27 +58,21 @@ class Checkpoint:
 
 
 def mix_models(
-    model_names_or_paths: Sequence[str],
-    model_type: str,
-    weights: Sequence[float],
-    output_path: str | None = None,
-    *,
-    overwrite: bool = False,
-    **hub: Any,
-) -> Any:
+    model_names_or_paths: Sequence[str], model_type: str, weights: Sequence[float], output_path: str | None = None,
+    *, overwrite: bool = False, **hub: Any,
+) -> Any:  # fmt: skip
     """LM_Cocktail's function of this name: average models with given weights.
 
     Args:
-        model_names_or_paths, weights, overwrite: of `merge_folders`.
+        model_names_or_paths, weights, overwrite, hub: of `merge_folders`.
         model_type: "encoder".
         output_path: where to save the result, too; None: nowhere.
-        hub: cache_dir, token, trust_remote_code.
 
     Returns:
         The merged transformers model, float32, in eval mode.
 
     Raises:
-        UserError: as `merge_folders`, or another model_type.
+        UserError: another model_type, or as `merge_folders`.
     """
     _refuse_model_type(model_type)
     if output_path is not None:
@@ -100,26 +90,16 @@ def mix_models(
 
 
 def mix_models_with_data(
-    model_names_or_paths: Sequence[str],
-    model_type: str,
-    example_ata: Sequence[Row] | None = None,
-    temperature: float = 5.0,
-    batch_size: int = 2,
-    max_input_length: int = 2048,
-    neg_number: int = 7,
+    model_names_or_paths: Sequence[str], model_type: str, example_ata: Sequence[Row] | None = None,
+    temperature: float = 5.0, batch_size: int = 2, max_input_length: int = 2048, neg_number: int = 7,
     output_path: str | None = None,
-    *,
-    example_data: Sequence[Row] | None = None,
-    seed: int = 42,
-    overwrite: bool = False,
-    **hub: Any,
-) -> Any:
+    *, example_data: Sequence[Row] | None = None, seed: int = 42, overwrite: bool = False, **hub: Any,
+) -> Any:  # fmt: skip
     """LM_Cocktail's function of this name: average models with weights from their losses on a few examples.
 
     Args:
         model_names_or_paths, model_type, output_path, overwrite, hub: of `mix_models`.
-        example_ata: rows with `query`, `pos` and, optionally, `neg`; LM_Cocktail spells it so.
-        example_data: the same, in full.
+        example_ata: the examples; LM_Cocktail spells it so, `example_data` is the same.
         temperature: of `weights_from_losses`.
         batch_size, max_input_length, neg_number, seed: of `example_losses`.
 
@@ -127,7 +107,7 @@ def mix_models_with_data(
         The merged transformers model, float32, in eval mode.
 
     Raises:
-        UserError: as `mix_models`, `weights_from_losses` and `example_losses`.
+        UserError: no examples or two sets of them, or as the functions named.
     """
     _refuse_model_type(model_type)
     if (example_ata is None) == (example_data is None):
@@ -150,7 +130,8 @@ def _refuse_model_type(model_type: str) -> None:
 def weights_from_losses(losses: Sequence[float], temperature: float = 5.0) -> list[float]:
     """w_m = exp(-L_m / temperature) / sum_k exp(-L_k / temperature), in float32.
 
-    UserError where the temperature is not above 0. Source: Xiao et al. 2023, eq. 3-4; LM_Cocktail 0.0.4, utils.py, compute_weights.
+    UserError where the temperature is not above 0.
+    Source: Xiao et al. 2023, eq. 3-4; LM_Cocktail 0.0.4, utils.py, compute_weights.
     """
     if not temperature > 0:
         raise UserError(f"temperature {temperature}: use a number above 0")
@@ -159,15 +140,9 @@ def weights_from_losses(losses: Sequence[float], temperature: float = 5.0) -> li
 
 
 def example_losses(
-    models: Sequence[str],
-    examples: Sequence[Row],
-    *,
-    batch_size: int = 2,
-    max_input_length: int = 2048,
-    neg_number: int = 7,
-    seed: int = 42,
-    **hub: Any,
-) -> list[float]:
+    models: Sequence[str], examples: Sequence[Row],
+    *, batch_size: int = 2, max_input_length: int = 2048, neg_number: int = 7, seed: int = 42, **hub: Any,
+) -> list[float]:  # fmt: skip
     """Each model's InfoNCE on examples: cosines / 0.05, mean over the rows of a batch, then over batches.
 
     A row's candidates are the first `pos` and the drawn `neg` of every row of its batch. Vectors are pooled as the
@@ -213,13 +188,7 @@ def example_losses(
 
 
 def mean_loss(query_BD: Tensor, passage_ND: Tensor, group_sizes: Sequence[int], batch_size: int) -> float:
-    """InfoNCE at temperature 0.05, mean over batches of the mean over rows.
-
-    Args:
-        query_BD, passage_ND: unit vectors; each query's passages lie together, its positive first.
-        group_sizes: passages of each query; sum N.
-        batch_size: queries of a batch; the last may be smaller.
-    """
+    """InfoNCE of unit vectors; the `group_sizes` passages of each query lie together, its positive first."""
     losses = []
     groups = iter(passage_ND.split(list(group_sizes)))
     for query_bD in query_BD.split(batch_size):
@@ -231,15 +200,9 @@ def mean_loss(query_BD: Tensor, passage_ND: Tensor, group_sizes: Sequence[int], 
 
 
 def merge_folders(
-    models: Sequence[str],
-    weights: Sequence[float],
-    output_path: str | Path,
-    *,
-    overwrite: bool = False,
-    config: Row | None = None,
-    inputs: Sequence[Row] = (),
-    **hub: Any,
-) -> Row:
+    models: Sequence[str], weights: Sequence[float], output_path: str | Path,
+    *, overwrite: bool = False, config: Row | None = None, inputs: Sequence[Row] = (), **hub: Any,
+) -> Row:  # fmt: skip
     """Write the weighted average of models as a model folder, float32, whole or not at all.
 
     Configuration, tokenizer, pooling and prompts are the first model's (a setting that it does not state, the next
@@ -271,7 +234,7 @@ def merge_folders(
     try:
         with _model_folder(Path(output_path)) as temporary:
             temporary.mkdir()
-            like = {name: _like(first.tensors[name]()) for name in names}
+            like = {name: torch.empty_like(first.tensors[name](), device="meta") for name in names}
             _write_safetensors(temporary / "model.safetensors", like, average(checkpoints, weights, names))
             _save_config_and_tokenizer(temporary, first)
             write_settings(temporary, settings, first.backbone.config.hidden_size)
@@ -354,13 +317,10 @@ def _read_tensor(file: Path, key: str) -> Tensor:
 def _weight_files(name: str, **hub: Any) -> list[Path]:
     """The files that transformers would take: one, or the shards that an index lists; none where it finds none."""
 
-    def find(file: str) -> str | None:
-        quiet = {
-            f"_raise_exceptions_for_{why}": False for why in ("missing_entries", "gated_repo", "connection_errors")
-        }
-        found: str | None = cached_file(name, file, **hub, **quiet)
-        return found
-
+    quiet: Any = {
+        f"_raise_exceptions_for_{why}": False for why in ("missing_entries", "gated_repo", "connection_errors")
+    }
+    find: Callable[[str], str | None] = functools.partial(cached_file, name, **hub, **quiet)
     present = next(filter(None, map(find, _WEIGHTS)), None)
     if present is None or not present.endswith(".json"):
         return [Path(present)] if present else []
@@ -469,11 +429,6 @@ def _model_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(staged, ignore_errors=True)
 
 
-def _like(tensor: Tensor) -> Tensor:
-    """Shape and type in the merged model, without data."""
-    return torch.empty_like(tensor, device="meta", dtype=torch.float32 if tensor.is_floating_point() else None)
-
-
 def _write_safetensors(path: Path, like: dict[str, Tensor], tensors: Iterable[tuple[str, Tensor]]) -> None:
     """A safetensors file from tensors that come one by one, in the order of `like` (the library wants all at once).
 
@@ -482,8 +437,9 @@ def _write_safetensors(path: Path, like: dict[str, Tensor], tensors: Iterable[tu
     header: Row = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, tensor in like.items():
-        start, end = end, end + tensor.nbytes
-        header[name] = {"dtype": _TYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+        dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
+        start, end = end, end + tensor.numel() * dtype.itemsize
+        header[name] = {"dtype": _TYPE_NAMES[dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with open(path, "wb") as file:

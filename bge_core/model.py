@@ -28,7 +28,11 @@ logger = logging.getLogger(__name__)
 Pooling = Literal["cls", "mean", "last_token"]
 POOLINGS: tuple[Pooling, ...] = ("cls", "mean", "last_token")
 # The names of sentence-transformers 2 to 5 (a flag each) and 6 (one value) for the same three poolings.
-_POOLING_FLAGS = {"pooling_mode_cls_token": "cls", "pooling_mode_mean_tokens": "mean", "pooling_mode_lasttoken": "last_token"}
+_POOLING_FLAGS = {
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_lasttoken": "last_token",
+}
 _POOLING_NAMES = {"cls": "cls", "mean": "mean", "lasttoken": "last_token"}
 
 
@@ -193,7 +197,9 @@ def _refuse_missing_weights(name: str | Path, backbone: Any, info: dict[str, Any
     missing = set(info["missing_keys"])
     pooler = {key for key in missing if key.startswith("pooler.")}
     if missing - pooler:
-        raise UserError(f"{name}: the checkpoint lacks weights of {type(backbone).__name__}: {', '.join(sorted(missing)[:5])}")
+        raise UserError(
+            f"{name}: the checkpoint lacks weights of {type(backbone).__name__}: {', '.join(sorted(missing)[:5])}"
+        )
     if pooler:  # a random pooler, which nothing uses, must not get into what we save
         backbone.pooler = None
 
@@ -232,7 +238,9 @@ def read_settings(name: str | Path, **hub: Any) -> EncoderSettings:
         normalize=any(module["type"].endswith("Normalize") for module in modules),
         max_length=sentence_config.get("max_seq_length"),
         query_prompt=prompts.get("query"),
-        passage_prompt=prompts.get("passage") or prompts.get("document") or prompts.get("passage", prompts.get("document")),
+        passage_prompt=prompts.get("passage")
+        or prompts.get("document")
+        or prompts.get("passage", prompts.get("document")),
     )
 
 
@@ -243,7 +251,9 @@ def write_settings(folder: Path, settings: EncoderSettings, embedding_size: int)
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
         (folder / file).write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 
-    modules = [("", "Transformer"), ("1_Pooling", "Pooling")] + [("2_Normalize", "Normalize")] * bool(settings.normalize)
+    modules = [("", "Transformer"), ("1_Pooling", "Pooling")] + [("2_Normalize", "Normalize")] * bool(
+        settings.normalize
+    )
     write(
         "modules.json",
         [

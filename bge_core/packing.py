@@ -48,7 +48,9 @@ class Tokens:
         if len(self) <= size:
             return [self]
         parts = [self.lengths[i : i + size] for i in range(0, len(self), size)]
-        return [Tokens(ids, part) for ids, part in zip(self.input_id_T.split([sum(p) for p in parts]), parts, strict=True)]
+        return [
+            Tokens(ids, part) for ids, part in zip(self.input_id_T.split([sum(p) for p in parts]), parts, strict=True)
+        ]
 
 
 def tokenize(tokenizer: Any, texts: Sequence[str], max_length: int) -> list[list[int]]:

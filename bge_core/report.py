@@ -23,7 +23,9 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: bo
     lines = []
     for row in cells:
         padded = [" " * (width - _width(cell)) for cell, width in zip(row, widths, strict=True)]
-        placed = [cell + gap if left or i == 0 else gap + cell for i, (cell, gap) in enumerate(zip(row, padded, strict=True))]
+        placed = [
+            cell + gap if left or i == 0 else gap + cell for i, (cell, gap) in enumerate(zip(row, padded, strict=True))
+        ]
         lines.append("  ".join(placed).rstrip())
     lines.insert(1, "  ".join("-" * width for width in widths))
     return "\n".join(lines)
@@ -52,7 +54,12 @@ def plot_curves(metrics_file: Path, picture: Path) -> None:
     lines = read_metrics(metrics_file)
     training = [line for line in lines if "loss" in line]
     evaluations = [line for line in lines if "loss" not in line]
-    panels = [("loss", "loss"), ("accuracy", "in-batch accuracy"), ("grad_norm", "gradient norm"), ("lr", "learning rate")]
+    panels = [
+        ("loss", "loss"),
+        ("accuracy", "in-batch accuracy"),
+        ("grad_norm", "gradient norm"),
+        ("lr", "learning rate"),
+    ]
     panels = [(key, title) for key, title in panels if any(key in line for line in training)]
     evaluated = [key for key in ("MRR@10", "Recall@10") if any(key in line for line in evaluations)]
     num_panels = len(panels) + bool(evaluated)
@@ -81,7 +88,9 @@ def plot_curves(metrics_file: Path, picture: Path) -> None:
         figure.savefig(temporary, format="png", dpi=120)
 
 
-def write_model_card(folder: Path, *, title: str, facts: Mapping[str, Any], scores: Mapping[str, float] | None, prompt: str) -> None:
+def write_model_card(
+    folder: Path, *, title: str, facts: Mapping[str, Any], scores: Mapping[str, float] | None, prompt: str
+) -> None:
     """README.md of a model folder: what it is, how it came to be, how it scored, how to load it.
 
     Args:
@@ -92,13 +101,23 @@ def write_model_card(folder: Path, *, title: str, facts: Mapping[str, Any], scor
         prompt: the query instruction that the model expects.
     """
     base = str(facts.get("base model", ""))
-    front = ["---", "library_name: sentence-transformers", "pipeline_tag: sentence-similarity", "tags: [bge, sentence-transformers, feature-extraction]"]
+    front = [
+        "---",
+        "library_name: sentence-transformers",
+        "pipeline_tag: sentence-similarity",
+        "tags: [bge, sentence-transformers, feature-extraction]",
+    ]
     if base and base.count("/") == 1 and not base.startswith((".", "/")):
         front.append(f"base_model: {base}")
     lines = [*front, "---", "", f"# {title}", "", "| | |", "| --- | --- |"]
     lines += [f"| {name} | {_cell(value)} |" for name, value in facts.items()]
     if scores:
-        lines += ["", "| metric | value |", "| --- | --- |", *(f"| {name} | {value:.4f} |" for name, value in scores.items())]
+        lines += [
+            "",
+            "| metric | value |",
+            "| --- | --- |",
+            *(f"| {name} | {value:.4f} |" for name, value in scores.items()),
+        ]
     lines += [
         "", "## Use", "", "```python", "from sentence_transformers import SentenceTransformer", "",
         f'model = SentenceTransformer("{folder.name}")',
@@ -120,7 +139,12 @@ def _cell(value: Any) -> str:
 
 
 def run_facts(
-    config: TrainConfig, data: TrainingData, encoder: Encoder, precision: str, accumulation: int, world_size: int,
+    config: TrainConfig,
+    data: TrainingData,
+    encoder: Encoder,
+    precision: str,
+    accumulation: int,
+    world_size: int,
     num_warmup: int,
 ) -> dict[str, Any]:
     """What the run really is, for the preflight, the manifest and the model card."""
@@ -147,7 +171,10 @@ def run_facts(
 
 def preflight(config: TrainConfig, data: TrainingData, encoder: Encoder, facts: Mapping[str, Any]) -> list[str]:
     """The lines before step 1: the facts, the share of texts cut, and a warning for what cannot learn."""
-    lines = [f"{name + ':':<24}{value!r}" if isinstance(value, str) else f"{name + ':':<24}{value}" for name, value in facts.items()]
+    lines = [
+        f"{name + ':':<24}{value!r}" if isinstance(value, str) else f"{name + ':':<24}{value}"
+        for name, value in facts.items()
+    ]
     sample = data.rows[: min(len(data.rows), 500)]
     few = sum(len(negatives) < config.train_group_size - 1 for negatives in sample["neg"])
     for kind, texts, prompt, limit, flag in (
@@ -160,7 +187,9 @@ def preflight(config: TrainConfig, data: TrainingData, encoder: Encoder, facts: 
         lines.append(f"{kind + ' cut:':<24}{cut:.1%} of a sample of {len(lengths)} are longer than --{flag} {limit}")
     warnings = []
     if facts["candidates per query"] == 1:
-        warnings.append("every query has its positive as only candidate, so the loss is 0: raise --train_group_size or the batch")
+        warnings.append(
+            "every query has its positive as only candidate, so the loss is 0: raise --train_group_size or the batch"
+        )
     if few and config.train_group_size > 1:
         share = few / len(sample["neg"])
         warnings.append(
@@ -168,9 +197,13 @@ def preflight(config: TrainConfig, data: TrainingData, encoder: Encoder, facts: 
             "they have (mine.py finds more)"
         )
     if not 1e-7 <= config.learning_rate <= 3e-4:
-        warnings.append(f"--learning_rate {config.learning_rate:g} is far from what fine-tunes an encoder (1e-6 to 1e-4)")
+        warnings.append(
+            f"--learning_rate {config.learning_rate:g} is far from what fine-tunes an encoder (1e-6 to 1e-4)"
+        )
     if config.normalize_embeddings and config.temperature > 0.5:
-        warnings.append(f"--temperature {config.temperature:g} with cosines leaves almost no gradient; 0.01 to 0.1 is usual")
+        warnings.append(
+            f"--temperature {config.temperature:g} with cosines leaves almost no gradient; 0.01 to 0.1 is usual"
+        )
     if not config.normalize_embeddings and config.temperature < 0.5:
         warnings.append(
             f"--temperature {config.temperature:g} divides inner products that are not normalized; use --temperature 1.0 "
@@ -185,7 +218,9 @@ def preflight(config: TrainConfig, data: TrainingData, encoder: Encoder, facts: 
             if what in mined and mined[what] != ours:
                 warnings.append(f"{file} was mined with {what} {mined[what]!r}, this run trains with {ours!r}")
         if mined.get("pooling") not in (None, facts["pooling"]):
-            warnings.append(f"{file} was mined with {mined['pooling']} pooling, this run trains with {facts['pooling']}")
+            warnings.append(
+                f"{file} was mined with {mined['pooling']} pooling, this run trains with {facts['pooling']}"
+            )
     return lines + [f"WARNING: {warning}" for warning in warnings]
 
 
@@ -218,6 +253,8 @@ def describe_batch(data: TrainingData, config: TrainConfig) -> str:
                 continue
             for passage, passage_id in zip(other.passages, other.passage_ids, strict=True):
                 if passage_id in example.known_ids:
-                    why = "is this query" if passage_id == example.known_ids[-1] else "is a known positive of this query"
+                    why = (
+                        "is this query" if passage_id == example.known_ids[-1] else "is a known positive of this query"
+                    )
                     lines.append(f"  masked   passage of row {other.row} {why}: {passage}")
     return "\n".join(lines)

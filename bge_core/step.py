@@ -64,7 +64,7 @@ def forward_backward(model: nn.Module, micro_batches: Sequence[Batch], settings:
     Returns:
         This rank's share of the loss ("loss") and of each metric: summed over ranks, the means over all M rows.
     """
-    device = unwrap(model).device
+    device = next(model.parameters()).device
     num_total_rows = sum(batch.num_global_rows for batch in micro_batches)
     shares: dict[str, Tensor] = {}
     for k, batch in enumerate(micro_batches):

@@ -1,7 +1,7 @@
 """Type a question, see the five best answers of the demo's corpus before and after training, side by side.
 
-    python examples/ask.py            (after make demo; ends with an empty line or Ctrl-D)
-    echo 小飞卡在国外取钱怎么收费 | python examples/ask.py
+python examples/ask.py            (after make demo; ends with an empty line or Ctrl-D)
+echo 小飞卡在国外取钱怎么收费 | python examples/ask.py
 """
 
 import sys

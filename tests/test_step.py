@@ -119,7 +119,7 @@ def test_metrics_are_means_over_all_rows(chunk_size: int | None, encoders: dict[
             want[name] += value * len(pool) / 6
     del want["loss"], shares["loss"]
     assert shares == pytest.approx(want, rel=1e-9)
-    assert 0 < shares["masked_negatives"] and 0 < shares["accuracy"] < 1
+    assert shares["masked_negatives"] > 0 and 0 < shares["accuracy"] < 1
 
 
 # --------------------------------------------------------------------------------------------------------- dropout, RNG
@@ -160,7 +160,9 @@ def test_cached_chunks_with_dropout_equal_the_same_chunks_with_graphs(chunk_size
 
 
 @pytest.mark.parametrize("chunk_size", [None, 3])
-def test_loss_scaling_scales_the_gradient_and_nothing_else(chunk_size: int | None, encoders: dict[str, Encoder]) -> None:
+def test_loss_scaling_scales_the_gradient_and_nothing_else(
+    chunk_size: int | None, encoders: dict[str, Encoder]
+) -> None:
     encoder, pools = encoders["float32"], (make_rows(1, (3, 2, 1)), make_rows(2, (2, 2)))
     plain_shares, plain = run_step(encoder, pools, "info_nce", chunk_size=chunk_size)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
@@ -171,7 +173,9 @@ def test_loss_scaling_scales_the_gradient_and_nothing_else(chunk_size: int | Non
 
 
 @pytest.mark.parametrize("chunk_size", [None, 3])
-def test_a_loss_of_the_users_own_sees_representations_only(chunk_size: int | None, encoders: dict[str, Encoder]) -> None:
+def test_a_loss_of_the_users_own_sees_representations_only(
+    chunk_size: int | None, encoders: dict[str, Encoder]
+) -> None:
     """Gradient of sum(q * c) by autograd through the encoder, text by text."""
     encoder, rows = encoders["float64"], make_rows(3, (2, 2))
     seen: list[LossInput] = []
