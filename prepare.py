@@ -232,7 +232,9 @@ def _read_json(path: Path, find: Find, bad: BadLines) -> Iterator[tuple[Place, A
         rows[i] = None  # frees a million of them on the way
 
 
-def _with_header(path: Path, lines: Iterable[tuple[Place, list[Any]]], bad: BadLines) -> Iterator[tuple[Place, Row]]:
+def _with_header(
+    lines: Iterable[tuple[Place, list[Any]]], path: Path, find: Find, bad: BadLines
+) -> Iterator[tuple[Place, Row]]:
     """Cells -> rows; the first line that is not blank names the columns."""
     header: list[str] = []
     for place, cells in lines:
@@ -242,8 +244,9 @@ def _with_header(path: Path, lines: Iterable[tuple[Place, list[Any]]], bad: BadL
             bad.add(path, place, f"has {len(cells)} cells for {len(header)} columns; quote the text with the separator")
         elif header and cells:
             yield place, dict(zip_longest(header, cells))
-        else:
-            header = header or [str(name) for name in cells]
+        elif cells:
+            header = [str(name) for name in cells]
+            find(tuple(header))  # two columns of one name would be one in the row
 
 
 def _read_csv(path: Path, find: Find, bad: BadLines) -> Iterator[tuple[Place, Row]]:
@@ -261,7 +264,7 @@ def _read_csv(path: Path, find: Find, bad: BadLines) -> Iterator[tuple[Place, Ro
         first = file.readline()
         delimiter = max("\t,;" if path.suffix.lower() == ".tsv" else ",\t;", key=first.count)
         reader = csv.reader(chain([first], file), delimiter=delimiter, strict=True)
-        yield from _with_header(path, lines(), bad)
+        yield from _with_header(lines(), path, find, bad)
 
 
 def _read_xlsx(path: Path, find: Find, bad: BadLines) -> Iterator[tuple[Place, Row]]:
@@ -274,15 +277,14 @@ def _read_xlsx(path: Path, find: Find, bad: BadLines) -> Iterator[tuple[Place, R
     for sheet in book.worksheets:
         sheet.reset_dimensions()  # some programs write wrong ones
         cells = enumerate(map(list, sheet.iter_rows(values_only=True)), start=1)
-        rows = _with_header(path, ((f"{sheet.title}!{number}", row) for number, row in cells), bad)
-        first = next(rows, None)
+        rows = _with_header(((f"{sheet.title}!{number}", row) for number, row in cells), path, find, bad)
+        try:
+            first = next(rows, None)
+        except UserError as error:
+            problem = error
+            logger.warning("%s: sheet '%s' is skipped: %s", path, sheet.title, error)
+            continue
         if first:
-            try:
-                find(tuple(first[1]))
-            except UserError as error:
-                problem = error
-                logger.warning("%s: sheet '%s' is skipped: %s", path, sheet.title, error)
-                continue
             recognised = True
             yield from chain([first], rows)
     book.close()
@@ -493,6 +495,8 @@ def choose_train(pairs: Pairs, train_num: int | None, split_by: str, seed: int) 
         UserError: one of the two sides would be empty.
     """
     total = len(pairs.positives)
+    if total < 2:
+        raise UserError("the input holds one question; a split into training and test rows needs two")
     room = total * 9 // 10 if train_num is None else train_num
     if room >= total:
         raise UserError(f"--train_num {room}: leaves no test row; the largest usable number is {total - 1}")

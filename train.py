@@ -5,7 +5,8 @@
     torchrun --nproc_per_node 2 train.py ...
     accelerate launch train.py --config configs/train/bge-large-zh.yaml
 
-`python train.py --help` lists every flag. To change what is learned, edit bge_core/loss.py or give --loss FILE.py:FUNCTION.
+`python train.py --help` lists every flag. To change what is learned, edit bge_core/loss.py or
+give --loss FILE.py:FUNCTION.
 """
 
 import importlib.util

@@ -64,9 +64,12 @@ def main() -> None:
         if trained:
             gain, low, high = bootstrap_interval(np.mean(trained, axis=0) - runs[f"base-{pooling}"]["MRR@10"])
             lines += ["", f"trained - base, {pooling}, MRR@10: {gain:+.4f}, 95 % interval [{low:+.4f}, {high:+.4f}] "
-                      f"(paired bootstrap over {len(trained[0])} questions, {RESAMPLES} resamples, mean of {len(trained)} seeds)"]  # fmt: skip
+                      f"(paired bootstrap over {len(trained[0])} questions, {RESAMPLES} resamples, "
+                      f"mean of {len(trained)} seeds)"]  # fmt: skip
             figures[f"gain-{pooling}"] = {"MRR@10": gain, "interval": [low, high]}
-    cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), platform.machine()) if Path("/proc/cpuinfo").exists() else platform.machine()  # fmt: skip
+    cpu_info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    names = [line.split(":")[1].strip() for line in cpu_info.splitlines() if line.startswith("model name")]
+    cpu = names[0] if names else platform.machine()
     machine = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} x {cpu}"
     lines += ["", f"`{args.command}`; {machine}; torch {torch.__version__}; {date.today()}"]
     RESULTS.mkdir(exist_ok=True)

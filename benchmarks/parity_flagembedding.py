@@ -1,12 +1,13 @@
-"""Train FlagEmbedding's own model on fixed batches and record its losses and gradients, to hold ours against.
+"""Train FlagEmbedding's own model and ours on the same batches; compare their losses and gradients.
 
-FlagEmbedding runs in an environment of its own (benchmarks/requirements.txt); this script starts it there, alone and
-as two processes, on the same rows in the same order, without dropout, with plain AdamW:
+FlagEmbedding runs in an environment of its own (benchmarks/requirements.txt), ours in the one that runs this script.
+Both are started alone and as two processes, on the same rows in the same order, without dropout, with plain AdamW:
 
-    P="python benchmarks/parity_flagembedding.py --theirs-python BENCH/bin/python"
-    $P                                                        # against the golden file: does the peer still say so?
-    $P --output tests/golden/flagembedding_losses.json        # write it anew
-    $P --model M --train_data train.jsonl --batch_size 8 --group_size 4 --modes in_batch cross_device --ours ours.json
+    P="python benchmarks/parity_flagembedding.py"
+    $P                                                        # ours against the golden file
+    $P --theirs-python BENCH/bin/python                       # ours against theirs, both run now
+    $P --theirs-python BENCH/bin/python --output tests/golden/flagembedding_losses.json      # write that file anew
+    $P --theirs-python BENCH/bin/python --model M --train_data train.jsonl --batch_size 8 --group_size 4
 
 Batches: step t takes rows t*B .. t*B+B-1 of the file, B being the batch of all processes together, and process r the
 r-th part of them; a row gives `pos[0]` and the first G-1 of `neg`. So one process and two see the same global batch.
@@ -179,29 +180,113 @@ def train_theirs(model_folder: str, rows: list[dict[str, Any]], mode: Mode, opti
     return result
 
 
+def train_ours(
+    model_folder: str, train_data: str, mode: Mode, options: Options, dtype: str, steps: int | None = None
+) -> Results:
+    """Run ours for `steps` (default: all) in this process group, if there is one; the same result as `train_theirs`."""
+    sys.path[:0] = [] if str(ROOT) in sys.path else [str(ROOT)]
+    import torch
+
+    from bge_core.config import TrainConfig
+    from bge_core.data import Example, TrainingData
+    from bge_core.distributed import sum_over_ranks, world, wrap
+    from bge_core.model import load_encoder
+    from bge_core.optim import build_optimizer
+    from bge_core.records import text_id
+    from bge_core.step import StepSettings, forward_backward
+    from train import loss_config
+
+    rank, world_size = world()
+    per_rank = options.batch_size // world_size
+    config = TrainConfig(
+        model_name_or_path=model_folder,
+        output_dir="",
+        train_data=[train_data],
+        train_group_size=options.group_size,
+        query_max_len=options.query_max_len,
+        passage_max_len=options.passage_max_len,
+        temperature=options.temperature,
+        negatives_cross_device=mode.negatives_cross_device,
+        use_inbatch_neg=not mode.no_in_batch_neg_flag,
+        exclude_positives=False,  # FlagEmbedding knows no such thing
+        knowledge_distillation=mode.knowledge_distillation,
+        kd_loss_type=mode.kd_loss_type,  # type: ignore[arg-type]
+        use_mrl=mode.use_mrl,
+        mrl_dims=list(options.mrl_dims) if mode.use_mrl else [],
+        learning_rate=options.learning_rate,
+        per_device_train_batch_size=per_rank,
+    )
+    encoder = load_encoder(model_folder, pooling="cls", normalize=True, dtype=getattr(torch, dtype)).train()
+    encoder.freeze()
+    data = TrainingData(config, encoder.tokenizer, encoder.max_positions, rank, world_size, accumulation=1)
+    model = wrap(encoder)
+    betas = (config.adam_beta1, config.adam_beta2)
+    optimizer = build_optimizer(encoder, config.learning_rate, 0.0, betas, config.adam_epsilon)
+    settings = StepSettings(loss_config=loss_config(config), cross_device=config.negatives_cross_device)
+    result: Results = {"losses": []}
+    for step in range(options.steps if steps is None else steps):
+        start = step * options.batch_size + rank * per_rank
+        examples = []
+        for number in range(start, start + per_rank):  # the rows as they lie: no shuffling, no choice, no dealing
+            row = data.rows[number]
+            passages = [row["pos"][0], *row["neg"][: options.group_size - 1]]
+            known_ids = [text_id(text) for text in (*row["pos"], row["query"])]
+            scores = (
+                [row["pos_scores"][0], *row["neg_scores"][: options.group_size - 1]]
+                if mode.knowledge_distillation
+                else None
+            )
+            examples.append(Example(number, row["query"], passages, [*map(text_id, passages)], known_ids, scores))
+        optimizer.zero_grad()
+        shares = forward_backward(model, [data.collate(examples, options.batch_size)], settings)
+        if step == 0:
+            gradients = {name: p.grad.double() for name, p in encoder.backbone.named_parameters() if p.grad is not None}
+            result["grad_norm"] = math.sqrt(sum(float((g * g).sum()) for g in gradients.values()))
+            result["gradients"] = {name: gradients[name].tolist() for name in NAMED_GRADIENTS if name in gradients}
+        optimizer.step()
+        result["losses"].append(float(sum_over_ranks(shares["loss"].double())))
+    return result
+
+
 def worker(job_file: Path) -> None:
-    """Run all cases of one world size; started in FlagEmbedding's environment by `run_theirs`."""
+    """Run all cases of one side and world size; started in that side's environment by `run_side`."""
     import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
     job = json.loads(job_file.read_text(encoding="utf-8"))
     options = Options(**{**job["options"], "mrl_dims": tuple(job["options"]["mrl_dims"])})
+    rows = read_rows(Path(job["train_data"]))
     dist.init_process_group("gloo")
     cases = []
     for name in job["modes"]:
         case = {"name": f"{name}/W{dist.get_world_size()}", "mode": name, "world_size": dist.get_world_size()}
         for dtype in job["dtypes"]:
-            case[dtype] = train_theirs(job["model"], job["rows"], MODES[name], options, dtype)
+            if job["side"] == "theirs":
+                case[dtype] = train_theirs(job["model"], rows, MODES[name], options, dtype)
+            else:
+                case[dtype] = train_ours(job["model"], job["train_data"], MODES[name], options, dtype)
         cases.append(case)
     if dist.get_rank() == 0:
-        versions = {name: version(name) for name in ("FlagEmbedding", "torch", "transformers")}
+        packages = ("FlagEmbedding", "torch", "transformers") if job["side"] == "theirs" else ("torch", "transformers")
+        versions = {name: version(name) for name in packages}
         result = {"versions": versions, "cases": cases}
         Path(job["output"]).write_text(json.dumps(result, ensure_ascii=False), encoding="utf-8")
     dist.destroy_process_group()
 
 
-def run_theirs(
+def read_rows(file: Path) -> list[dict[str, Any]]:
+    """The objects of a JSON-lines file."""
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+def write_rows(file: Path, rows: list[dict[str, Any]]) -> None:
+    """One object a line."""
+    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+def run_side(
+    side: str,
     python: str,
     model: str,
     rows: list[dict[str, Any]],
@@ -210,7 +295,7 @@ def run_theirs(
     world_sizes: list[int],
     dtypes: list[str],
 ) -> Results:
-    """Start `worker` under torchrun in FlagEmbedding's environment, once per world size, and collect the cases."""
+    """Start `worker` for "theirs" or "ours" under torchrun with `python`, once per world size; collect the cases."""
     needed = options.steps * options.batch_size
     if len(rows) < needed:
         raise ValueError(
@@ -219,23 +304,33 @@ def run_theirs(
     cases: list[Results] = []
     versions: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as folder:
+        write_rows(Path(folder) / "train.jsonl", rows)
         for world_size in world_sizes:
             if options.batch_size % world_size:
                 raise ValueError(f"batch_size {options.batch_size} is not a multiple of {world_size} processes")
             job_file, output = Path(folder) / f"job{world_size}.json", Path(folder) / f"result{world_size}.json"
-            job = {"model": model, "rows": rows, "options": asdict(options), "modes": modes, "dtypes": dtypes}
-            job_file.write_text(json.dumps({**job, "output": str(output)}, ensure_ascii=False), encoding="utf-8")
+            job = {"side": side, "model": model, "train_data": str(Path(folder) / "train.jsonl"), "output": str(output)}
+            job |= {"options": asdict(options), "modes": modes, "dtypes": dtypes}
+            job_file.write_text(json.dumps(job, ensure_ascii=False), encoding="utf-8")
             launch = [python, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world_size}"]
             environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+            environment["HF_DATASETS_CACHE"] = str(Path(folder) / "cache")
             command = [*launch, str(Path(__file__).resolve()), "--worker", str(job_file)]
             subprocess.run(command, env=environment, check=True, stdout=sys.stderr)
             result = json.loads(output.read_text(encoding="utf-8"))
             versions = result["versions"]
             cases += result["cases"]
+    source = {
+        "theirs": (
+            "FlagEmbedding",
+            "FlagEmbedding.finetune.embedder.encoder_only.base.modeling.BiEncoderOnlyEmbedderModel",
+        ),
+        "ours": ("bge_core", "bge_core.step.forward_backward"),
+    }[side]
     return {
         "source": {
-            "package": "FlagEmbedding",
-            "class": "FlagEmbedding.finetune.embedder.encoder_only.base.modeling.BiEncoderOnlyEmbedderModel",
+            "package": source[0],
+            "class": source[1],
             "generator": "benchmarks/parity_flagembedding.py",
             "versions": versions,
         },
@@ -290,7 +385,7 @@ def dump(results: Results) -> str:
 
 
 def main() -> None:
-    """Run theirs; write the result, or compare it with ours or with the golden file."""
+    """Run ours and, where asked, theirs; write theirs, and print how they differ."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
     parser.add_argument("--theirs-python", help="python of the environment of benchmarks/requirements.txt")
     parser.add_argument("--model", help="model folder with dropout 0 (default: the tests' tiny BERT)")
@@ -304,14 +399,13 @@ def main() -> None:
     parser.add_argument("--world_sizes", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--dtypes", nargs="+", choices=("float32", "float64"), default=["float32", "float64"])
     parser.add_argument("--output", type=Path, help="write their result here")
-    parser.add_argument("--ours", type=Path, help="result of ours, of the same shape, to compare with")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
         worker(arguments.worker)
         return
-    if not arguments.theirs_python:
-        parser.error("--theirs-python is needed: the python of the environment of benchmarks/requirements.txt")
+    if not arguments.theirs_python and (arguments.model or arguments.train_data or arguments.output):
+        parser.error("--theirs-python is needed: the golden file holds theirs for the default model and rows only")
 
     options = Options(
         batch_size=arguments.batch_size,
@@ -320,10 +414,16 @@ def main() -> None:
         query_max_len=arguments.query_max_len,
         passage_max_len=arguments.passage_max_len,
     )
-    if arguments.train_data:
-        rows = [json.loads(line) for line in arguments.train_data.read_text(encoding="utf-8").splitlines()]
-    else:
+    theirs: Results = {}
+    if arguments.theirs_python:
         rows = make_rows(options.steps * options.batch_size, options.group_size)
+        rows = read_rows(arguments.train_data) if arguments.train_data else rows
+    else:
+        theirs = json.loads(GOLDEN.read_text(encoding="utf-8"))
+        rows, options = (
+            theirs["rows"],
+            Options(**{**theirs["options"], "mrl_dims": tuple(theirs["options"]["mrl_dims"])}),
+        )
     with tempfile.TemporaryDirectory() as folder:
         model = arguments.model
         if model is None:
@@ -331,20 +431,18 @@ def main() -> None:
             from tiny_model import make_tiny_bert
 
             model = str(make_tiny_bert(folder, **TINY_BERT))
-        theirs = run_theirs(
-            arguments.theirs_python, model, rows, options, arguments.modes, arguments.world_sizes, arguments.dtypes
-        )
-    if arguments.model is None:
-        theirs["tiny_bert"] = TINY_BERT
+        cases = (arguments.modes, arguments.world_sizes, arguments.dtypes)
+        if arguments.theirs_python:
+            theirs = run_side("theirs", arguments.theirs_python, model, rows, options, *cases)
+        ours = run_side("ours", sys.executable, model, rows, options, *cases)
     if arguments.output:
+        if arguments.model is None:
+            theirs["tiny_bert"] = TINY_BERT
         arguments.output.write_text(dump(theirs), encoding="utf-8")
-    reference = arguments.ours or (None if arguments.output else GOLDEN)
-    if reference:
-        ours = json.loads(reference.read_text(encoding="utf-8"))
-        print(f"{'case':32} {'dtype':8} {'first loss':>10} {'worst loss':>10} {'grad ratio':>10} {'cosine':>9}")
-        for d in compare(theirs, ours):
-            numbers = f"{d.first_loss:10.2e} {d.worst_loss:10.2e} {d.grad_norm_ratio:10.6f} {d.gradient_cosine:9.6f}"
-            print(f"{d.case:32} {d.dtype:8} {numbers}")
+    print(f"{'case':32} {'dtype':8} {'first loss':>10} {'worst loss':>10} {'grad ratio':>10} {'cosine':>9}")
+    for d in compare(theirs, ours):
+        numbers = f"{d.first_loss:10.2e} {d.worst_loss:10.2e} {d.grad_norm_ratio:10.6f} {d.gradient_cosine:9.6f}"
+        print(f"{d.case:32} {d.dtype:8} {numbers}")
 
 
 if __name__ == "__main__":

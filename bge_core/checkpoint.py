@@ -2,7 +2,7 @@
 
     output_dir/
       config.json model.safetensors ...   the final model
-      checkpoint-<step>/                  a model folder, plus training_state.pt: optimizer, scaler, random states, counters
+      checkpoint-<step>/                  a model folder and training_state.pt: optimizer, scaler, random states, counters
       metrics.jsonl curves.png manifest.json
 
 A checkpoint is written beside its place and renamed, so a folder of that name is complete.

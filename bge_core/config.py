@@ -124,7 +124,7 @@ class MineConfig:
 
 @dataclass
 class TrainConfig:
-    """Training data -> a fine-tuned encoder. Names and defaults are FlagEmbedding's and transformers' where they agree."""
+    """Training data -> a fine-tuned encoder; names and defaults of FlagEmbedding and transformers."""
 
     # model
     model_name_or_path: str = _required("Hub name or folder of the encoder to fine-tune.", "embedder_name_or_path")
@@ -370,7 +370,7 @@ def parse_config(config_class: type[T], argv: Sequence[str] | None = None) -> T:
     early.add_argument("--config")
     config_file = early.parse_known_args(words)[0].config
     from_yaml = _yaml_words(Path(config_file), known) if config_file else []
-    config, rest, *unknown = parser.parse_args_into_dataclasses(
+    config, _, *unknown = parser.parse_args_into_dataclasses(
         args=from_yaml + words, look_for_args_file=False, return_remaining_strings=True
     )
     stray = [word for group in unknown for word in group]

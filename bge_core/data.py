@@ -1,6 +1,6 @@
 """Training data as a pure function of (seed, step): which rows, which passages, which rank.
 
-    rows (memory-mapped) -> BatchPlan: row numbers of each global micro-batch -> deal to ranks -> choose passages -> tokens
+    rows (memory-mapped) -> BatchPlan: rows of each global micro-batch -> choose passages -> deal to ranks -> tokens
 
 Nothing here depends on the number of workers, on where a run was resumed or, at an equal global batch, on the number of
 ranks. One item of `TrainingData` is one optimizer step of one rank.
@@ -133,7 +133,7 @@ class BatchPlan:
 
 
 def deal(costs: Sequence[int], num_ranks: int) -> list[list[int]]:
-    """Deal positions 0..n-1 to ranks, by falling cost to and fro, so that counts differ by at most one and costs little.
+    """Deal positions 0..n-1 to ranks, by falling cost to and fro: counts differ by at most one, costs little.
 
     Returns:
         A rising list of positions for each rank.
@@ -148,7 +148,7 @@ def deal(costs: Sequence[int], num_ranks: int) -> list[list[int]]:
 def choose_example(row: int, record: dict[str, Any], rng: np.random.Generator, config: TrainConfig) -> Example:
     """Choose a row's positive and its negatives without repeats; fewer where it has fewer.
 
-    With `exclude_positives` a negative that is a known positive (as normalized text) or the query itself is passed over.
+    With `exclude_positives` a negative that is a known positive (as normalized text) or the query is passed over.
     """
     chosen = int(rng.integers(len(record["pos"])))
     passages, teacher = [record["pos"][chosen]], []

@@ -73,6 +73,9 @@ def load_task(val_data: str | Path, corpus: str | Path | None = None) -> Retriev
         rows.append(row)
     if not rows:
         raise UserError(f"{val_data}: holds no row")
+    num_empty = sum(not row["query"].strip() for row in rows)
+    if num_empty:
+        logger.warning("%s: %d questions are empty; they are scored like the others", val_data, num_empty)
     if corpus is None:
         texts = records.distinct_texts(rows, "pos", "neg")
         ids = [str(i) for i in range(len(texts))]

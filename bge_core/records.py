@@ -171,9 +171,9 @@ def check_corpus_row(row: Row) -> str | None:
 
 
 def check_evaluation_row(row: Row) -> str | None:
-    """What is wrong with a row of evaluation data, or None."""
+    """What is wrong with a row of evaluation data, or None. An empty question is scored like any other."""
     return (
-        _check_text(row, "query", required=True)
+        (None if row.get("query") == "" else _check_text(row, "query", required=True))
         or _check_texts(row, "pos", required=True)
         or _check_texts(row, "neg", required=False)
     )

@@ -193,8 +193,8 @@ def preflight(config: TrainConfig, data: TrainingData, encoder: Encoder, facts: 
     if few and config.train_group_size > 1:
         share = few / len(sample["neg"])
         warnings.append(
-            f"{share:.0%} of a sample of rows have fewer than {config.train_group_size - 1} negatives; they train with those "
-            "they have (mine.py finds more)"
+            f"{share:.0%} of a sample of rows have fewer than {config.train_group_size - 1} negatives; they train "
+            "with those they have (mine.py finds more)"
         )
     if not 1e-7 <= config.learning_rate <= 3e-4:
         warnings.append(
@@ -206,8 +206,8 @@ def preflight(config: TrainConfig, data: TrainingData, encoder: Encoder, facts: 
         )
     if not config.normalize_embeddings and config.temperature < 0.5:
         warnings.append(
-            f"--temperature {config.temperature:g} divides inner products that are not normalized; use --temperature 1.0 "
-            "(FlagEmbedding 1.2 set it silently)"
+            f"--temperature {config.temperature:g} divides inner products that are not normalized; use "
+            "--temperature 1.0 (FlagEmbedding 1.2 set it silently)"
         )
     if config.negatives_cross_device and not facts["cross-device negatives"]:
         warnings.append("--negatives_cross_device has no effect with one process")

@@ -15,7 +15,7 @@ import sys
 import time
 from pathlib import Path
 
-from get_encoder import get_encoder
+from get_encoder import EncoderError, get_encoder
 
 from bge_core.report import text_table
 
@@ -31,7 +31,11 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--model", help="hub name or folder; default: a small encoder built from a PyPI wheel")
     args = parser.parse_args()
-    base = args.model or str(get_encoder(ROOT / ENCODER).relative_to(ROOT))
+    try:
+        base = args.model or str(get_encoder(ROOT / ENCODER).relative_to(ROOT))
+    except EncoderError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     shutil.rmtree(ROOT / OUTPUT, ignore_errors=True)
     seed = ["--seed", str(args.seed)]
     data, trained, merged = OUTPUT / "data", OUTPUT / "trained", OUTPUT / "merged"
@@ -73,7 +77,7 @@ def main() -> int:
     scores = dict(zip(("before", "after", "merged"), found.values(), strict=True))
     rows = [[name, *(f"{values[metric]:.3f}" for metric in METRICS)] for name, values in scores.items()]
     gain = [f"{scores['after'][metric] - scores['before'][metric]:+.3f}" for metric in METRICS]
-    num_questions = sum(1 for _ in open(ROOT / data / "test.jsonl", encoding="utf-8"))
+    num_questions = len((ROOT / data / "test.jsonl").read_text(encoding="utf-8").splitlines())
     print(f"\n{num_questions} held-out questions, seed {args.seed}\n")
     print(text_table(["", *METRICS], [*rows, ["after - before", *gain]]))
     print("\n" + text_table(["stage", "seconds"], [[name, f"{value:.0f}"] for name, value in seconds.items()]))

@@ -5,6 +5,7 @@ import os
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 _CACHE = tempfile.TemporaryDirectory(prefix="bge_core_tests_")  # removed when the tests end
 os.environ |= {
@@ -17,8 +18,11 @@ os.environ |= {
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
+import parity_flagembedding  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
+import two_processes  # noqa: E402
+from filelock import FileLock  # noqa: E402
 from tiny_model import make_tiny_bert  # noqa: E402
 
 torch.set_num_threads(1)
@@ -61,3 +65,22 @@ def training_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
             }
             lines.write(json.dumps(row, ensure_ascii=False) + "\n")
     return file
+
+
+@pytest.fixture(scope="session")
+def two_ranks(tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What the two processes of tests/two_processes.py computed, of rank 0 and rank 1: run once for all workers."""
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    folder = shared / "two_processes"
+    with FileLock(shared / "two_processes.lock"):
+        if (folder / "results.pt").exists():
+            return torch.load(folder / "results.pt")
+        folder.mkdir(exist_ok=True)
+        golden = json.loads((ROOT / "tests" / "golden" / "flagembedding_losses.json").read_text(encoding="utf-8"))
+        parity_flagembedding.write_rows(folder / "train.jsonl", golden["rows"])
+        job = {"model": str(tiny_bert), "train_data": str(folder / "train.jsonl"), "options": golden["options"]}
+        results = two_processes.run(folder, job)
+        torch.save(results, folder / "results.pt")
+        return results

@@ -94,10 +94,9 @@ def write_parquet(path: Path, pairs: list[tuple[str, str]]) -> None:
 
 
 def write_csv(path: Path, pairs: list[tuple[str, str]], delimiter: str) -> None:
+    rows = [("序号", "问题", "答案"), *((i, *pair) for i, pair in enumerate(pairs))]
     with open(path, "w", encoding="utf-8", newline="") as file:
-        csv.writer(file, delimiter=delimiter).writerows(
-            [("序号", "问题", "答案"), *((i, *p) for i, p in enumerate(pairs))]
-        )
+        csv.writer(file, delimiter=delimiter).writerows(rows)
 
 
 WRITERS = {
@@ -183,10 +182,8 @@ def test_flags_name_the_columns(tmp_path: Path, capsys: pytest.CaptureFixture[st
 def test_numbers_and_dates_of_tables_are_texts(tmp_path: Path) -> None:
     source = tmp_path / "in"
     source.mkdir()
-    write_xlsx(
-        source / "a.xlsx", [[None, None], ["问题", "答案"], ["客服电话", 95588], ["利率", 3.85], ["几个", 123.0], [7, 0],
-                            ["哪天", date(2024, 1, 2)], ["真", True], [None, "x"], ["y", None]]
-    )  # fmt: skip
+    numbers = [["客服电话", 95588], ["利率", 3.85], ["几个", 123.0], [7, 0], ["哪天", date(2024, 1, 2)], ["真", True]]
+    write_xlsx(source / "a.xlsx", [[None, None], ["问题", "答案"], *numbers, [None, "x"], ["y", None]])
     table = pyarrow.table({"q": [1, 2], "a": [2.0, float("nan")]})
     pyarrow.parquet.write_table(table, source / "b.parquet")
     assert pairs_of(source, tmp_path / "out") == sorted(
@@ -424,15 +421,13 @@ def test_train_num(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("pairs", "expected"), [([("q", "a")], "one question"), ([("q", "a"), ("p", "a")], "question")]
+    ("pairs", "expected"), [([("q", "a")], "one question"), ([("q", "a"), ("p", "a")], "--split_by question")]
 )
 def test_what_cannot_be_split_is_refused(
     pairs: list[tuple[str, str]], expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     message = refused(write(tmp_path / "in", {"a.jsonl": jsonl(as_rows(pairs))}), tmp_path / "out", capsys)
     assert expected in message
-    if len(pairs) > 1:
-        assert "--split_by question" in message
 
 
 # --- bad input ------------------------------------------------------------------------------------------------------

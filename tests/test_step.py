@@ -101,7 +101,7 @@ def test_a_single_row_without_negatives_teaches_nothing(chunk_size: int | None, 
 @pytest.mark.parametrize("chunk_size", [None, 3])
 def test_metrics_are_means_over_all_rows(chunk_size: int | None, encoders: dict[str, Encoder]) -> None:
     encoder = encoders["float64"]
-    pools = (make_rows(1, (3, 1, 2, 4)), make_rows(2, (2, 3)))
+    pools = (make_rows(9, (3, 1, 2, 4)), make_rows(10, (2, 3)))
     shares, _ = run_step(encoder, pools, "info_nce", chunk_size=chunk_size)
     want = dict.fromkeys(shares, 0.0)
     for pool in pools:

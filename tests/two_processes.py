@@ -1,0 +1,262 @@
+"""What two real processes (gloo) compute, for tests/test_distributed.py and tests/test_parity_flagembedding.py.
+
+Starting them costs more than all they do, so they start once and run everything; `run` is called by the session's
+fixture `two_ranks`. A case that fails is recorded with its traceback and the processes go on with the next.
+"""
+
+import os
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from batches import MODES, Gradients, TextRow, gradients_of, load, make_rows, rank_batch
+
+DTYPES = {"float64": torch.float64, "float32": torch.float32}
+TEXTS = [
+    "信用卡怎么申请",
+    "",
+    "loan",
+    "快递",
+    "快递",
+    "退款" * 300,
+    *(f"第{i}号" + "账户密码" * (i % 7) for i in range(30)),
+]
+PROMPT = "问题："
+ENCODE_CASES = {"many": (TEXTS, 4), "one_batch": (TEXTS[:3], 64), "one_text": (TEXTS[:1], 4), "none": ([], 4)}
+Results = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class StepCase:
+    """One optimizer step of two ranks.
+
+    Args:
+        groups: for each micro-batch the group sizes of rank 0's rows and of rank 1's.
+        mode: of MODES.
+        cross_device, chunk_size: as in StepSettings.
+    """
+
+    groups: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]
+    mode: str = "info_nce"
+    cross_device: bool = True
+    chunk_size: int | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def micro_batches(self) -> list[tuple[tuple[TextRow, ...], tuple[TextRow, ...]]]:
+        """The rows of both ranks; texts are shared across them."""
+        batches = []
+        for seed, (first, second) in enumerate(self.groups):
+            rows = make_rows(seed, (*first, *second))
+            batches.append((rows[: len(first)], rows[len(first) :]))
+        return batches
+
+    def pools(self) -> list[tuple[TextRow, ...]]:
+        """Rows whose passages are each other's candidates."""
+        if self.cross_device:
+            return [(*first, *second) for first, second in self.micro_batches()]
+        return [rows for both in self.micro_batches() for rows in both]
+
+
+EVEN, UNEVEN, ONE_WITHOUT = ((3, 3), (3, 3)), ((4, 1), (2, 3)), ((3, 2), (1, 1))
+STEP_CASES = {
+    **{f"{mode}": StepCase([UNEVEN], mode) for mode in MODES},
+    **{f"{mode}_cached": StepCase([UNEVEN], mode, chunk_size=3) for mode in MODES},
+    "equal_groups": StepCase([EVEN]),
+    "no_negatives_on_rank_1": StepCase([ONE_WITHOUT]),
+    "no_negatives_on_rank_1_kl": StepCase([ONE_WITHOUT], "kl_div"),
+    "no_negatives_on_rank_1_m3": StepCase([ONE_WITHOUT], "m3_kd_loss", chunk_size=2),
+    "no_negatives_anywhere": StepCase([((1, 1), (1, 1))], chunk_size=1),
+    "accumulation": StepCase([EVEN, UNEVEN]),
+    "accumulation_cached": StepCase([UNEVEN, EVEN], chunk_size=2),
+    "accumulation_short_last": StepCase([UNEVEN, ((2,), ())]),
+    "accumulation_short_last_cached": StepCase([UNEVEN, ((), (3,))], chunk_size=2),
+    "three_rows": StepCase([((3, 2), (2,))]),
+    "three_rows_kl_cached": StepCase([((3, 1), (2,))], "kl_div", chunk_size=2),
+    "one_row": StepCase([((3,), ())]),
+    "one_row_on_rank_1": StepCase([((), (3,))]),
+    "one_row_cached": StepCase([((3,), ())], chunk_size=1),
+    "one_row_kl": StepCase([((3,), ())], "kl_div"),
+    "one_row_m3": StepCase([((), (3,))], "m3_kd_loss"),
+    "one_row_mrl_cached": StepCase([((3,), ())], "mrl", chunk_size=2),
+    "local": StepCase([UNEVEN], cross_device=False),
+    "local_cached": StepCase([ONE_WITHOUT, EVEN], cross_device=False, chunk_size=2),
+    "local_three_rows": StepCase([((3, 2), (2,))], cross_device=False),
+    "local_one_row": StepCase([((3,), ())], cross_device=False),
+    "local_one_row_m3_cached": StepCase([((), (3,))], "m3_kd_loss", cross_device=False, chunk_size=2),
+}
+
+
+# ------------------------------------------------------------------------------------------------------- in the processes
+
+
+def step_case(model: torch.nn.Module, case: StepCase, rank: int) -> tuple[dict[str, float], Gradients]:
+    """The shares summed over ranks, and this rank's gradients."""
+    from bge_core.distributed import sum_over_ranks, unwrap
+    from bge_core.loss import LossConfig
+    from bge_core.step import StepSettings, forward_backward
+
+    batches = [
+        rank_batch(both[rank], sum(map(len, both)), teacher="distillation" in MODES[case.mode])
+        for both in case.micro_batches()
+    ]
+    settings = StepSettings(
+        loss_config=LossConfig(**MODES[case.mode]),
+        cross_device=case.cross_device,
+        chunk_size=case.chunk_size,
+        **case.settings,
+    )
+    try:
+        shares = forward_backward(model, batches, settings)
+        return {name: sum_over_ranks(value).item() for name, value in shares.items()}, gradients_of(unwrap(model))
+    finally:
+        model.zero_grad(set_to_none=True)
+
+
+def gather_case(counts: list[int], rank: int, dtype: torch.dtype = torch.float64) -> Results:
+    """Gather rows that say whose they are; the gradient of sum over ranks r of (r + 1) * weights * gathered."""
+    from bge_core.distributed import gather_counts, gather_rows
+
+    local = (torch.arange(counts[rank] * 2).reshape(-1, 2) + 100 * rank).to(dtype)
+    local.requires_grad_(dtype.is_floating_point)
+    gathered = gather_rows(local, counts)
+    if dtype.is_floating_point:
+        (gathered * (rank + 1) * torch.arange(1, 1 + len(gathered), dtype=dtype)[:, None]).sum().backward()
+    return {
+        "value": gathered.detach(),
+        "gradient": local.grad,
+        "counts": gather_counts(counts[rank], 7 + rank, device=torch.device("cpu")),
+    }
+
+
+def collective_cases(rank: int) -> Results:
+    """on_main and the small collectives."""
+    from bge_core import UserError
+    from bge_core.distributed import gather_objects, on_main, sum_over_ranks, world
+
+    calls: list[int] = []
+
+    def fails(error: Exception) -> str:
+        try:
+            on_main(lambda: (_ for _ in ()).throw(error))
+        except UserError as caught:
+            return str(caught)
+        return "no error"
+
+    return {
+        "world": world(),
+        "value": on_main(lambda: calls.append(rank) or {"from": rank}),
+        "calls": calls,
+        "user_error": fails(UserError("the folder is not empty")),
+        "os_error": fails(OSError(28, "No space left on device")),
+        "after": on_main(lambda: "still in step"),
+        "objects": gather_objects({"rank": rank}),
+        "sum": sum_over_ranks(torch.tensor([rank + 1.0])).item(),
+    }
+
+
+def count_all_reduces(folder: str, case: StepCase, rank: int) -> int:
+    """How often DDP averages its (one) bucket of gradients in a step."""
+    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+
+    from bge_core.distributed import wrap
+
+    model = wrap(load(folder, torch.float64))
+    calls = []
+    model.register_comm_hook(
+        None, lambda state, bucket: (calls.append(bucket.index()), allreduce_hook(state, bucket))[1]
+    )
+    step_case(model, case, rank)
+    assert set(calls) == {0}, "the model is meant to fit in one bucket"
+    return len(calls)
+
+
+def work(job: Results, rank: int) -> Results:
+    """Everything one rank computes: case -> result, or a string, its traceback."""
+    import numpy as np
+    import parity_flagembedding as parity
+
+    from bge_core.distributed import start, wrap
+    from bge_core.encode import encode
+
+    start()
+    results: Results = {}
+
+    def record(name: str, compute: Callable[[], Any]) -> None:
+        try:
+            results[name] = compute()
+        except Exception:
+            results[name] = traceback.format_exc()
+
+    for name, counts in {"equal": [2, 2], "uneven": [3, 1], "first_empty": [0, 2], "last_empty": [2, 0]}.items():
+        record(f"gather/{name}", lambda c=counts: gather_case(c, rank))
+        record(f"gather_integers/{name}", lambda c=counts: gather_case(c, rank, torch.int64))
+    record("gather/all_empty", lambda: gather_case([0, 0], rank))
+    record("collectives", lambda: collective_cases(rank))
+    for dtype_name, dtype in DTYPES.items():
+        model = wrap(load(job["model"], dtype))
+        for name, case in STEP_CASES.items():
+            record(f"step/{name}/{dtype_name}", lambda m=model, c=case: step_case(m, c, rank))
+    scaled = StepCase([UNEVEN], chunk_size=3, settings={"scaler": torch.amp.GradScaler("cpu", init_scale=2.0**10)})
+    record("step/scaled/float32", lambda: step_case(model, scaled, rank))
+    for name in ("accumulation", "accumulation_cached"):
+        record(f"all_reduces/{name}", lambda n=name: count_all_reduces(job["model"], STEP_CASES[n], rank))
+    encoder = load(job["model"], torch.float32)
+    for name, (texts, batch_size) in ENCODE_CASES.items():
+        record(f"encode/{name}", lambda t=texts, b=batch_size: encode(encoder, t, prompt=PROMPT, batch_size=b))
+    options = parity.Options(**{**job["options"], "mrl_dims": tuple(job["options"]["mrl_dims"])})
+    for name, mode in parity.MODES.items():
+        arguments = (job["model"], job["train_data"], mode, options, "float32")
+        record(f"parity/{name}", lambda a=arguments: parity.train_ours(*a))
+    return {name: torch.from_numpy(r) if isinstance(r, np.ndarray) else r for name, r in results.items()}
+
+
+def main() -> None:
+    """One rank: two_processes.py JOB RENDEZVOUS."""
+    import torch.distributed as dist
+
+    rank = int(os.environ["RANK"])
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=2)
+    results = work(torch.load(sys.argv[1]), rank)
+    torch.save(results, f"{sys.argv[1]}.rank{rank}")
+    dist.destroy_process_group()
+
+
+# ------------------------------------------------------------------------------------------------------- from the session
+
+
+def run(folder: Path, job: Results) -> list[Results]:
+    """Start both processes, wait, and return the results of rank 0 and rank 1."""
+    job_file = folder / "job.pt"
+    torch.save(job, job_file)
+    root = Path(__file__).resolve().parent.parent
+    path = os.pathsep.join(str(root / name) for name in ("", "tests", "benchmarks"))
+    environment = {**os.environ, "PYTHONPATH": path, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    processes, logs = [], []
+    for rank in range(2):
+        logs.append(open(folder / f"log{rank}.txt", "w+", encoding="utf-8"))  # noqa: SIM115
+        command = [sys.executable, str(Path(__file__).resolve()), str(job_file), str(folder / "rendezvous")]
+        variables = environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        processes.append(subprocess.Popen(command, env=variables, stdout=logs[-1], stderr=subprocess.STDOUT))
+    try:
+        codes = [process.wait(timeout=240) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+        for log in logs:
+            log.seek(0)
+    output = "\n".join(log.read()[-4000:] for log in logs)
+    for log in logs:
+        log.close()
+    assert codes == [0, 0], output
+    return [torch.load(f"{job_file}.rank{rank}") for rank in range(2)]
+
+
+if __name__ == "__main__":
+    main()
