@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
 from bge_core import records
 from bge_core.config import EvaluateConfig, as_dict, run_stage
@@ -34,7 +33,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 def evaluate(config: EvaluateConfig) -> None:
     """Evaluate every encoder, print, and write the files if an output folder is given."""
     accelerator = start(config.fp16, config.bf16)
-    transformers.utils.logging.disable_progress_bar()
     is_main = world()[0] == 0
     if not is_main:
         logging.getLogger().setLevel(logging.ERROR)

@@ -20,9 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import huggingface_hub
 import torch
-import transformers
 from tqdm import tqdm
 
 from bge_core import UserError, checkpoint, records, report
@@ -52,9 +50,7 @@ def train(config: TrainConfig) -> None:
     # ---- build
     accelerator = start(config.fp16, config.bf16, **tracker_options(config))
     rank, world_size = world()
-    transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    huggingface_hub.utils.disable_progress_bars()
     if rank > 0:
         logging.getLogger().setLevel(logging.ERROR)
     accumulation = config.gradient_accumulation_steps or accelerator.gradient_accumulation_steps

@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar, cast
 
 import yaml
+from huggingface_hub.utils import disable_progress_bars as disable_hub_progress_bars
 from transformers import HfArgumentParser
+from transformers.utils import logging as transformers_logging
 
 from bge_core import UserError
 
@@ -425,6 +427,9 @@ def run_stage(config_class: type[T], stage: Callable[[T], int | None], argv: Seq
         passes through as the exception it is, with its traceback.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    transformers_logging.set_verbosity_error()  # what a load lacks, load_encoder says itself
+    transformers_logging.disable_progress_bar()
+    disable_hub_progress_bars()
     for noisy in ("httpx", "datasets", "faiss", "faiss.loader", "matplotlib", "fsspec", "torch"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:

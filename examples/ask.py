@@ -27,6 +27,7 @@ def main() -> int:
     if not manifest or manifest.get("status") != "finished":
         print("error: outputs/demo holds no trained model; run make demo first", file=sys.stderr)
         return 2
+    transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     _, answers = records.read_corpus(DEMO / "data/corpus.jsonl")
     base = manifest["config"]["model_name_or_path"]
