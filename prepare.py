@@ -206,10 +206,9 @@ def _read_jsonl(path: Path, find: Find, bad: BadLines) -> Iterator[tuple[Place, 
     with _open_text(path, newline="\n") as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
-                try:
-                    row = json.loads(line)
-                except (ValueError, RecursionError) as error:
-                    bad.add(path, number, f"not JSON ({error}); write one object a line")
+                row, problem = records.parse_object(line)
+                if problem:
+                    bad.add(path, number, problem)
                 else:
                     yield number, row
 
@@ -317,7 +316,7 @@ def read_file(path: Path, find: Find, bad: BadLines) -> Iterator[tuple[str, list
         for place, row in READERS[kind](path, find, bad):
             try:
                 if not isinstance(row, dict):
-                    raise UserError(f"is a JSON {type(row).__name__}; write objects with a question and an answer")
+                    raise UserError(f"is a JSON {type(row).__name__}; write objects")
                 columns = find(tuple(row))
                 recognised = True
                 parsed = _parse_row(row, columns, from_json=kind in (".jsonl", ".json"))

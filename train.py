@@ -118,6 +118,7 @@ def train(config: TrainConfig) -> None:
         "stale": 0,
         "window": {},
         "scores": {},
+        "best_scores": {},
     }
     model.train()
     settle(model, world_size)
@@ -171,7 +172,7 @@ def train(config: TrainConfig) -> None:
 
         shares["queries"] = torch.tensor(sum(batch.num_queries for batch in micro_batches))
         shares["tokens"] = torch.tensor(sum(len(batch.tokens.input_id_T) for batch in micro_batches))
-        values = torch.stack([share.to(accelerator.device, torch.float64) for share in shares.values()])
+        values = torch.stack([share.to(accelerator.device, torch.float32) for share in shares.values()])
         means = dict(zip(shares, sum_over_ranks(values).tolist(), strict=True))
         if not math.isfinite(means["loss"]):
             raise not_finite(output_dir, step, rank, data, micro_batches)
@@ -207,7 +208,8 @@ def train(config: TrainConfig) -> None:
             logger.info("step %d  %s", step, "  ".join(f"{name} {value:.4f}" for name, value in scores.items()))
             is_best = scores[config.metric_for_best_model] > progress["best_value"]
             if is_best:
-                progress |= {"best_value": scores[config.metric_for_best_model], "best_step": step, "stale": 0}
+                value = scores[config.metric_for_best_model]
+                progress |= {"best_value": value, "best_scores": scores, "best_step": step, "stale": 0}
             else:
                 progress["stale"] += 1
             stop = config.early_stopping_patience is not None and progress["stale"] >= config.early_stopping_patience
@@ -229,6 +231,7 @@ def train(config: TrainConfig) -> None:
         best = output_dir / f"checkpoint-{progress['best_step']}"
         use_best = config.load_best_model_at_end and best.is_dir()
         checkpoint.publish_model(output_dir, best if use_best else encoder)
+        scores = progress["best_scores" if use_best else "scores"]
         if use_best:
             logger.info(
                 "the final model is that of step %d (%s %.4f)",
@@ -246,13 +249,11 @@ def train(config: TrainConfig) -> None:
                 **facts,
                 "settings": changed_fields(config),
             },
-            scores=progress["scores"],
+            scores=scores,
             prompt=encoder.settings.query_prompt or "",
         )
         skipped = {"skipped_steps": progress["skipped"]}
-        records.write_json(
-            output_dir / "manifest.json", manifest | {"status": "finished", "scores": progress["scores"], **skipped}
-        )
+        records.write_json(output_dir / "manifest.json", manifest | {"status": "finished", "scores": scores, **skipped})
         print(f"model: {output_dir}")
     accelerator.end_training()
 

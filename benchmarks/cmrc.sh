@@ -71,6 +71,7 @@ for seed in $SEEDS; do
             --temperature 0.02 --max_grad_norm 1.0 --seed "$seed" --save_steps 25 --save_total_limit 1 \
             --resume_from_checkpoint latest "${NONE[@]}" $PRECISION
         score "trained-$name" "$OUT/trained/$name"
+        [ "$seed" = "${SEEDS%% *}" ] || continue  # merging has no randomness of its own: the first seed shows it
         [ -f "$OUT/merged/$name/manifest.json" ] || $PYTHON merge.py --models "$base" "$OUT/trained/$name" \
             --weights 0.5 0.5 --output_path "$OUT/merged/$name"
         score "merged-$name" "$OUT/merged/$name"

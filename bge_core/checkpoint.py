@@ -2,7 +2,7 @@
 
     output_dir/
       config.json model.safetensors ...   the final model
-      checkpoint-<step>/                  a model folder and training_state.pt: optimizer, scaler, random states, counters
+      checkpoint-<step>/                  a model folder, and training_state.pt to go on from
       metrics.jsonl curves.png manifest.json
 
 A checkpoint is written beside its place and renamed, so a folder of that name is complete.
@@ -107,7 +107,7 @@ def _why_refused(manifest: dict[str, Any], own: bool, changed: list[str], held: 
 
 def _sweep(folder: Path) -> None:
     """Remove the temporary leftovers of a run that was killed while it wrote."""
-    for path in folder.glob(".*.tmp-*"):
+    for path in [*folder.glob(".*.tmp-*"), *folder.glob(".*.old-*")]:
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 

@@ -5,7 +5,7 @@
 As in FlagEmbedding's hn_mine, the range [a, b) counts hits from 0, before positives are taken out, and what the range
 cannot give is filled up at random. Unlike there, texts are compared normalized (`records.normalize_text`), a positive
 that the same question has in another row is spared too, and chance is drawn per row, so that neither the number of
-processes nor the other rows change what a row gets.
+processes nor what other rows drew changes what a row gets.
 
 Shapes: Q rows, K depth of the ranking.
 """

@@ -76,9 +76,15 @@ def _lines(path: str | Path) -> Iterator[bytes]:
 
 def _parse(line: bytes) -> tuple[Row, str | None]:
     try:
-        row = json.loads(line.decode("utf-8"))
+        return parse_object(line.decode("utf-8"))
     except UnicodeDecodeError as error:
         return {}, f"not UTF-8 (byte {error.start}); convert the file, for example with iconv -f GB18030 -t UTF-8"
+
+
+def parse_object(line: str) -> tuple[Row, str | None]:
+    """The JSON object of one line, and what is wrong with the line, or None."""
+    try:
+        row = json.loads(line.rstrip())
     except json.JSONDecodeError as error:
         return {}, f"not JSON ({error.msg}, column {error.colno}); write one object a line"
     except (ValueError, RecursionError) as error:  # thousands of digits, or of brackets within each other

@@ -434,8 +434,8 @@ def test_what_cannot_be_split_is_refused(
 
 GOOD = '{"query": "q", "pos": ["a"]}\n'
 BAD_LINES = {
-    "broken JSON": ('{"query": "q", "pos": ["a"]', ["not JSON", "write one object a line"]),
-    "no object": ('["q", "a"]', ["is a JSON list", "write objects"]),
+    "broken JSON": ('{"query": "q", "pos": ["a"]', ["not JSON", "column 28", "write one object a line"]),
+    "no object": ('["q", "a"]', ["is a JSON list", "write one object a line"]),
     "missing key": ('{"query": "q"}', ["no field", "answer", "found: 'query'", "add it"]),
     "empty pos": ('{"query": "q", "pos": []}', ["field 'pos' is an empty list", "fill it or remove the line"]),
     "number": ('{"query": 7, "pos": ["a"]}', ["field 'query' is 7", "must be a string"]),
@@ -445,7 +445,7 @@ BAD_LINES = {
     "bad negative": ('{"query": "q", "pos": ["a"], "neg": [1]}', ["field 'neg[0]' is 1", "must be a string"]),
     "NUL": (r'{"query": "a\u0000", "pos": ["a"]}', ["field 'query'", "character 2", "NUL", "remove it"]),
     "lone surrogate": (r'{"query": "q", "pos": ["\ud83d"]}', ["field 'pos[0]'", "surrogate", "remove it"]),
-    "endless number": ('{"query": "q", "pos": ' + "1" * 5000 + "}", ["not JSON", "write one object a line"]),
+    "endless number": ('{"query": "q", "pos": ' + "1" * 5000 + "}", ["not readable as JSON", "one object a line"]),
 }
 
 
@@ -478,7 +478,7 @@ def test_all_bad_lines_are_counted_and_ten_are_shown(tmp_path: Path, capsys: pyt
         ("a.json", '[{"q": "x", "a": "y"}, {"q": "x"', ["a.json: not JSON", "line 1"]),
         ("a.json", '{"data": {"q": "x"}}', ["a.json: "]),
         ("a.json", '[{"q": "x", "a": "y"}, {"q": "x", "a": 3}]', ["a.json:object 2: field 'a' is 3"]),
-        ("a.json", '[1, 2]', ["a.json:object 1: is a JSON int"]),
+        ("a.json", '[1, 2]', ["a.json:object 1: is a JSON int; write objects"]),
         ("a.csv", b"\xff\xfe\x41", ["a.csv: cannot be read as .csv", "UTF-8"]),
         ("a.xlsx", "no workbook", ["a.xlsx: not a workbook", "save it again"]),
         ("a.parquet", "no parquet at all", ["a.parquet: cannot be read as .parquet"]),

@@ -13,8 +13,29 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import parity_flagembedding as parity
 import torch
+import torch.distributed as dist
 from batches import MODES, Gradients, TextRow, gradients_of, load, make_rows, rank_batch
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+
+from bge_core import UserError
+from bge_core.data import Batch
+from bge_core.distributed import (
+    gather_counts,
+    gather_objects,
+    gather_rows,
+    on_main,
+    start,
+    sum_over_ranks,
+    unwrap,
+    world,
+    wrap,
+)
+from bge_core.encode import encode
+from bge_core.loss import LossConfig
+from bge_core.step import StepSettings, forward_backward
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
 TEXTS = [
@@ -94,33 +115,50 @@ STEP_CASES = {
 # ------------------------------------------------------------------------------------------------------- in the processes
 
 
-def step_case(model: torch.nn.Module, case: StepCase, rank: int) -> tuple[dict[str, float], Gradients]:
-    """The shares summed over ranks, and this rank's gradients."""
-    from bge_core.distributed import sum_over_ranks, unwrap
-    from bge_core.loss import LossConfig
-    from bge_core.step import StepSettings, forward_backward
+def rank_batches(case: StepCase, rank: int) -> list[Batch]:
+    """The micro-batches of one rank."""
+    teacher = "distillation" in MODES[case.mode]
+    return [rank_batch(both[rank], sum(map(len, both)), teacher=teacher) for both in case.micro_batches()]
 
-    batches = [
-        rank_batch(both[rank], sum(map(len, both)), teacher="distillation" in MODES[case.mode])
-        for both in case.micro_batches()
-    ]
+
+def forward_backward_of(model: torch.nn.Module, batches: list[Batch], case: StepCase) -> dict[str, torch.Tensor]:
+    """forward_backward with the settings of the case."""
     settings = StepSettings(
         loss_config=LossConfig(**MODES[case.mode]),
         cross_device=case.cross_device,
         chunk_size=case.chunk_size,
         **case.settings,
     )
+    return forward_backward(model, batches, settings)
+
+
+def step_case(model: torch.nn.Module, case: StepCase, rank: int) -> tuple[dict[str, float], Gradients]:
+    """The shares summed over ranks, and this rank's gradients."""
+    if not case.cross_device:
+        rehearse(unwrap(model), case, rank)
     try:
-        shares = forward_backward(model, batches, settings)
+        shares = forward_backward_of(model, rank_batches(case, rank), case)
         return {name: sum_over_ranks(value).item() for name, value in shares.items()}, gradients_of(unwrap(model))
     finally:
         model.zero_grad(set_to_none=True)
 
 
+def rehearse(encoder: torch.nn.Module, case: StepCase, rank: int) -> None:
+    """Run a case that needs no other rank without averaging first: where one rank fails, both fail, and none waits."""
+    problem = None
+    try:
+        for batch in rank_batches(case, rank):
+            forward_backward_of(encoder, [batch], case)
+    except Exception:
+        problem = traceback.format_exc()
+    encoder.zero_grad(set_to_none=True)
+    problems = gather_objects(problem)
+    if any(problems):
+        raise RuntimeError("\n".join(map(str, problems)))
+
+
 def gather_case(counts: list[int], rank: int, dtype: torch.dtype = torch.float64) -> Results:
     """Gather rows that say whose they are; the gradient of sum over ranks r of (r + 1) * weights * gathered."""
-    from bge_core.distributed import gather_counts, gather_rows
-
     local = (torch.arange(counts[rank] * 2).reshape(-1, 2) + 100 * rank).to(dtype)
     local.requires_grad_(dtype.is_floating_point)
     gathered = gather_rows(local, counts)
@@ -135,9 +173,6 @@ def gather_case(counts: list[int], rank: int, dtype: torch.dtype = torch.float64
 
 def collective_cases(rank: int) -> Results:
     """on_main and the small collectives."""
-    from bge_core import UserError
-    from bge_core.distributed import gather_objects, on_main, sum_over_ranks, world
-
     calls: list[int] = []
 
     def fails(error: Exception) -> str:
@@ -161,10 +196,6 @@ def collective_cases(rank: int) -> Results:
 
 def count_all_reduces(folder: str, case: StepCase, rank: int) -> int:
     """How often DDP averages its (one) bucket of gradients in a step."""
-    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
-
-    from bge_core.distributed import wrap
-
     model = wrap(load(folder, torch.float64))
     calls = []
     model.register_comm_hook(
@@ -177,12 +208,6 @@ def count_all_reduces(folder: str, case: StepCase, rank: int) -> int:
 
 def work(job: Results, rank: int) -> Results:
     """Everything one rank computes: case -> result, or a string, its traceback."""
-    import numpy as np
-    import parity_flagembedding as parity
-
-    from bge_core.distributed import start, wrap
-    from bge_core.encode import encode
-
     start()
     results: Results = {}
 
@@ -191,6 +216,7 @@ def work(job: Results, rank: int) -> Results:
             results[name] = compute()
         except Exception:
             results[name] = traceback.format_exc()
+            print(name, results[name], flush=True)  # for the log, should the other rank now wait in vain
 
     for name, counts in {"equal": [2, 2], "uneven": [3, 1], "first_empty": [0, 2], "last_empty": [2, 0]}.items():
         record(f"gather/{name}", lambda c=counts: gather_case(c, rank))
@@ -217,8 +243,6 @@ def work(job: Results, rank: int) -> Results:
 
 def main() -> None:
     """One rank: two_processes.py JOB RENDEZVOUS."""
-    import torch.distributed as dist
-
     rank = int(os.environ["RANK"])
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=2)
@@ -254,7 +278,7 @@ def run(folder: Path, job: Results) -> list[Results]:
     output = "\n".join(log.read()[-4000:] for log in logs)
     for log in logs:
         log.close()
-    assert codes == [0, 0], output
+    assert codes == [0, 0], output  # the first that fails ends both
     return [torch.load(f"{job_file}.rank{rank}") for rank in range(2)]
 
 
