@@ -34,8 +34,6 @@ def evaluate(config: EvaluateConfig) -> None:
     """Evaluate every encoder, print, and write the files if an output folder is given."""
     accelerator = start(config.fp16, config.bf16)
     is_main = world()[0] == 0
-    if not is_main:
-        logging.getLogger().setLevel(logging.ERROR)
     if config.output_dir and is_main:
         records.refuse_foreign_folder(config.output_dir, config.overwrite_output_dir, OWN_FILES)
     task = load_task(config.val_data, config.corpus)

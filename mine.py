@@ -70,8 +70,6 @@ def mine(config: MineConfig) -> None:
         UserError: bad lines (all are counted), an output that cannot be written, not a model, faiss missing.
     """
     is_main = os.environ.get("RANK", "0") == "0"
-    if not is_main:
-        logging.getLogger().setLevel(logging.ERROR)  # each warning once
     rows = records.read_rows(config.input_file, records.check_training_row)
     pool, inputs = read_pool(config, rows)
     refuse_output(config)

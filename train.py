@@ -51,8 +51,6 @@ def train(config: TrainConfig) -> None:
     accelerator = start(config.fp16, config.bf16, **tracker_options(config))
     rank, world_size = world()
     datasets.disable_progress_bars()
-    if rank > 0:
-        logging.getLogger().setLevel(logging.ERROR)
     accumulation = config.gradient_accumulation_steps or accelerator.gradient_accumulation_steps
     output_dir = Path(config.output_dir)
     loss = load_loss(config.loss) if config.loss else training_loss

@@ -108,8 +108,8 @@ class MineConfig:
     trust_remote_code: bool = _flag(False, "Run model code that comes with the checkpoint.")
 
     def __post_init__(self) -> None:
-        _need(self.negative_number > 0, "negative_number", self.negative_number, "use a number above 0")
-        _need(self.batch_size > 0, "batch_size", self.batch_size, "use a number above 0")
+        for name in ("negative_number", "batch_size", "query_max_len", "passage_max_len"):
+            _need(getattr(self, name) > 0, name, getattr(self, name), "use a number above 0")
         _need(not (self.fp16 and self.bf16), "fp16", True, "cannot go with --bf16: choose one")
         _ = self.sampling_range
 
@@ -426,7 +426,9 @@ def run_stage(config_class: type[T], stage: Callable[[T], int | None], argv: Seq
         The exit code: 0 done, 2 the user's input, settings or disk; what `stage` returns otherwise. A fault of ours
         passes through as the exception it is, with its traceback.
     """
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    is_main = os.environ.get("RANK", "0") == "0"  # the other ranks say only what is wrong: each warning once
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    logging.getLogger().setLevel(logging.INFO if is_main else logging.ERROR)
     transformers_logging.set_verbosity_error()  # what a load lacks, load_encoder says itself
     transformers_logging.disable_progress_bar()
     disable_hub_progress_bars()
@@ -435,6 +437,6 @@ def run_stage(config_class: type[T], stage: Callable[[T], int | None], argv: Seq
     try:
         return stage(parse_config(config_class, argv)) or 0
     except (UserError, OSError) as error:
-        if int(os.environ.get("RANK", "0")) == 0 or not isinstance(error, UserError):
+        if is_main or not isinstance(error, UserError):
             print(f"error: {error}", file=sys.stderr, flush=True)
         return 2

@@ -40,6 +40,7 @@ OUTPUTS = ("model.safetensors", "manifest.json", "the files of configuration and
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 _INTEGERS = {torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8"}
 _TYPE_NAMES = {torch.float32: "F32", torch.bool: "BOOL", **_INTEGERS}
+Averages = Iterator[tuple[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -210,7 +211,7 @@ def merge_folders(
     takes the last model's). A pooler that not every model has is left out: no embedding uses it.
 
     Args:
-        models: hub names or folders.
+        models: hub names or folders; at least one.
         weights: one a model, summing to 1 within 1e-3 and used as they are; below 0 is allowed.
         output_path: where the result goes.
         overwrite: replace a model there; files of other names stay.
@@ -229,7 +230,11 @@ def merge_folders(
     settings, names, first = merged_settings(checkpoints), merged_names(checkpoints), checkpoints[0]
     sha256 = functools.cache(records.sha256)
     files = [{"path": str(f), "sha256": sha256(f), "model": c.name} for c in checkpoints for f in c.files]
-    facts = {"models": [c.name for c in checkpoints], "weights": list(weights), "pooling": settings.pooling}
+    facts = {
+        "models": [c.name for c in checkpoints],
+        "weights": [float(w) for w in weights],
+        "pooling": settings.pooling,
+    }
     manifest = records.make_manifest("merge", config or facts, [*files, *inputs], **facts)
     try:
         with _model_folder(Path(output_path)) as temporary:
@@ -316,10 +321,7 @@ def _read_tensor(file: Path, key: str) -> Tensor:
 
 def _weight_files(name: str, **hub: Any) -> list[Path]:
     """The files that transformers would take: one, or the shards that an index lists; none where it finds none."""
-
-    quiet: Any = {
-        f"_raise_exceptions_for_{why}": False for why in ("missing_entries", "gated_repo", "connection_errors")
-    }
+    quiet: Any = {f"_raise_exceptions_for_{x}": False for x in ("missing_entries", "gated_repo", "connection_errors")}
     find: Callable[[str], str | None] = functools.partial(cached_file, name, **hub, **quiet)
     present = next(filter(None, map(find, _WEIGHTS)), None)
     if present is None or not present.endswith(".json"):
@@ -368,18 +370,24 @@ def merged_settings(checkpoints: Sequence[Checkpoint]) -> EncoderSettings:
 
 
 def merged_names(checkpoints: Sequence[Checkpoint]) -> list[str]:
-    """The tensors of the merged model: the first model's, without its pooler unless every model has one."""
+    """The tensors of the merged model: the first model's, without its pooler unless every model has one.
+
+    Those with large elements come first, so that in the file each begins at a multiple of its element's size.
+    """
     names = set(checkpoints[0].tensors)
     poolers = {name for name in names if name.startswith("pooler.")}
     if lacking := [c.name for c in checkpoints if poolers - c.tensors.keys()]:
         logger.info("%s: no pooler, which no embedding uses; the result has none either", _joined(lacking))
         names -= poolers
-    return sorted(names)
+
+    def num_bytes(name: str) -> int:
+        dtype = checkpoints[0].tensors[name]().dtype
+        return 4 if dtype.is_floating_point else dtype.itemsize
+
+    return sorted(names, key=lambda name: (-num_bytes(name), name))
 
 
-def average(
-    checkpoints: Sequence[Checkpoint], weights: Sequence[float], names: Iterable[str]
-) -> Iterator[tuple[str, Tensor]]:
+def average(checkpoints: Sequence[Checkpoint], weights: Sequence[float], names: Iterable[str]) -> Averages:
     """Yield each name with sum_m w_m theta_m in float32; integers as they are in the first model.
 
     A model of weight 0 is not read, so [1, 0] gives the first model bit for bit.
@@ -429,7 +437,7 @@ def _model_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(staged, ignore_errors=True)
 
 
-def _write_safetensors(path: Path, like: dict[str, Tensor], tensors: Iterable[tuple[str, Tensor]]) -> None:
+def _write_safetensors(path: Path, like: dict[str, Tensor], tensors: Averages) -> None:
     """A safetensors file from tensors that come one by one, in the order of `like` (the library wants all at once).
 
     The format: 8 bytes with the header's length, the header (JSON: type, shape and place of each tensor), the data.

@@ -232,6 +232,8 @@ def atomic_path(target: str | Path) -> Iterator[Path]:
         if target.is_dir() and not temporary.is_dir():
             raise UserError(f"{target}: is a folder; name a file")
         if target.is_dir():
+            if not temporary.is_dir():
+                raise UserError(f"{target}: is a folder; name a file")
             aside = target.with_name(f".{target.name}.old-{os.getpid()}")
             os.replace(target, aside)
             try:
@@ -261,9 +263,13 @@ def _flush(path: Path) -> None:
 def write_jsonl(path: str | Path, rows: Iterable[Row]) -> int:
     """Write the rows, whole or not at all; returns their number."""
     count = 0
-    with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8", newline="\n") as file:
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
         for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            try:
+                line = json.dumps(row, ensure_ascii=False).encode("utf-8")
+            except UnicodeEncodeError:  # half a character in a column that we only pass through
+                line = json.dumps(row).encode("utf-8")
+            file.write(line + b"\n")
             count += 1
     return count
 

@@ -18,7 +18,9 @@ from bge_core.step import StepSettings, forward_backward
 RTOL = {"float64": 1e-9, "float32": 1e-5}
 Ranks = list[dict[str, Any]]
 EMPTY_RANK_FAILS = [
-    pytest.mark.xfail(reason="loss.ranking_metrics: amax over no candidates, on a rank without rows, not cross-device")
+    pytest.mark.xfail(
+        strict=True, reason="loss.ranking_metrics: amax over no candidates where a rank has no rows and sees no others'"
+    )
 ]
 
 
@@ -81,7 +83,7 @@ def test_two_ranks_give_the_gradient_of_the_global_batch(
     """Against the slow truth, and (where passages cross) against this code in one process with all rows."""
     case, rtol = STEP_CASES[name], RTOL[dtype]
     (shares, got), (other_shares, other) = of_both(two_ranks, f"step/{name}/{dtype}")
-    assert shares == pytest.approx(other_shares, nan_ok=True)
+    assert shares == other_shares
     assert all(torch.equal(got[p], other[p]) for p in got), "the ranks disagree"
 
     want_loss, want = true_gradients(tiny_bert, case.pools(), case.mode)
@@ -95,7 +97,10 @@ def test_two_ranks_give_the_gradient_of_the_global_batch(
         settings = StepSettings(loss_config=LossConfig(**MODES[case.mode]), chunk_size=case.chunk_size)
         alone_shares = forward_backward(encoder, whole, settings)
         assert_same_gradients(got, gradients_of(encoder), rtol)
-        assert shares == pytest.approx({k: v.item() for k, v in alone_shares.items()}, rel=1e-4, nan_ok=True)
+        want_shares = {name: value.item() for name, value in alone_shares.items()}
+        if any(min(map(len, both)) and 1 in sum(both, ()) for both in case.groups):
+            del shares["hardest_negative_similarity"]  # a mean over rows with a negative: see test_step.py
+        assert {name: want_shares[name] for name in shares} == pytest.approx(shares, rel=1e-4)
 
 
 def test_two_ranks_scale_the_loss_like_one(two_ranks: Ranks) -> None:
