@@ -110,21 +110,23 @@ def train(config: TrainConfig) -> None:
 
     # ---- begin, or go on where a checkpoint left off
     progress: dict[str, Any] = {
-        "skipped": 0,
-        "best_value": -math.inf,
-        "best_step": 0,
-        "stale": 0,
-        "window": {},
-        "scores": {},
-        "best_scores": {},
-    }
+        "skipped": 0, "window": {}, "scores": {}, "stale": 0, "best_value": -math.inf, "best_step": 0, "best_scores": {}
+    }  # fmt: skip
     model.train()
     settle(model, world_size)
     torch.manual_seed(config.seed + rank)
     first_step = 0
+    data_order = {
+        "rows": data.plan.num_rows, "rows per global micro-batch": data.plan.batch_size, "accumulation": accumulation
+    }  # fmt: skip
     if resume:
         state = checkpoint.load_checkpoint(resume)
         first_step, progress = state["step"], state["progress"]
+        if state["data_order"] != data_order:
+            raise UserError(
+                f"{resume}: was trained with {state['data_order']}, this start has {data_order}: the steps would not be "
+                "the same; choose processes, --per_device_train_batch_size and --gradient_accumulation_steps to fit"
+            )
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
         if len(state["random_states"]) == world_size:
@@ -144,7 +146,10 @@ def train(config: TrainConfig) -> None:
         )
 
     def save(step: int) -> None:
-        state = {"progress": progress, "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+        state = {
+            "progress": progress, "data_order": data_order, "optimizer": optimizer.state_dict(),
+            "scaler": scaler.state_dict(),
+        }  # fmt: skip
         checkpoint.save_checkpoint(output_dir, step, encoder, state)
         if rank == 0:
             best = f"checkpoint-{progress['best_step']}" if config.load_best_model_at_end else None
