@@ -124,8 +124,8 @@ def train(config: TrainConfig) -> None:
         first_step, progress = state["step"], state["progress"]
         if state["data_order"] != data_order:
             raise UserError(
-                f"{resume}: was trained with {state['data_order']}, this start has {data_order}: the steps would not be "
-                "the same; choose processes, --per_device_train_batch_size and --gradient_accumulation_steps to fit"
+                f"{resume}: was trained with {state['data_order']}, this start has {data_order}: the steps would not "
+                "be the same; choose processes, --per_device_train_batch_size and --gradient_accumulation_steps to fit"
             )
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])

@@ -232,8 +232,6 @@ def atomic_path(target: str | Path) -> Iterator[Path]:
         if target.is_dir() and not temporary.is_dir():
             raise UserError(f"{target}: is a folder; name a file")
         if target.is_dir():
-            if not temporary.is_dir():
-                raise UserError(f"{target}: is a folder; name a file")
             aside = target.with_name(f".{target.name}.old-{os.getpid()}")
             os.replace(target, aside)
             try:

@@ -192,11 +192,13 @@ def old_names(folder: Path) -> None:
 @pytest.mark.parametrize("change", [shard, pickle, with_head, old_names])
 @pytest.mark.parametrize("place", [0, 2])
 def test_other_kinds_of_checkpoint(
-    models: list[Path], tmp_path: Path, change: Callable[[Path], None], place: int
+    models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Path], None], place: int
 ) -> None:
     expected = float64_average(models, [0.2, 0.5, 0.3])
     change(models[place])
     weight_files = sorted(p.name for p in models[place].iterdir() if p.suffix in (".safetensors", ".bin"))
+    if change in (shard, with_head):
+        monkeypatch.setattr(merging, "load_encoder", None)  # these need not be loaded whole
     manifest = merge_folders(models, [0.2, 0.5, 0.3], tmp_path / "out")
     found = weights_of(tmp_path / "out")
     assert found.keys() == {key for key in expected if change is not with_head or not key.startswith("pooler.")}

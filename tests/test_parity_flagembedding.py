@@ -55,13 +55,17 @@ def test_one_process_gives_their_losses_and_gradient(mode: str, tiny_bert: Path,
     check(f"{mode}/W1", ours, "float32", rtol=1e-4)
 
 
-@pytest.mark.parametrize("mode", ["in_batch", "kl_div", "m3_kd_loss", "mrl"])
-def test_in_float64_the_first_loss_and_gradient_are_theirs_to_nine_digits(
-    mode: str, tiny_bert: Path, train_file: str
+@pytest.mark.parametrize(
+    "mode, rtol",
+    # theirs goes through float32 in distillation (the teacher) and in Matryoshka, whatever the model's type
+    [("in_batch", 1e-9), ("no_in_batch", 1e-9), ("kl_div", 2e-7), ("m3_kd_loss", 2e-7), ("mrl", 2e-7)],
+)
+def test_in_float64_the_first_loss_and_gradient_are_theirs(
+    mode: str, rtol: float, tiny_bert: Path, train_file: str
 ) -> None:
     ours = parity.train_ours(str(tiny_bert), train_file, parity.MODES[mode], OPTIONS, "float64", steps=1)
-    check(f"{mode}/W1", ours, "float64", rtol=1e-9)
-    assert ours["losses"][0] == pytest.approx(THEIRS[f"{mode}/W1"]["float64"]["losses"][0], rel=1e-9)
+    check(f"{mode}/W1", ours, "float64", rtol)
+    assert ours["losses"][0] == pytest.approx(THEIRS[f"{mode}/W1"]["float64"]["losses"][0], rel=rtol)
 
 
 @pytest.mark.parametrize("mode", parity.MODES)

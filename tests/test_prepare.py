@@ -3,6 +3,7 @@
 import csv
 import json
 import random
+import zipfile
 from collections import Counter
 from datetime import date
 from pathlib import Path
@@ -217,6 +218,17 @@ def test_sheets_without_the_columns_are_skipped_if_another_has_them(
     assert "a.xlsx" in message and "'本表由客服部维护'" in message and "--query_field" in message
 
 
+def test_a_workbook_that_states_a_wrong_size_is_read_whole(tmp_path: Path) -> None:
+    source = tmp_path / "in"
+    source.mkdir()
+    write_xlsx(tmp_path / "right.xlsx", [["问题", "答案"], *map(list, TEN)])
+    with zipfile.ZipFile(tmp_path / "right.xlsx") as right, zipfile.ZipFile(source / "wrong.xlsx", "w") as wrong:
+        for name in right.namelist():
+            wrong.writestr(name, right.read(name).replace(b'<dimension ref="A1:B11"', b'<dimension ref="A1:A1"'))
+    assert b'"A1:A1"' in zipfile.ZipFile(source / "wrong.xlsx").read("xl/worksheets/sheet1.xml")
+    assert pairs_of(source, tmp_path / "out") == TEN
+
+
 # --- what is read ---------------------------------------------------------------------------------------------------
 
 
@@ -396,9 +408,9 @@ def test_one_group_larger_than_a_tenth_is_named(tmp_path: Path, caplog: pytest.L
     assert "'这个问题0'" in caplog.text and "(4 times) is '请联系人工客服'" in caplog.text
     caplog.clear()
     assert run(source, tmp_path / "out_q", "--split_by", "question") == 0
-    assert "group" not in caplog.text
+    assert "form one group" not in caplog.text
     assert run(write(tmp_path / "in2", {"a.jsonl": jsonl(as_rows(TEN))}), tmp_path / "out2") == 0
-    assert "group" not in caplog.text, "single questions are no groups"
+    assert "form one group" not in caplog.text, "single questions are no groups"
 
 
 def test_split_does_not_depend_on_the_listing_of_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,85 @@
+"""Texts to vectors: in input order, the same for every batch size, and never silently NaN. (Two ranks: test_distributed.)"""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from bge_core import UserError
+from bge_core.encode import encode
+from bge_core.model import Encoder, load_encoder
+from bge_core.packing import Tokens
+
+TEXTS = ["信用卡怎么申请？", "", "loan", "快递" * 40, "卡", "快递", "loan", *(f"第{i}号" * (i % 9 + 1) for i in range(20))]
+
+
+@pytest.fixture(scope="module")
+def encoder(tiny_bert: Path) -> Encoder:
+    return load_encoder(tiny_bert)
+
+
+def alone(encoder: Encoder, text: str, max_length: int = 512) -> np.ndarray:
+    """The vector of one text by the backbone itself."""
+    ids = encoder.tokenizer(text, truncation=True, max_length=max_length, return_tensors="pt")
+    with torch.no_grad():
+        vector_D = encoder.backbone(**ids).last_hidden_state[0, 0]
+    return (vector_D / vector_D.norm()).numpy()
+
+
+def test_vectors_are_in_input_order(encoder: Encoder) -> None:
+    vectors = encode(encoder, TEXTS, batch_size=4)
+    assert vectors.shape == (len(TEXTS), 32) and vectors.dtype == np.float32
+    np.testing.assert_allclose(vectors, [alone(encoder, text) for text in TEXTS], atol=1e-6)
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-6)
+    np.testing.assert_allclose(vectors[2], vectors[6], atol=1e-6)  # the same text twice
+    assert abs(vectors[2] - vectors[4]).max() > 1e-2
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 1000])
+def test_the_batch_size_hardly_matters(batch_size: int, encoder: Encoder) -> None:
+    want = encode(encoder, TEXTS, batch_size=8)
+    assert abs(encode(encoder, TEXTS, batch_size=batch_size) - want).max() < 1e-6
+
+
+def test_no_texts(encoder: Encoder) -> None:
+    assert encode(encoder, []).shape == (0, 32)
+
+
+def test_long_texts_are_cut(encoder: Encoder) -> None:
+    text = "快递退款" * 1000
+    vectors = encode(encoder, [text, "短"], max_length=10_000)  # more than the backbone takes
+    np.testing.assert_allclose(vectors[0], alone(encoder, text, 512), atol=1e-6)
+    np.testing.assert_allclose(encode(encoder, [text], max_length=16)[0], alone(encoder, text, 16), atol=1e-6)
+
+
+def test_the_prompt_stands_before_each_text(encoder: Encoder) -> None:
+    vectors = encode(encoder, ["信用卡", ""], prompt="问题：")
+    np.testing.assert_allclose(vectors, [alone(encoder, "问题：信用卡"), alone(encoder, "问题：")], atol=1e-6)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_dropout_is_off_and_the_mode_comes_back(training: bool, tiny_bert: Path, tiny_bert_dropout: Path) -> None:
+    with_dropout = load_encoder(tiny_bert_dropout).train(training)
+    vectors = encode(with_dropout, TEXTS[:3])
+    assert with_dropout.training == training == with_dropout.backbone.training
+    np.testing.assert_allclose(vectors, encode(load_encoder(tiny_bert), TEXTS[:3]), atol=1e-6)
+    with_dropout.train()
+    with_dropout(Tokens.from_lists([[2, 3]])).sum().backward()  # what encode left behind can still be trained
+
+
+def test_vectors_are_float32_whatever_computes_them(encoder: Encoder, tiny_bert_float64: Path) -> None:
+    half = encode(encoder, TEXTS, precision="bf16")
+    assert half.dtype == np.float32
+    difference = abs(half - encode(encoder, TEXTS)).max()
+    assert 1e-5 < difference < 0.2
+    assert encode(load_encoder(tiny_bert_float64, dtype=torch.float64), TEXTS[:2]).dtype == np.float32
+
+
+def test_a_broken_model_is_named_with_a_text(tiny_bert: Path) -> None:
+    broken = load_encoder(tiny_bert).train()
+    with torch.no_grad():
+        broken.backbone.embeddings.word_embeddings.weight[broken.tokenizer.convert_tokens_to_ids("卡")] = float("nan")
+    with pytest.raises(UserError, match="NaN for 2 of 4 texts, first '卡费'"):
+        encode(broken, ["快递", "卡费", "loan", "信用卡"])
+    assert broken.training
