@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from bge_core import UserError, records
 from bge_core.config import PrepareConfig, as_dict, run_stage
-from bge_core.records import Row, text_id
+from bge_core.records import BadLines, Row, text_id
 
 logger = logging.getLogger(__name__)
 
@@ -63,26 +63,6 @@ class Columns(NamedTuple):
 
 Find = Callable[[tuple[str, ...]], Columns]
 Place = int | str  # a line or row from 1; sheet!row of a workbook; object n of a JSON list
-
-
-class BadLines:
-    """Counts what is wrong with the input and keeps the first ten."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-        self.count = 0
-
-    def add(self, path: Path, place: Place, problem: object) -> None:
-        self.count += 1
-        if self.count <= records.MAX_SHOWN:
-            self.lines.append(f"  {path}:{place}: {problem}")
-
-    def refuse(self) -> None:
-        """Raise UserError if there was any."""
-        if self.count > records.MAX_SHOWN:
-            self.lines.append(f"  ... and {self.count - records.MAX_SHOWN} more")
-        if self.count:
-            raise UserError("\n".join([f"{self.count} bad line(s), so nothing was written:", *self.lines]))
 
 
 # --- columns and cells ----------------------------------------------------------------------------------------------

@@ -34,6 +34,29 @@ def text_id(text: str) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
+class BadLines:
+    """Counts what is wrong with the input and keeps the first ten, so that a user mends a file in one go."""
+
+    def __init__(self) -> None:
+        self.shown: list[str] = []
+        self.count = 0
+
+    def add(self, path: str | Path, place: object, problem: object) -> None:
+        """`place`: a line or row counted from 1, or what else leads there."""
+        self.count += 1
+        if self.count <= MAX_SHOWN:
+            self.shown.append(f"  {path}:{place}: {problem}")
+
+    def refuse(self) -> None:
+        """Raise UserError if there was any."""
+        if self.count > MAX_SHOWN:
+            self.shown.append(f"  ... and {self.count - MAX_SHOWN} more")
+        if self.count:
+            raise UserError(
+                "\n".join([f"{self.count} bad line{'s' * (self.count > 1)}, nothing was written:", *self.shown])
+            )
+
+
 def read_jsonl(path: str | Path, check: Check) -> Iterator[tuple[int, Row]]:
     """Yield (line number from 1, object) of a JSON-lines file; blank lines are skipped.
 
@@ -44,8 +67,7 @@ def read_jsonl(path: str | Path, check: Check) -> Iterator[tuple[int, Row]]:
     Raises:
         UserError: no such file, or (after the last line) how many lines are bad, with the first ten of them.
     """
-    bad: list[str] = []
-    num_bad = 0
+    bad = BadLines()
     for number, line in enumerate(_lines(path), start=1):
         if not line.strip():
             continue
@@ -54,13 +76,9 @@ def read_jsonl(path: str | Path, check: Check) -> Iterator[tuple[int, Row]]:
             problem = check(row)
         if problem is None:
             yield number, row
-            continue
-        num_bad += 1
-        if num_bad <= MAX_SHOWN:
-            bad.append(f"  {path}:{number}: {problem}")
-    if num_bad:
-        more = f"\n  ... and {num_bad - MAX_SHOWN} more" if num_bad > MAX_SHOWN else ""
-        raise UserError(f"{path}: {num_bad} bad line{'s' * (num_bad > 1)}:\n" + "\n".join(bad) + more)
+        else:
+            bad.add(path, number, problem)
+    bad.refuse()
 
 
 def _lines(path: str | Path) -> Iterator[bytes]:

@@ -36,7 +36,7 @@ def write(file: Path, *rows: dict[str, Any]) -> Path:
     return file
 
 
-# --------------------------------------------------------------------------------------------------------------- the plan
+# --- the plan ---------------------------------------------------------------------------------------------------------
 
 
 def rows_of_steps(plan: BatchPlan, steps: range) -> list[list[list[int]]]:
@@ -113,7 +113,7 @@ def test_with_same_file_no_batch_mixes_files_and_batches_of_files_are_shuffled()
     assert order != sorted(order)
 
 
-# ------------------------------------------------------------------------------------------------------------------- deal
+# --- deal -------------------------------------------------------------------------------------------------------------
 
 
 @given(st.lists(st.integers(0, 500), max_size=40), st.integers(1, 8))
@@ -134,7 +134,7 @@ def test_deal_goes_to_and_fro() -> None:
     assert deal([5], 3) == [[0], [], []]
 
 
-# ---------------------------------------------------------------------------------------------------------------- examples
+# --- examples ---------------------------------------------------------------------------------------------------------
 
 RECORD: dict[str, Any] = {
     "query": "问",
@@ -229,7 +229,7 @@ def test_passages_get_their_instruction_and_keep_their_ids() -> None:
     assert with_instruction.passage_ids == plain.passage_ids
 
 
-# ----------------------------------------------------------------------------------------------------------------- batches
+# --- batches ----------------------------------------------------------------------------------------------------------
 
 
 def content(batch: Batch) -> tuple[object, ...]:
@@ -308,13 +308,19 @@ def test_a_step_does_not_depend_on_what_was_read_before(training_file: Path, tin
     for step in (7, 2, 11, 0):
         assert [content(batch) for batch in fresh[step]] == in_order[step]
     assert len(data) == 12
-    queries = [sorted(row for step in steps for batch in data[step] for row in batch.rows) for steps in (range(6), range(6, 12))]
+    queries = [
+        sorted(row for step in steps for batch in data[step] for row in batch.rows)
+        for steps in (range(6), range(6, 12))
+    ]
     assert queries[0] == queries[1] == list(range(24))
 
 
 def test_epochs_choose_other_passages(training_file: Path, tiny_bert: Path) -> None:
     data = make_data(training_file, tiny_bert, num_train_epochs=2.0)
-    chosen = [{e.row: e.passages for s in steps for es, _ in data.examples(s) for e in es} for steps in (range(6), range(6, 12))]
+    chosen = [
+        {e.row: e.passages for s in steps for es, _ in data.examples(s) for e in es}
+        for steps in (range(6), range(6, 12))
+    ]
     assert chosen[0].keys() == chosen[1].keys() and chosen[0] != chosen[1]
 
 
@@ -334,7 +340,7 @@ def test_workers_change_nothing(training_file: Path, tiny_bert: Path) -> None:
     assert found[0] == found[1] and len(found[0]) == 6
 
 
-# ------------------------------------------------------------------------------------------------------------------- files
+# --- files ------------------------------------------------------------------------------------------------------------
 
 ROW = {"query": "问", "pos": ["答"], "neg": ["错"]}
 

@@ -32,7 +32,7 @@ def of_both(two_ranks: Ranks, case: str) -> list[Any]:
     return results
 
 
-# ---------------------------------------------------------------------------------------------------------- collectives
+# --- collectives ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -72,11 +72,13 @@ def test_what_rank_0_does_alone_reaches_both(two_ranks: Ranks) -> None:
         assert result["sum"] == 3.0
 
 
-# ------------------------------------------------------------------------------------------------------------- gradients
+# --- gradients --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", [pytest.param(name, marks=EMPTY_RANK_FAILS * ("local_one" in name)) for name in STEP_CASES])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=EMPTY_RANK_FAILS * ("local_one" in name)) for name in STEP_CASES]
+)
 def test_two_ranks_give_the_gradient_of_the_global_batch(
     name: str, dtype: str, two_ranks: Ranks, tiny_bert: Path
 ) -> None:
@@ -123,7 +125,7 @@ def test_encoding_on_two_ranks_is_bitwise_that_of_one(case: str, two_ranks: Rank
         assert np.array_equal(result.numpy(), alone)
 
 
-# ----------------------------------------------------------------------------------------------------------- one process
+# --- one process ------------------------------------------------------------------------------------------------------
 
 
 def test_one_process_needs_no_group(tiny_bert: Path) -> None:

@@ -1,4 +1,4 @@
-"""Texts to vectors: in input order, the same for every batch size, and never silently NaN. (Two ranks: test_distributed.)"""
+"""Texts to vectors: in input order, the same for every batch size, never silently NaN. Two ranks: test_distributed."""
 
 from pathlib import Path
 
@@ -11,7 +11,16 @@ from bge_core.encode import encode
 from bge_core.model import Encoder, load_encoder
 from bge_core.packing import Tokens
 
-TEXTS = ["信用卡怎么申请？", "", "loan", "快递" * 40, "卡", "快递", "loan", *(f"第{i}号" * (i % 9 + 1) for i in range(20))]
+TEXTS = [
+    "信用卡怎么申请？",
+    "",
+    "loan",
+    "快递" * 40,
+    "卡",
+    "快递",
+    "loan",
+    *(f"第{i}号" * (i % 9 + 1) for i in range(20)),
+]
 
 
 @pytest.fixture(scope="module")

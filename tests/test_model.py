@@ -45,12 +45,14 @@ def assert_same(got: tuple[Tensor, Gradients], want: tuple[Tensor, Gradients], r
         torch.testing.assert_close(got[1][name], gradient, rtol=rtol, atol=rtol * float(gradient.abs().max() + 1))
 
 
-# ------------------------------------------------------------------------------------------------------------------ vectors
+# --- vectors ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("pooling", POOLINGS)
-def test_buckets_equal_one_padded_batch_and_single_texts(pooling: Any, normalize: bool, tiny_bert_float64: Path) -> None:
+def test_buckets_equal_one_padded_batch_and_single_texts(
+    pooling: Any, normalize: bool, tiny_bert_float64: Path
+) -> None:
     encoder = load_encoder(tiny_bert_float64, pooling=pooling, normalize=normalize, dtype=torch.float64)
     encoder.freeze()
     tokens = tokens_of(encoder)
@@ -104,7 +106,7 @@ def test_an_encoder_needs_its_pooling(tiny_bert: Path) -> None:
         load_encoder(tiny_bert, pooling="max")  # type: ignore[arg-type]
 
 
-# ------------------------------------------------------------------------------------------------------- saved for others
+# --- saved for others -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("normalize", [True, False])
@@ -223,7 +225,7 @@ def test_what_is_not_stated_stays_open_and_other_modules_are_named(
     assert "Dense" in caplog.text
 
 
-# ------------------------------------------------------------------------------------------------------------- checkpoints
+# --- checkpoints ------------------------------------------------------------------------------------------------------
 
 
 def copy_of(folder: Path, target: Path) -> Path:
@@ -317,7 +319,7 @@ def test_settings_files_of_another_shape_are_the_users_error(modules: str, tiny_
         load_encoder(folder)
 
 
-# ------------------------------------------------------------------------------------------------------------ other models
+# --- other models -----------------------------------------------------------------------------------------------------
 
 
 def test_roberta_counts_positions_from_behind_its_padding_id(tiny_bert: Path, tmp_path: Path) -> None:

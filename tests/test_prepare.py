@@ -183,7 +183,14 @@ def test_flags_name_the_columns(tmp_path: Path, capsys: pytest.CaptureFixture[st
 def test_numbers_and_dates_of_tables_are_texts(tmp_path: Path) -> None:
     source = tmp_path / "in"
     source.mkdir()
-    numbers = [["客服电话", 95588], ["利率", 3.85], ["几个", 123.0], [7, 0], ["哪天", date(2024, 1, 2)], ["真", True]]
+    numbers: list[list[Any]] = [
+        ["客服电话", 95588],
+        ["利率", 3.85],
+        ["几个", 123.0],
+        [7, 0],
+        ["哪天", date(2024, 1, 2)],
+        ["真", True],
+    ]
     write_xlsx(source / "a.xlsx", [[None, None], ["问题", "答案"], *numbers, [None, "x"], ["y", None]])
     table = pyarrow.table({"q": [1, 2], "a": [2.0, float("nan")]})
     pyarrow.parquet.write_table(table, source / "b.parquet")
@@ -366,7 +373,7 @@ def test_split_depends_on_the_pairs_and_not_on_their_order(
 ) -> None:
     shuffled = numbers[:]
     shuffler.shuffle(shuffled)
-    sides = []
+    sides: list[Any] = []
     for order in (numbers, shuffled):
         pairs = collect(order)
         try:
@@ -409,7 +416,7 @@ def test_one_group_larger_than_a_tenth_is_named(tmp_path: Path, caplog: pytest.L
     caplog.clear()
     assert run(source, tmp_path / "out_q", "--split_by", "question") == 0
     assert "form one group" not in caplog.text
-    assert run(write(tmp_path / "in2", {"a.jsonl": jsonl(as_rows(TEN))}), tmp_path / "out2") == 0
+    assert run(write(tmp_path / "in2", {"a.jsonl": jsonl(as_rows(TEN[:5]))}), tmp_path / "out2") == 0
     assert "form one group" not in caplog.text, "single questions are no groups"
 
 

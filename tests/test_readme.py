@@ -5,31 +5,33 @@ of the substitution, the only ones:
 
 - BAAI/bge-large-zh-v1.5 becomes the tiny model; other words stay as they are written;
 - flags are appended, never changed: APPENDED below;
-- `python STAGE.py ...` runs STAGE.main(...) in this process, `torchrun ...` starts two real processes.
+- `python STAGE.py ...` runs STAGE.main(...) in this process; `torchrun ...` starts two real processes,
+  with --standalone, which picks a free port.
 """
 
 import argparse
 import ast
-import contextlib
 import csv
 import importlib
 import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import runs
+import torch
 from transformers import HfArgumentParser
 
-from bge_core import config
+from bge_core import config, records
+from bge_core.loss import LossConfig, LossInput, training_loss
 
 ROOT = Path(__file__).resolve().parent.parent
 READMES = ("README.md", "README.zh-CN.md")
@@ -46,7 +48,7 @@ OTHERS_FLAGS = {
     "nproc_per_node", "nnodes", "node_rank", "master_addr", "master_port", "config_file", "main_process_ip",
     "machine_rank", "num_processes", "mixed_precision", "cpu", "nodes", "local-dir", "config",
 }  # fmt: skip
-LINE_END_FLAGS = re.compile(r"(?<![\w-])--([A-Za-z][\w-]*)")
+FLAG = re.compile(r"(?<![\w-])--([A-Za-z][\w-]*)")
 
 
 @cache
@@ -84,17 +86,7 @@ def known_flags(stage: str) -> frozenset[str]:
     return frozenset(option.lstrip("-") for action in parser._actions for option in action.option_strings)
 
 
-# ------------------------------------------------------------------------------------------------------ the walk-through
-
-
-@contextlib.contextmanager
-def inside(folder: Path) -> Iterator[None]:
-    before = Path.cwd()
-    os.chdir(folder)
-    try:
-        yield
-    finally:
-        os.chdir(before)
+# ----------------------------------------------------------------------------------------------------- the walk-through
 
 
 def write_raw_files(folder: Path) -> None:
@@ -121,24 +113,32 @@ def run(words: list[str], model: Path) -> int:
         return int(importlib.import_module(script.removesuffix(".py")).main(words[place + 1 :]))
     assert words[0] == "torchrun"
     words[place] = str(ROOT / script)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--master_port", "0", *words[1:]]
-    return subprocess.run(launch, env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=300).returncode
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", *words[1:]]
+    process = subprocess.Popen(launch, env=os.environ | {"PYTHONPATH": str(ROOT)}, start_new_session=True)
+    try:
+        return process.wait(timeout=120)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGTERM)  # the launcher ends its workers
+        process.wait()
+        raise
 
 
-@pytest.fixture(scope="module")
-def walked(tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder in which every command of the walk-through was run, in order."""
-    folder = tmp_path_factory.mktemp("walk")
-    write_raw_files(folder / "raw")
-    with inside(folder):
-        for words in commands(between("README.md", "walk-through")):
-            assert run(words, tiny_bert) == 0, shlex.join(words)
-    return folder
-
-
-def test_the_walk_through_runs_and_leaves_what_it_says(walked: Path) -> None:
+def test_the_walk_through_and_the_examples_run(
+    tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """One test, since each part needs what the one before it left."""
+    write_raw_files(tmp_path / "raw")
+    monkeypatch.chdir(tmp_path)
     steps = commands(between("README.md", "walk-through"))
     assert [words[stage_of(words) or 0] for words in steps] == WALK_THROUGH
+    for words in steps:
+        assert run(words, tiny_bert) == 0, shlex.join(words)
+    check_what_the_stages_left(tmp_path)
+    check_the_loss_and_resuming(tiny_bert, capfd)
+    check_the_python_examples(tiny_bert, capfd)
+
+
+def check_what_the_stages_left(walked: Path) -> None:
     for file in ("train.jsonl", "test.jsonl", "corpus.jsonl", "manifest.json", "train_minedHN.jsonl.manifest.json"):
         assert (walked / "data" / file).is_file(), file
     rows = runs.read_lines(walked / "data/train_minedHN.jsonl")
@@ -157,25 +157,26 @@ def test_the_walk_through_runs_and_leaves_what_it_says(walked: Path) -> None:
         assert (walked / f"outputs/evaluation/run.{name}.trec").is_file()
 
 
-def test_the_training_command_resumes(walked: Path, tiny_bert: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """As the README says of --resume_from_checkpoint latest, here on a run that was finished."""
-    words = commands(between("README.md", "loss"))[0]
-    settings = [*words, "--max_steps", "2", "--save_steps", "1"]
-    with inside(walked):
-        Path("my_loss.py").write_text(blocks(between("README.md", "loss"), "python")[0], encoding="utf-8")
-        assert run(settings, tiny_bert) == 0
-        assert run(settings, tiny_bert) == 2
-        assert "add --resume_from_checkpoint latest to go on" in capfd.readouterr().err
-        assert run([*settings, "--resume_from_checkpoint", "latest"], tiny_bert) == 0
-    lines = runs.read_lines(walked / "outputs/my-loss/metrics.jsonl")
-    assert [line["step"] for line in lines] == [2] and "positive_similarity" in lines[0]
+def check_the_loss_and_resuming(model: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """The README's loss from its own text; and what it says of the same command given twice."""
+    words = [*commands(between("README.md", "loss"))[0], "--save_steps", "1"]
+    Path("my_loss.py").write_text(blocks(between("README.md", "loss"), "python")[0], encoding="utf-8")
+    capfd.readouterr()
+    assert [run(words, model), run(words, model)] == [0, 2]
+    assert "add --resume_from_checkpoint latest to go on" in capfd.readouterr().err
+    assert run([*words, "--resume_from_checkpoint", "latest"], model) == 0
+    (line,) = runs.read_lines(Path("outputs/my-loss/metrics.jsonl"))
+    assert line["step"] == 2 and "positive_similarity" in line
+
+
+def check_the_python_examples(model: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    for code in blocks(between("README.md", "library"), "python"):
+        exec(compile(code.replace(HUB_MODEL, str(model)), "README.md", "exec"), {})
+    assert "在登录页点" in capfd.readouterr().out
+    assert Path("outputs/mixed_model_1/model.safetensors").is_file()
 
 
 def test_the_loss_of_the_readme_takes_ten_lines_and_its_margin() -> None:
-    import torch
-
-    from bge_core.loss import LossConfig, LossInput, training_loss
-
     (code,) = blocks(between("README.md", "loss"), "python")
     assert len([line for line in code.splitlines() if line.strip()]) <= 10
     names: dict[str, Any] = {}
@@ -193,20 +194,13 @@ def test_the_loss_of_the_readme_takes_ten_lines_and_its_margin() -> None:
     assert names["my_loss"](x, LossConfig(args={"margin": 0.1})).loss > plain
 
 
-def test_the_python_examples_run(walked: Path, tiny_bert: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with inside(walked):
-        for code in blocks(between("README.md", "library"), "python"):
-            exec(compile(code.replace(HUB_MODEL, str(tiny_bert)), "README.md", "exec"), {})
-        assert "在登录页点" in capsys.readouterr().out
-        assert Path("outputs/mixed_model_1/model.safetensors").is_file()
-
-
 # --------------------------------------------------------------------------------------------------- flags and messages
 
 
 @pytest.mark.parametrize("readme", READMES)
-def test_every_command_is_accepted(readme: str) -> None:
+def test_every_command_is_accepted(readme: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every line that starts a stage, anywhere, gives a valid configuration, YAML files included."""
+    monkeypatch.chdir(ROOT)
     count = 0
     for words in commands(text(readme)):
         place = stage_of(words)
@@ -216,8 +210,7 @@ def test_every_command_is_accepted(readme: str) -> None:
             words, place = ["train.py", *words[words.index("--config") :]], 0
         if place is not None:
             assert words[0] in ("python", "torchrun", "accelerate", "train.py"), words
-            with inside(ROOT):
-                config.parse_config(STAGES[words[place]], words[place + 1 :])
+            config.parse_config(STAGES[words[place]], words[place + 1 :])
             count += 1
     assert count >= 12
 
@@ -228,7 +221,7 @@ def test_every_flag_exists_or_is_refused(readme: str) -> None:
     refused = {
         name for flags in golden_flags().values() for name, flag in flags.items() if flag["verdict"] != "same"
     } | config.REFUSED.keys()
-    found = set(LINE_END_FLAGS.findall(text(readme)))
+    found = set(FLAG.findall(text(readme)))
     assert found - known - refused == set()
 
 
@@ -242,8 +235,8 @@ def test_every_flag_of_flagembedding_is_named_where_it_belongs(readme: str) -> N
     section = between(readme, "flags")
     same, table = section.split("\n| ", 1)
     rows = [row.split(" | ") for row in ("| " + table).splitlines()]
-    mentioned = {flag: row for row in rows for flag in LINE_END_FLAGS.findall(row[0])}
-    unchanged = set(LINE_END_FLAGS.findall(same))
+    mentioned = {flag: row for row in rows for flag in FLAG.findall(row[0])}
+    unchanged = set(FLAG.findall(same))
     says_refused = {"README.md": "refused", "README.zh-CN.md": "不接受"}[readme]
     for stage, flags in golden_flags().items():
         for name in flags:
@@ -258,7 +251,7 @@ def test_every_flag_of_flagembedding_is_named_where_it_belongs(readme: str) -> N
 
 @pytest.mark.parametrize("readme", READMES)
 def test_defaults_said_to_be_the_same_are(readme: str) -> None:
-    same = set(LINE_END_FLAGS.findall(between(readme, "flags").split("\n| ", 1)[0]))
+    same = set(FLAG.findall(between(readme, "flags").split("\n| ", 1)[0]))
     for stage, flags in golden_flags().items():
         parser = HfArgumentParser(STAGES[f"{stage}.py"])  # type: ignore[arg-type]
         ours = {option.lstrip("-"): action for action in parser._actions for option in action.option_strings}
@@ -292,7 +285,7 @@ def test_every_message_is_one_that_the_code_gives(readme: str) -> None:
                 assert message.startswith("--") or part in code, f"{message}: no {part!r} in the code"
 
 
-# ------------------------------------------------------------------------------------------------- structure, both alike
+# ------------------------------------------------------------------------------------------------ structure, both alike
 
 
 def skeleton(readme: str) -> list[str]:
@@ -340,7 +333,10 @@ def test_files_and_links_exist(document: str) -> None:
 
 def test_every_dependency_has_its_reason() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    needed = [*project["dependencies"], *(name for extra in project["optional-dependencies"].values() for name in extra)]
+    needed = [
+        *project["dependencies"],
+        *(name for extra in project["optional-dependencies"].values() for name in extra),
+    ]
     rows = re.findall(r"^\| ([^|]+) \| ([^|]+) \|$", text("CONTRIBUTING.md"), re.MULTILINE)
     named = {name for cell, reason in rows if reason.strip() for name in re.findall(r"[\w-]+", cell.lower())}
     for requirement in needed:
@@ -350,8 +346,6 @@ def test_every_dependency_has_its_reason() -> None:
 
 @pytest.mark.parametrize("readme", READMES)
 def test_the_json_examples_are_valid_rows(readme: str) -> None:
-    from bge_core import records
-
     (block,) = blocks(text(readme), "json")
     plain, scored, passage = map(json.loads, block.splitlines())
     assert records.check_training_row(plain) is None

@@ -82,7 +82,7 @@ def test_normalize_text_is_idempotent(text: str) -> None:
 
 
 def test_distinct_texts_keep_order_and_first_spelling() -> None:
-    rows = [
+    rows: list[records.Row] = [
         {"pos": ["ｂ", "a"], "neg": ["c"]},
         {"pos": ["A"], "neg": None},
         {"pos": ["b", "d"], "neg": ["a", " c "]},

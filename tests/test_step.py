@@ -151,7 +151,7 @@ def test_no_metric_depends_on_how_rows_are_split(encoders: dict[str, Encoder]) -
     assert split == pytest.approx(whole)
 
 
-# --------------------------------------------------------------------------------------------------------- dropout, RNG
+# --- dropout, RNG -----------------------------------------------------------------------------------------------------
 
 
 def graphs_kept(encoder: Encoder, pools: tuple[tuple[TextRow, ...], ...], chunk_size: int) -> Gradients:
@@ -185,7 +185,7 @@ def test_cached_chunks_with_dropout_equal_the_same_chunks_with_graphs(chunk_size
         assert_same_gradients(other, want, 1e-2)
 
 
-# -------------------------------------------------------------------------------------------------- scaling, other losses
+# --- scaling, other losses --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("chunk_size", [None, 3])
