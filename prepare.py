@@ -150,7 +150,8 @@ def find_inputs(source: Path, output_dir: Path) -> list[Path]:
     files = [source]
     if source.is_dir():
         below = sorted(source.rglob("*"), key=lambda path: path.relative_to(source).parts)
-        files = [path for path in below if path.is_file() and target not in path.resolve().parents]
+        inside = source.resolve() in target.parents  # an earlier output below the input is no input
+        files = [path for path in below if path.is_file() and not (inside and target in path.resolve().parents)]
     hidden = (".", "~$")  # ~$: Excel's locks
     files = [path for path in files if not any(part.startswith(hidden) for part in path.relative_to(source).parts)]
     inputs = [path for path in files if path.suffix.lower() in READERS]

@@ -12,6 +12,7 @@ give --loss FILE.py:FUNCTION.
 import importlib.util
 import logging
 import math
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ from typing import Any
 
 import datasets
 import torch
+import transformers
 from tqdm import tqdm
 
 from bge_core import UserError, checkpoint, records, report
@@ -37,6 +39,7 @@ from bge_core.runlog import append_metrics, cut_metrics, memory_mb
 from bge_core.step import LossFunction, StepSettings, forward_backward
 
 logger = logging.getLogger(__name__)
+STOPPED_BY_SIGNAL = 75  # EX_TEMPFAIL: try again
 METRIC_NAMES = tuple(per_query_metrics([], []))
 
 
@@ -45,9 +48,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_stage(TrainConfig, train, argv)
 
 
-def train(config: TrainConfig) -> None:
-    """The whole run of one process."""
+def train(config: TrainConfig) -> int:
+    """The whole run of one process; returns 0, or 75 where a signal stopped it after a save."""
     # ---- build
+    if config.full_determinism:
+        transformers.enable_full_determinism(config.seed)
     accelerator = start(config.fp16, config.bf16, **tracker_options(config))
     rank, world_size = world()
     datasets.disable_progress_bars()
@@ -68,7 +73,7 @@ def train(config: TrainConfig) -> None:
     if config.show_batch:
         if rank == 0:
             print(report.describe_batch(data, config))
-        return
+        return 0
 
     resume = on_main(
         lambda: checkpoint.open_run_folder(
@@ -166,6 +171,8 @@ def train(config: TrainConfig) -> None:
         generator=torch.Generator(),  # its own: drawing the workers' seed from the global one would shift dropout
     )  # fmt: skip
     bar = tqdm(total=num_steps, initial=first_step, desc="train", unit="step", disable=None if rank == 0 else True)
+    signals: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, _: signals.append(number))
     window, clock = progress["window"], time.perf_counter()
     for step, micro_batches in enumerate(loader, start=first_step + 1):
         for group in optimizer.param_groups:
@@ -175,8 +182,10 @@ def train(config: TrainConfig) -> None:
 
         shares["queries"] = torch.tensor(sum(batch.num_queries for batch in micro_batches))
         shares["tokens"] = torch.tensor(sum(len(batch.tokens.input_id_T) for batch in micro_batches))
+        shares["signals"] = torch.tensor(len(signals))
         values = torch.stack([share.to(accelerator.device, torch.float32) for share in shares.values()])
         means = dict(zip(shares, sum_over_ranks(values).tolist(), strict=True))
+        told_to_stop = means.pop("signals") > 0
         if not math.isfinite(means["loss"]):
             raise not_finite(output_dir, step, rank, data, micro_batches)
 
@@ -226,6 +235,11 @@ def train(config: TrainConfig) -> None:
                 "stopped early: %d evaluations without a better %s", progress["stale"], config.metric_for_best_model
             )
             break
+        if told_to_stop and step < num_steps:
+            if not (save_every and step % save_every == 0):
+                save(step)
+            logger.info("stopped by a signal after step %d; --resume_from_checkpoint latest goes on", step)
+            return STOPPED_BY_SIGNAL
     bar.close()
 
     # ---- the final model
@@ -259,6 +273,7 @@ def train(config: TrainConfig) -> None:
         records.write_json(output_dir / "manifest.json", manifest | {"status": "finished", "scores": scores, **skipped})
         print(f"model: {output_dir}")
     accelerator.end_training()
+    return 0
 
 
 def build_encoder(config: TrainConfig, name: str) -> Encoder:
@@ -327,7 +342,7 @@ def tracker_options(config: TrainConfig) -> dict[str, Any]:
     if config.report_to == "none":
         return {}
     if importlib.util.find_spec(config.report_to) is None:
-        raise UserError(f'--report_to {config.report_to}: is not installed; pip install "bge-core[{config.report_to}]"')
+        raise UserError(f'--report_to {config.report_to}: is not installed; pip install -e ".[{config.report_to}]"')
     return {"log_with": config.report_to, "project_dir": config.output_dir}
 
 

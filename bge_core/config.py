@@ -189,6 +189,9 @@ class TrainConfig:
     bf16: bool = _flag(False, "bfloat16 autocast.")
     gradient_checkpointing: bool = _flag(False, "Trade time for activation memory.")
     seed: int = _flag(42, "Seed of data order, choice of passages and dropout.")
+    full_determinism: bool = _flag(
+        False, "Deterministic GPU kernels: slower, the same bits in every run.", "deterministic"
+    )
     # run folder
     logging_steps: int = _flag(10, "Steps between two lines of metrics.jsonl.")
     save_steps: float = _flag(500, "Steps between two checkpoints; below 1: that share of all steps; 0: none.")
@@ -330,6 +333,7 @@ REFUSED = {
     "evaluation_strategy": "use --eval_steps with --val_data",
     "eval_strategy": "use --eval_steps with --val_data",
     "ddp_find_unused_parameters": "never needed: parameters without a gradient are frozen",
+    "optim": "AdamW is the optimizer; change it in bge_core/optim.py",
     "remove_unused_columns": "unknown columns are always ignored",
     "index_factory": "the search is exact",
     "save_embedding": "embeddings are not kept",

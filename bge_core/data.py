@@ -295,6 +295,8 @@ def list_files(paths: Sequence[str]) -> list[Path]:
         if path.is_dir():
             inside = {file for file in path.rglob("*.json*") if file.suffix in (".json", ".jsonl") and file.is_file()}
             inside = {file for file in inside if not file.name.endswith("manifest.json")}
+            if (records.read_json(path / "manifest.json") or {}).get("stage") == "prepare":
+                raise UserError(f"--train_data {path}: holds the test questions, too; name {path / 'train.jsonl'}")
             if not inside:
                 raise UserError(f"--train_data {path}: the folder holds no .jsonl file")
             found |= inside

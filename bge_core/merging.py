@@ -370,21 +370,13 @@ def merged_settings(checkpoints: Sequence[Checkpoint]) -> EncoderSettings:
 
 
 def merged_names(checkpoints: Sequence[Checkpoint]) -> list[str]:
-    """The tensors of the merged model: the first model's, without its pooler unless every model has one.
-
-    Those with large elements come first, so that in the file each begins at a multiple of its element's size.
-    """
+    """The tensors of the merged model: the first model's, without its pooler unless every model has one."""
     names = set(checkpoints[0].tensors)
     poolers = {name for name in names if name.startswith("pooler.")}
     if lacking := [c.name for c in checkpoints if poolers - c.tensors.keys()]:
         logger.info("%s: no pooler, which no embedding uses; the result has none either", _joined(lacking))
         names -= poolers
-
-    def num_bytes(name: str) -> int:
-        dtype = checkpoints[0].tensors[name]().dtype
-        return 4 if dtype.is_floating_point else dtype.itemsize
-
-    return sorted(names, key=lambda name: (-num_bytes(name), name))
+    return sorted(names)
 
 
 def average(checkpoints: Sequence[Checkpoint], weights: Sequence[float], names: Iterable[str]) -> Averages:

@@ -53,7 +53,7 @@ class BadLines:
             self.shown.append(f"  ... and {self.count - MAX_SHOWN} more")
         if self.count:
             raise UserError(
-                "\n".join([f"{self.count} bad line{'s' * (self.count > 1)}, nothing was written:", *self.shown])
+                "\n".join([f"{self.count} bad line{'s' * (self.count > 1)}: nothing was written", *self.shown])
             )
 
 

@@ -221,6 +221,6 @@ def _faiss() -> Any:
         import faiss
     except ImportError as error:
         raise UserError(
-            'searching needs faiss, which is not installed: pip install "bge-core[cpu]", or "bge-core[gpu]" for CUDA'
+            'searching needs faiss, which is not installed: pip install -e ".[cpu]", or ".[gpu]" for CUDA'
         ) from error
     return faiss

@@ -25,6 +25,7 @@ from torch import Tensor
 import train
 
 ROOT = Path(__file__).resolve().parent.parent
+PRELOAD = ["train", "transformers.models.bert.modeling_bert", "transformers.models.bert.tokenization_bert", "runs"]
 VOLATILE = ("queries_per_second", "tokens_per_second", "memory_mb")
 Row = dict[str, Any]
 
@@ -139,6 +140,7 @@ def _child(argv: Sequence[str], log: Path, environment: dict[str, str], patch: C
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # for the workers of the data, as in a run of its own
     if patch is not None:
         patch()
     sys.exit(train.main(argv))
@@ -149,7 +151,7 @@ def start(
 ) -> Any:
     """train.py in a child process; `patch` is a function of a test module, called there before the start."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train"])
+    context.set_forkserver_preload(PRELOAD)
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests"), *([before] if before else [])])
     try:

@@ -193,9 +193,7 @@ def test_overwrite_keeps_the_checkpoint_to_resume_from(
 ) -> None:
     """Continue with another learning rate in the same folder: done or refused, but nothing is lost and none ignored."""
     folder = runs.copy_run(unbroken, tmp_path / "run")
-    code = resume(
-        folder, resume_from_checkpoint=folder / "checkpoint-3", overwrite_output_dir=True, learning_rate=2e-3
-    )
+    code = resume(folder, resume_from_checkpoint=folder / "checkpoint-3", overwrite_output_dir=True, learning_rate=2e-3)
     assert (folder / "checkpoint-3").is_dir()
     assert code == 2 or read_lines(folder / "metrics.jsonl")[0]["step"] > 3
 
@@ -338,7 +336,9 @@ def assert_nothing_half_written(folder: Path) -> None:
 
 
 Moment = tuple[Callable[[Path], bool], float, Callable[[], None] | None, str]
-MOMENTS: dict[str, Moment] = {  # when to begin to count, seconds to wait then, how to stretch it, and what must be there
+MOMENTS: dict[
+    str, Moment
+] = {  # when to begin to count, seconds to wait then, how to stretch it, and what must be there
     "between checkpoints": (lambda folder: logged(folder, 4), 0.01, None, "checkpoint-3"),
     "saving": (lambda folder: hidden(folder, ".checkpoint-6.tmp-*"), 0.05, slow_saving, ".checkpoint-6.tmp-*"),
     "publishing": (lambda folder: hidden(folder, ".model.tmp-*"), 0.1, slow_publishing, ".model.tmp-*"),

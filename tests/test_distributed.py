@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from batches import MODES, assert_same_gradients, gradients_of, load, rank_batch, true_gradients
-from two_processes import DTYPES, ENCODE_CASES, PROMPT, STEP_CASES
+from two_processes import DTYPES, ENCODE_CASES, PROMPT, QUERY_CASES, STEP_CASES
 
 from bge_core import UserError
 from bge_core.distributed import gather_objects, on_main, resolve_precision, sum_over_ranks, unwrap, world, wrap
@@ -103,6 +103,21 @@ def test_two_ranks_give_the_gradient_of_the_global_batch(
         if any(min(map(len, both)) and 1 in sum(both, ()) for both in case.groups):
             del shares["hardest_negative_similarity"]  # a mean over rows with a negative: see test_step.py
         assert {name: want_shares[name] for name in shares} == pytest.approx(shares, rel=1e-4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", QUERY_CASES)
+def test_a_loss_over_all_queries_is_exact_on_two_ranks(
+    name: str, dtype: str, two_ranks: Ranks, tiny_bert: Path
+) -> None:
+    case = QUERY_CASES[name]
+    encoder = load(tiny_bert, DTYPES[dtype])
+    whole = [rank_batch(pool, len(pool), teacher=False) for pool in case.pools()]
+    shares = forward_backward(encoder, whole, StepSettings(**case.settings))
+    want = gradients_of(encoder)
+    for got_shares, got in of_both(two_ranks, f"step/{name}/{dtype}"):
+        assert got_shares["loss"] == pytest.approx(shares["loss"].item(), rel=RTOL[dtype])
+        assert_same_gradients(got, want, RTOL[dtype])
 
 
 def test_two_ranks_scale_the_loss_like_one(two_ranks: Ranks) -> None:

@@ -253,9 +253,9 @@ def test_the_result_loads_everywhere_with_the_same_vectors(models: list[Path], t
     from sentence_transformers import SentenceTransformer
 
     settings = EncoderSettings("mean", True, 128, query_prompt="为这个句子:")
-    write_settings(models[1], settings, 16)  # the base says nothing, as a plain transformers folder
+    write_settings(models[0], settings, 16)
     out = tmp_path / "out"
-    merge_folders(models[:2], [0.5, 0.5], out)
+    merge_folders([models[1], models[0]], [0.5, 0.5], out)  # the first is float16 and states no pooling
     stored = read_settings(out)
     assert stored == replace(settings, passage_prompt="")
 

@@ -145,7 +145,9 @@ def test_max_steps_beats_epochs(tiny_bert: Path, data: Path, tmp_path: Path) -> 
     assert run(tiny_bert, data, tmp_path / "run", max_steps=3, num_train_epochs=30, save_steps=1) == 0
     assert [line["step"] for line in read_lines(tmp_path / "run" / "metrics.jsonl")] == [1, 2, 3]
     assert [line["lr"] for line in read_steps(tmp_path / "run")] == pytest.approx([1e-3, 2e-3 / 3, 1e-3 / 3])
-    assert sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*")) == [f"checkpoint-{i}" for i in (1, 2, 3)]
+    assert sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*")) == [
+        f"checkpoint-{i}" for i in (1, 2, 3)
+    ]
 
 
 def test_grad_norm_is_of_the_gradient_before_clipping(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
@@ -359,9 +361,7 @@ WARNINGS: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
-def test_warnings_before_step_1(
-    finished: Path, data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_warnings_before_step_1(finished: Path, data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Each for its own setting, and none for usual settings. `finished` states its pooling, as BGE models do."""
     usual = {"learning_rate": 1e-5, "train_group_size": 1, "query_instruction_for_retrieval": ""}
     assert "WARNING: " not in messages_of(caplog, finished, data, tmp_path / "usual", **usual)
@@ -408,7 +408,11 @@ def test_a_loss_that_is_no_number_stops_the_run(
     tiny_bert: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], value: str
 ) -> None:
     (tmp_path / "my_file.py").write_text(NAN_LOSS, encoding="utf-8")
-    settings = {"loss": f"{tmp_path / 'my_file.py'}:my_loss", "loss_args": json.dumps({"value": value}), "save_steps": 1}
+    settings = {
+        "loss": f"{tmp_path / 'my_file.py'}:my_loss",
+        "loss_args": json.dumps({"value": value}),
+        "save_steps": 1,
+    }
     code = run(tiny_bert, data, tmp_path / "run", **settings)
     file = tmp_path / "run" / "not_finite-step3-rank0.jsonl"
     assert_refused(capsys, code, "step 3", str(file), "--learning_rate")
@@ -555,7 +559,11 @@ BAD_LINES: dict[str, tuple[Any, str, str]] = {  # the line (or what changes in a
     "pos_scores of another length": ({"pos_scores": [1, 2]}, "pos_scores", "a list of 1 numbers"),
     "neg_scores of another length": ({"neg_scores": []}, "neg_scores", "a list of 1 numbers"),
     "a score of words": ({"neg_scores": ["high"]}, "neg_scores[0]", "must be a finite number"),
-    "a score of NaN": (b'{"query": "q", "pos": ["a"], "pos_scores": [NaN]}', "pos_scores[0]", "must be a finite number"),
+    "a score of NaN": (
+        b'{"query": "q", "pos": ["a"], "pos_scores": [NaN]}',
+        "pos_scores[0]",
+        "must be a finite number",
+    ),
     "prompt a number": ({"prompt": 3}, "prompt", "is 3; it must be a string"),
     "broken JSON": (b'{"query": "q", "pos": ["a"', "", "not JSON"),
     "not an object": (b'["q", "a"]', "", "is a JSON list; write one object a line"),
@@ -582,7 +590,12 @@ def test_a_bad_line_of_the_training_data(
     line, field, remedy = BAD_LINES[kind]
     file = write_bad(tmp_path / "rows.jsonl", line)
     assert_refused(
-        capsys, run(tiny_bert, file, tmp_path / "out"), f"{file}:3: ", f"'{field}'" if field else "", remedy, "1 bad line:"
+        capsys,
+        run(tiny_bert, file, tmp_path / "out"),
+        f"{file}:3: ",
+        f"'{field}'" if field else "",
+        remedy,
+        "1 bad line:",
     )
     assert os.listdir(tmp_path) == ["rows.jsonl"]
 
@@ -591,12 +604,16 @@ def test_bad_lines_are_counted_and_the_first_ten_shown(
     tiny_bert: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = write_bad(tmp_path / "rows.jsonl", *[line for line, *_ in BAD_LINES.values()])
-    assert_refused(capsys, run(tiny_bert, file, tmp_path / "out"), f"{len(BAD_LINES)} bad lines:", f"{file}:12: ", "and 7 more")
+    assert_refused(
+        capsys, run(tiny_bert, file, tmp_path / "out"), f"{len(BAD_LINES)} bad lines:", f"{file}:12: ", "and 7 more"
+    )
     assert run(tiny_bert, file, tmp_path / "out") == 2
     assert f"{file}:13: " not in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("kind", [kind for kind, line in BAD_LINES.items() if not line[1].startswith(("prompt", "pos_s", "neg_s"))])
+@pytest.mark.parametrize(
+    "kind", [kind for kind, line in BAD_LINES.items() if not line[1].startswith(("prompt", "pos_s", "neg_s"))]
+)
 def test_a_bad_line_of_the_evaluation_data(
     tiny_bert: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
 ) -> None:
@@ -746,7 +763,9 @@ def test_the_guides_command_with_two_processes(tiny_bert: Path, tmp_path: Path) 
         --learning_rate 1e-5 --fp16 --num_train_epochs 1 --per_device_train_batch_size 4 --gradient_accumulation_steps 10
         --dataloader_drop_last True --normlized True --temperature 0.02 --query_max_len 64 --passage_max_len 512
         --train_group_size 2 --negatives_cross_device --logging_steps 10 --save_steps 0.2""".split()
-    job = launch([sys.executable, "-m", "torch.distributed.run", *words, "--query_instruction_for_retrieval", ""], tmp_path)
+    job = launch(
+        [sys.executable, "-m", "torch.distributed.run", *words, "--query_instruction_for_retrieval", ""], tmp_path
+    )
     assert job.returncode == 0, job.stderr
     assert processes_said(job) == 2
     assert job.stdout == f"model: {tmp_path / 'OUT'}\n"

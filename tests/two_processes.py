@@ -34,7 +34,7 @@ from bge_core.distributed import (
     wrap,
 )
 from bge_core.encode import encode
-from bge_core.loss import LossConfig
+from bge_core.loss import LossConfig, LossInput, LossOutput
 from bge_core.step import StepSettings, forward_backward
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
@@ -109,6 +109,19 @@ STEP_CASES = {
     "local_three_rows": StepCase([((3, 2), (2,))], cross_device=False),
     "local_one_row": StepCase([((3,), ())], cross_device=False),
     "local_one_row_m3_cached": StepCase([((), (3,))], "m3_kd_loss", cross_device=False, chunk_size=2),
+}
+
+
+def between_queries(x: LossInput, cfg: LossConfig) -> LossOutput:
+    """A loss of a user's own, over the queries of all ranks: the mean over rows of log sum_(j != i) exp(<q_i, q_j>)."""
+    own_B = x.row_offset + torch.arange(len(x.query_BD))
+    score_BM = (x.query_BD @ x.all_query_MD.T).scatter(1, own_B[:, None], -torch.inf)
+    return LossOutput(score_BM.logsumexp(dim=1).mean(), {})
+
+
+QUERY_CASES = {
+    "queries": StepCase([UNEVEN], settings={"loss": between_queries}),
+    "queries_cached": StepCase([((3, 2), (2,))], chunk_size=2, settings={"loss": between_queries}),
 }
 
 
@@ -225,7 +238,7 @@ def work(job: Results, rank: int) -> Results:
     record("collectives", lambda: collective_cases(rank))
     for dtype_name, dtype in DTYPES.items():
         model = wrap(load(job["model"], dtype))
-        for name, case in STEP_CASES.items():
+        for name, case in {**STEP_CASES, **QUERY_CASES}.items():
             record(f"step/{name}/{dtype_name}", lambda m=model, c=case: step_case(m, c, rank))
     scaled = StepCase([UNEVEN], chunk_size=3, settings={"scaler": torch.amp.GradScaler("cpu", init_scale=2.0**10)})
     record("step/scaled/float32", lambda: step_case(model, scaled, rank))
