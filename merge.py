@@ -8,13 +8,14 @@ Without --weights they are equal; with --example_data they follow from each mode
 import shlex
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-import transformers
-
 from bge_core import UserError, records
-from bge_core.config import MergeConfig, as_dict, run_stage
+from bge_core.config import MergeConfig, as_dict, changed_fields, run_stage
 from bge_core.merging import example_losses, merge_folders, refuse_output, weights_from_losses
+from bge_core.model import read_settings
+from bge_core.report import write_model_card
 
 
 def merge(config: MergeConfig) -> None:
@@ -25,7 +26,6 @@ def merge(config: MergeConfig) -> None:
     """
     if config.weights and config.example_data:
         raise UserError("--weights: cannot go with --example_data, which computes them: choose one")
-    transformers.utils.logging.disable_progress_bar()
     refuse_output(config.output_path, config.models, config.overwrite_output_dir)
     hub: dict[str, Any] = {"cache_dir": config.cache_dir, "trust_remote_code": config.trust_remote_code}
     weights, inputs = config.weights or [1 / len(config.models)] * len(config.models), []
@@ -37,11 +37,24 @@ def merge(config: MergeConfig) -> None:
             neg_number=config.neg_number, seed=config.seed, **hub,
         )  # fmt: skip
         weights = weights_from_losses(losses, config.temperature)
-    merge_folders(
+    manifest = merge_folders(
         config.models, weights, config.output_path, overwrite=config.overwrite_output_dir, config=as_dict(config),
         inputs=inputs, **hub,
     )  # fmt: skip
 
+    stored = read_settings(config.output_path)
+    write_model_card(
+        Path(config.output_path),
+        title=Path(config.output_path).name,
+        facts={
+            "base model": config.models[0],
+            "merged from": {name: f"{weight:.4f}" for name, weight in zip(config.models, weights, strict=True)},
+            "pooling": manifest["pooling"],
+            "settings": changed_fields(config),
+        },
+        scores=None,
+        prompt=stored.query_prompt or "",
+    )
     for weight, name in zip(weights, config.models, strict=True):
         print(f"{weight:.4f}  {name}")
     print(f"model: {config.output_path}")

@@ -65,7 +65,7 @@ for seed in $SEEDS; do
     for pooling in mean cls; do
         base=$OUT/base/$pooling
         name=$pooling-$seed
-        $PYTHON train.py --model_name_or_path "$base" --train_data "$OUT/mined-$pooling.jsonl" \
+        [ -f "$OUT/scores/trained-$name/manifest.json" ] || $PYTHON train.py --model_name_or_path "$base" --train_data "$OUT/mined-$pooling.jsonl" \
             --output_dir "$OUT/trained/$name" --learning_rate 2e-5 --lr_scheduler_type linear --num_train_epochs 1 \
             --per_device_train_batch_size 32 --train_group_size 2 --query_max_len 64 --passage_max_len 128 \
             --temperature 0.02 --max_grad_norm 1.0 --seed "$seed" --save_steps 25 --save_total_limit 1 \
