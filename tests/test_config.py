@@ -289,10 +289,6 @@ COMPANIONS = {  # what a flag needs beside it
 }
 SAMPLES = {"query_instruction_format": "{}-{}", "passage_instruction_format": "{}-{}", "range_for_sampling": "3-30",
            "report_to": "tensorboard", "kd_loss_type": "m3_kd_loss", "sentence_pooling_method": "mean"}  # fmt: skip
-NOT_YET = {
-    "full_determinism": "the golden list says --deterministic, which no stage has; nor is it refused",
-    "optim": "the golden list refuses it with a reason, config.REFUSED does not know it",
-}
 
 
 def field_of(config_class: type, flag: str) -> Any:
@@ -319,13 +315,7 @@ def sample_of(field: Any) -> tuple[list[str], Any]:
     return ["x"], "x"
 
 
-@pytest.mark.parametrize(
-    "stage, flag",
-    [
-        pytest.param(s, f, marks=[pytest.mark.xfail(strict=True, reason=NOT_YET.get(f))] * (f in NOT_YET))
-        for s, f in FLAGS
-    ],
-)
+@pytest.mark.parametrize("stage, flag", FLAGS)
 def test_a_flag_of_flagembedding_is_kept_renamed_or_refused_with_a_reason(stage: str, flag: str) -> None:
     config_class, required = STAGES[stage]
     entry = GOLDEN[stage][flag]
