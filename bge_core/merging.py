@@ -31,7 +31,7 @@ from transformers.utils import cached_file
 from bge_core import UserError, records
 from bge_core.encode import encode
 from bge_core.loss import info_nce
-from bge_core.model import EncoderSettings, load_encoder, read_settings, write_settings
+from bge_core.model import EncoderSettings, load_encoder, read_settings, save_tokenizer, write_settings
 from bge_core.records import Row
 
 logger = logging.getLogger(__name__)
@@ -452,9 +452,4 @@ def _save_config_and_tokenizer(folder: Path, first: Checkpoint) -> None:
     config = first.backbone.config
     config.architectures, config.dtype = [type(first.backbone).__name__], torch.float32
     config.save_pretrained(folder)
-    try:
-        first.tokenizer.save_pretrained(folder)
-    except Exception as error:  # the tokenizers library has no narrower type for a full disk
-        if type(error) is not Exception:
-            raise
-        raise OSError(str(error)) from None
+    save_tokenizer(first.tokenizer, folder)

@@ -118,8 +118,18 @@ class Encoder(nn.Module):
         """Write weights, tokenizer and the files that sentence-transformers reads into an existing or new folder."""
         folder = Path(folder)
         self.backbone.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
+        save_tokenizer(self.tokenizer, folder)
         write_settings(folder, self.settings, self.embedding_size)
+
+
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Write the tokenizer's files; OSError on a full disk, for which the tokenizers library has a bare Exception."""
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as error:
+        if type(error) is not Exception:
+            raise
+        raise OSError(str(error)) from None
 
 
 def pool(hidden_sLD: Tensor, mask_sL: Tensor, pooling: Pooling | None) -> Tensor:
@@ -269,7 +279,8 @@ def write_settings(folder: Path, settings: EncoderSettings, embedding_size: int)
     )
     if settings.normalize:
         (folder / "2_Normalize").mkdir(exist_ok=True)
-    write("sentence_bert_config.json", {"max_seq_length": settings.max_length or 512, "do_lower_case": False})
+    length = {"max_seq_length": settings.max_length} if settings.max_length else {}
+    write("sentence_bert_config.json", {**length, "do_lower_case": False})
     passage_prompt = settings.passage_prompt or ""
     write(
         "config_sentence_transformers.json",
