@@ -6,12 +6,14 @@
 Prints one dict a model on stdout and, for several, a table with the differences to the first.
 """
 
+import itertools
 import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from bge_core import records
@@ -72,10 +74,8 @@ def unique_names(paths: Sequence[str]) -> list[str]:
     names: list[str] = []
     for path in paths:
         name = Path(path).name or str(path)
-        taken = names.count(name) or sum(
-            other.startswith(f"{name}-") and other[len(name) + 1 :].isdigit() for other in names
-        )
-        names.append(f"{name}-{taken + 1}" if taken else name)
+        numbered = (f"{name}-{i}" for i in itertools.count(2))
+        names.append(next(one for one in itertools.chain([name], numbered) if one not in names))
     return names
 
 
@@ -97,6 +97,14 @@ def prompts(config: EvaluateConfig, path: str, encoder: Encoder, task: Retrieval
     return query, passage
 
 
+def falling(scores: np.ndarray) -> np.ndarray:
+    """The scores, each a last bit below the one before where they tie: trec_eval would order ties by id."""
+    fallen = scores.astype(np.float32)
+    for i in range(1, len(fallen)):
+        fallen[i] = min(fallen[i], np.nextafter(fallen[i - 1], np.float32(-np.inf)))
+    return fallen
+
+
 def write_results(
     folder: Path, config: EvaluateConfig, task: RetrievalTask, rankings: dict[str, Ranking], used: dict[str, Any]
 ) -> None:
@@ -107,8 +115,9 @@ def write_results(
             open(temporary, "w", encoding="utf-8") as file,
         ):
             for query_id, rows, scores in zip(task.query_ids, ranking.rows, ranking.scores, strict=True):
-                for rank, (row, score) in enumerate(zip(rows, scores, strict=True), start=1):
-                    file.write(f"{query_id} Q0 {task.corpus_ids[row]} {rank} {score:.6f} {name}\n")
+                for rank, (row, score) in enumerate(zip(rows, falling(scores), strict=True), start=1):
+                    columns = (query_id, "Q0", task.corpus_ids[row], str(rank), f"{score:.9g}", name)
+                    file.write(" ".join("_".join(column.split()) for column in columns) + "\n")
     records.write_jsonl(
         folder / "per_query.jsonl",
         (

@@ -35,7 +35,7 @@ from bge_core.metrics import per_query_metrics
 from bge_core.model import Encoder, load_encoder
 from bge_core.optim import build_optimizer, learning_rate_schedule
 from bge_core.packing import Tokens
-from bge_core.runlog import append_metrics, cut_metrics, memory_mb
+from bge_core.runlog import append_metrics, memory_mb
 from bge_core.step import LossFunction, StepSettings, forward_backward
 
 logger = logging.getLogger(__name__)
@@ -144,7 +144,7 @@ def train(config: TrainConfig) -> int:
         for line in report.preflight(config, data, encoder, facts):
             logger.info(line)
         records.write_json(output_dir / "manifest.json", manifest | {"status": "running"})
-        cut_metrics(metrics_file, first_step)
+        checkpoint.cut_metrics(metrics_file, first_step)
     if config.report_to != "none":
         accelerator.init_trackers(
             "bge_core", {k: v for k, v in as_dict(config).items() if isinstance(v, (int, float, str))}
@@ -165,9 +165,12 @@ def train(config: TrainConfig) -> int:
             append_metrics(metrics_file, values)
         accelerator.log({name: value for name, value in values.items() if name != "step"}, step=values["step"])
 
+    def out_of_patience() -> bool:
+        return config.early_stopping_patience is not None and progress["stale"] >= config.early_stopping_patience
+
     # ---- the loop
     loader = torch.utils.data.DataLoader(
-        data, batch_size=None, sampler=range(first_step, num_steps), num_workers=config.dataloader_num_workers,
+        data, batch_size=None, sampler=range(first_step, first_step if out_of_patience() else num_steps), num_workers=config.dataloader_num_workers,
         generator=torch.Generator(),  # its own: drawing the workers' seed from the global one would shift dropout
     )  # fmt: skip
     bar = tqdm(total=num_steps, initial=first_step, desc="train", unit="step", disable=None if rank == 0 else True)
@@ -205,6 +208,8 @@ def train(config: TrainConfig) -> int:
         if step % config.logging_steps == 0 or step == num_steps:
             seconds, clock = time.perf_counter() - clock, time.perf_counter()
             logged = summarize(window, seconds) | {"lr": optimizer.param_groups[0]["lr"], "grad_norm": grad_norm}
+            if not math.isfinite(grad_norm):  # a skipped step; JSON has no infinity
+                logged["grad_norm"] = None
             if scaler.is_enabled():
                 logged |= {"skipped_steps": progress["skipped"], "loss_scale": scaler.get_scale()}
             log({"step": step, "epoch": round(step / data.plan.steps_per_epoch, 4)} | logged)
@@ -213,8 +218,7 @@ def train(config: TrainConfig) -> int:
                 logger.info("step %d/%d  %s", step, num_steps, report.one_line(logged))
             window.clear()
 
-        stop = False
-        if task and eval_every and (step % eval_every == 0 or step == num_steps):
+        if task and (step == num_steps or (eval_every and step % eval_every == 0)):
             progress["scores"] = scores = evaluate_encoder(encoder, task, **evaluation).means
             log({"step": step} | scores)
             logger.info("step %d  %s", step, "  ".join(f"{name} {value:.4f}" for name, value in scores.items()))
@@ -224,13 +228,12 @@ def train(config: TrainConfig) -> int:
                 progress |= {"best_value": value, "best_scores": scores, "best_step": step, "stale": 0}
             else:
                 progress["stale"] += 1
-            stop = config.early_stopping_patience is not None and progress["stale"] >= config.early_stopping_patience
             if is_best and config.load_best_model_at_end and not (save_every and step % save_every == 0):
                 save(step)
             clock = time.perf_counter()
         if save_every and step % save_every == 0:
             save(step)
-        if stop:
+        if out_of_patience():
             logger.info(
                 "stopped early: %d evaluations without a better %s", progress["stale"], config.metric_for_best_model
             )

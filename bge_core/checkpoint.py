@@ -8,6 +8,7 @@
 A checkpoint is written beside its place and renamed, so a folder of that name is complete.
 """
 
+import json
 import os
 import re
 import shutil
@@ -59,7 +60,8 @@ def open_run_folder(
         UserError: a folder of something else, or not writable; no such checkpoint.
     """
     folder = Path(output_dir)
-    if resume not in (None, "latest") and not (Path(str(resume)) / STATE_FILE).is_file():
+    named = Path(resume) if resume and resume != "latest" else None
+    if named and not (named / STATE_FILE).is_file():
         raise UserError(
             f"--resume_from_checkpoint {resume}: is not a checkpoint (no {STATE_FILE}); name one, or 'latest'"
         )
@@ -67,23 +69,21 @@ def open_run_folder(
     manifest = records.read_json(folder / "manifest.json") or {}
     changed = _changed(manifest.get("config") or {}, config)
     own = manifest.get("stage") == "train" and not changed
-    if not held or (own and resume):
-        records.refuse_unwritable(folder)
-        if held:
-            _sweep(folder)
-        found = checkpoints(folder)
-        return Path(str(resume)) if resume not in (None, "latest") else found[-1] if found and resume else None
-    if not overwrite:
-        records.refuse_unwritable(folder)
-        raise UserError(f"--output_dir {folder}: {_why_refused(manifest, own, changed, held)}")
+    goes_on = own and resume is not None
+    if named and overwrite and not goes_on and folder.resolve() in named.resolve().parents:
+        raise UserError(
+            f"--resume_from_checkpoint {resume}: --overwrite_output_dir would remove it; name another folder"
+        )
     records.refuse_unwritable(folder)
-    for path in [
-        *folder.glob("checkpoint-*"),
-        *(folder / name for name in ("metrics.jsonl", "manifest.json", "curves.png")),
-    ]:
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    if held and not goes_on:
+        if not overwrite:
+            raise UserError(f"--output_dir {folder}: {_why_refused(manifest, own, changed, held)}")
+        old_files = [folder / name for name in ("metrics.jsonl", "manifest.json", "curves.png")]
+        for path in [*folder.glob("checkpoint-*"), *old_files]:
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     _sweep(folder)
-    return None
+    newest = checkpoints(folder)[-1:] if resume else []
+    return named or (newest[0] if newest else None)
 
 
 def _held(folder: Path) -> list[str]:
@@ -125,7 +125,10 @@ def save_checkpoint(output_dir: str | Path, step: int, encoder: Encoder, state: 
     if world()[0] == 0:
         with records.atomic_path(target) as temporary:
             encoder.save(temporary)
-            torch.save({**state, "step": step, "random_states": random_states}, temporary / STATE_FILE)
+            try:
+                torch.save({**state, "step": step, "random_states": random_states}, temporary / STATE_FILE)
+            except RuntimeError as error:  # what torch makes of a full disk
+                raise OSError(f"{target / STATE_FILE}: could not be written: {error}") from None
     return target
 
 
@@ -133,10 +136,9 @@ def load_checkpoint(folder: str | Path) -> dict[str, Any]:
     """The training state of a checkpoint (its weights are loaded like any model's). UserError if it is damaged."""
     try:
         return dict(torch.load(Path(folder) / STATE_FILE, map_location="cpu", weights_only=True))
-    except (RuntimeError, EOFError, OSError) as error:
-        raise UserError(
-            f"{folder}/{STATE_FILE}: is damaged ({str(error).splitlines()[0]}); resume from an older one"
-        ) from None
+    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+        what = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UserError(f"{folder}/{STATE_FILE}: is damaged ({what}); resume from an older one") from None
 
 
 def random_state() -> dict[str, Any]:
@@ -164,6 +166,21 @@ def prune(output_dir: str | Path, limit: int | None, keep: str | None) -> None:
         aside = path.with_name(f".{path.name}.tmp-{os.getpid()}")  # a kill in the middle leaves no half checkpoint
         path.rename(aside)
         shutil.rmtree(aside)
+
+
+def cut_metrics(path: Path, step: int) -> None:
+    """Drop the lines of metrics.jsonl behind `step`, and a half-written last one: a resumed run writes them again."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except json.JSONDecodeError:
+            break
+    with records.atomic_path(path) as temporary:
+        temporary.write_text("".join(kept), encoding="utf-8")
 
 
 def publish_model(output_dir: str | Path, source: Encoder | Path) -> None:

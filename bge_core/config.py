@@ -405,6 +405,8 @@ def _yaml_words(path: Path, known: set[str]) -> list[str]:
     for name, value in values.items():
         if name not in known or name in ("config", "help"):
             raise UserError(f"--config {path}: unknown key {name!r}: {_advice(str(name), known)}")
+        if isinstance(value, list) and not value:
+            continue
         if isinstance(value, list):
             words += [f"--{name}", *map(str, value)]
         elif value is not None:

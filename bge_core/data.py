@@ -315,6 +315,9 @@ def _read_training_rows(file: str, sha256: str, with_scores: bool) -> Iterator[d
 
 
 def _load_rows(file: Path, with_scores: bool) -> datasets.Dataset:
+    with open(file, "rb") as lines:
+        if not any(line.strip() for line in lines):
+            raise UserError(f"{file}: holds no row")
     arguments = {"file": str(file), "sha256": records.sha256(file), "with_scores": with_scores}
     try:
         rows = datasets.Dataset.from_generator(_read_training_rows, features=_FEATURES, gen_kwargs=arguments)
@@ -322,6 +325,4 @@ def _load_rows(file: Path, with_scores: bool) -> datasets.Dataset:
         if isinstance(error.__cause__, UserError):
             raise error.__cause__ from None
         raise
-    if len(rows) == 0:
-        raise UserError(f"{file}: holds no row")
     return rows

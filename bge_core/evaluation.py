@@ -1,6 +1,7 @@
 """Evaluate encoders: encode, search exactly, score. A positive is found by its text, as FlagEmbedding does."""
 
 import logging
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,7 @@ def load_task(val_data: str | Path, corpus: str | Path | None = None) -> Retriev
     for number, row in records.read_jsonl(val_data, records.check_evaluation_row):
         query_ids.append(str(row["id"]) if row.get("id") is not None else str(number - 1))
         rows.append(row)
+    _refuse_repeated(val_data, query_ids)
     if not rows:
         raise UserError(f"{val_data}: holds no row")
     num_empty = sum(not row["query"].strip() for row in rows)
@@ -81,6 +83,7 @@ def load_task(val_data: str | Path, corpus: str | Path | None = None) -> Retriev
         ids = [str(i) for i in range(len(texts))]
     else:
         ids, texts = records.read_corpus(corpus)
+        _refuse_repeated(corpus, ids)
     row_of: dict[int, int] = {}
     kept: list[int] = []
     for i, text in enumerate(texts):
@@ -105,6 +108,12 @@ def load_task(val_data: str | Path, corpus: str | Path | None = None) -> Retriev
         query_ids, [row["query"] for row in rows], [ids[i] for i in kept], [texts[i] for i in kept],
         relevant, num_positives, list(missing.values()),
     )  # fmt: skip
+
+
+def _refuse_repeated(path: str | Path, ids: list[str]) -> None:
+    if len(set(ids)) < len(ids):
+        repeated = next(name for name, count in Counter(ids).items() if count > 1)
+        raise UserError(f"{path}: the id {repeated!r} stands on several lines; make ids unique, or leave them out")
 
 
 def bge_instruction(name: str, queries: list[str]) -> str:

@@ -200,21 +200,19 @@ def ranking_metrics(similarity_BN: Tensor, mask_BN: Tensor, x: LossInput, cfg: L
 
     accuracy: share of rows whose positive is above every negative. negative_beats_positive: share of rows with a
     negative above the positive (a tie is in neither). positive_similarity, hardest_negative_similarity: before the
-    division by the temperature; rows without negatives are left out of the latter. masked_negatives: copies of known
+    division by the temperature; without negatives the latter is 0. masked_negatives: copies of known
     positives among a row's candidates. log_candidates: ln of the number of candidates, the InfoNCE of a random guess.
     """
     positive_B = similarity_BN.gather(1, x.positive_B[:, None])[:, 0]
-    hardest_B = similarity_BN.masked_fill(~mask_BN, -torch.inf).amax(dim=1)
+    hardest_B = F.pad(similarity_BN.masked_fill(~mask_BN, -torch.inf), (0, 1), value=-torch.inf).amax(dim=1)
     num_negatives_B = mask_BN.sum(dim=1)
     known_BN = known_positives(x) & candidate_mask(x, cfg)
     masked_B = known_BN.scatter(1, x.positive_B[:, None], False).sum(dim=1)
-    has_negative_B = num_negatives_B > 0
     return {
         "accuracy": (positive_B > hardest_B).to(positive_B.dtype).mean(),
         "negative_beats_positive": (positive_B < hardest_B).to(positive_B.dtype).mean(),
         "positive_similarity": positive_B.mean(),
-        "hardest_negative_similarity": torch.where(has_negative_B, hardest_B, 0.0).sum()
-        / has_negative_B.sum().clamp(1),
+        "hardest_negative_similarity": torch.where(num_negatives_B > 0, hardest_B, 0.0).mean(),
         "masked_negatives": masked_B.to(positive_B.dtype).mean(),
         "log_candidates": (num_negatives_B + 1).to(positive_B.dtype).log().mean(),
     }

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
 from transformers.utils import cached_file
@@ -117,7 +118,10 @@ class Encoder(nn.Module):
     def save(self, folder: str | Path) -> None:
         """Write weights, tokenizer and the files that sentence-transformers reads into an existing or new folder."""
         folder = Path(folder)
-        self.backbone.save_pretrained(folder)
+        try:
+            self.backbone.save_pretrained(folder)
+        except SafetensorError as error:  # what safetensors makes of a full disk
+            raise OSError(f"{folder}: the weights could not be written: {error}") from None
         save_tokenizer(self.tokenizer, folder)
         write_settings(folder, self.settings, self.embedding_size)
 
@@ -181,7 +185,7 @@ def load_encoder(
     try:
         backbone, info = AutoModel.from_pretrained(name, dtype=dtype, output_loading_info=True, **hub)
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_name or name, use_fast=True, **hub)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         if isinstance(error, OSError) and error.errno is not None and not folder.is_dir():
             raise
         first_line = str(error).strip().split("\n")[0]
@@ -231,6 +235,8 @@ def read_settings(name: str | Path, **hub: Any) -> EncoderSettings:
     modules = _read_file(name, "modules.json", **hub)
     if not modules:
         return EncoderSettings()
+    if not isinstance(modules, list) or not all(isinstance(m, dict) and "type" in m and "path" in m for m in modules):
+        raise UserError(f"{name}/modules.json: is not the list of modules that sentence-transformers writes")
     pooling: Any = None
     for module in modules:
         if module["type"].endswith("Pooling"):
@@ -242,11 +248,14 @@ def read_settings(name: str | Path, **hub: Any) -> EncoderSettings:
         elif not module["type"].endswith(("Transformer", "Normalize")):
             logger.warning("%s has a module %s, which this project leaves out", name, module["type"])
     sentence_config = _read_file(name, "sentence_bert_config.json", **hub) or {}
+    length = sentence_config.get("max_seq_length")
+    if length is None:  # sentence-transformers 6 keeps it with the tokenizer, which has 10^30 for "none"
+        length = (_read_file(name, "tokenizer_config.json", **hub) or {}).get("model_max_length")
     prompts = (_read_file(name, "config_sentence_transformers.json", **hub) or {}).get("prompts") or {}
     return EncoderSettings(
         pooling=pooling,
         normalize=any(module["type"].endswith("Normalize") for module in modules),
-        max_length=sentence_config.get("max_seq_length"),
+        max_length=int(length) if length and length < 1_000_000 else None,
         query_prompt=prompts.get("query"),
         passage_prompt=prompts.get("passage")
         or prompts.get("document")

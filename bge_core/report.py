@@ -69,7 +69,7 @@ def plot_curves(metrics_file: Path, picture: Path) -> None:
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, num_panels, squeeze=False)[0]
     for axis, (key, title) in zip(axes, panels, strict=False):
-        points = [(line["step"], line[key]) for line in training if key in line]
+        points = [(line["step"], line[key]) for line in training if line.get(key) is not None]
         axis.plot(*zip(*points, strict=True), marker="." if len(points) < 30 else None)
         axis.set_title(title)
         if key == "loss" and "log_candidates" in training[0]:

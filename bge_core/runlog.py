@@ -8,23 +8,6 @@ from typing import Any
 
 import torch
 
-from bge_core.records import atomic_path
-
-
-def cut_metrics(path: Path, step: int) -> None:
-    """Drop the lines of metrics.jsonl behind `step`, and a half-written last one: a resumed run writes them again."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except json.JSONDecodeError:
-            break
-    with atomic_path(path) as temporary:
-        temporary.write_text("".join(kept), encoding="utf-8")
-
 
 def append_metrics(path: Path, values: dict[str, Any]) -> None:
     """Add one line to metrics.jsonl."""

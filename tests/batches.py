@@ -109,12 +109,12 @@ def load(folder: Path | str, dtype: torch.dtype, **options: Any) -> Encoder:
 
 
 def gradients_of(encoder: Encoder) -> Gradients:
-    """A copy of every trainable parameter's gradient, in float64; the parameters' own are cleared."""
+    """A copy of every trainable parameter's gradient; the parameters' own are cleared."""
     found = {}
     for name, parameter in encoder.named_parameters():
         if parameter.requires_grad:
             assert parameter.grad is not None, f"{name} has no gradient"
-            found[name] = parameter.grad.double().clone()
+            found[name] = parameter.grad.clone()
     encoder.zero_grad(set_to_none=True)
     return found
 
@@ -157,9 +157,9 @@ def true_gradients(
 
 def assert_same_gradients(got: Gradients, want: Gradients, rtol: float) -> None:
     """Every parameter's gradient, to `rtol` of the norm of the whole gradient."""
-    norm = sum(float(g.pow(2).sum()) for g in want.values()) ** 0.5
+    norm = sum(float(g.double().pow(2).sum()) for g in want.values()) ** 0.5
     assert got.keys() == want.keys()
     assert norm > 0
-    errors = {name: float((got[name].double() - want[name]).norm()) / norm for name in want}
+    errors = {name: float((got[name].double() - want[name].double()).norm()) / norm for name in want}
     worst = max(errors, key=lambda name: errors[name])
     assert errors[worst] <= rtol, f"{worst}: off by {errors[worst]:.2e} of the whole gradient's norm"

@@ -49,7 +49,10 @@ def test_curves_of_every_kind_of_run(tmp_path: Path) -> None:
     step = {"loss": 1.0, "lr": 1e-5, "grad_norm": 2.0}
     for name, lines in (
         ("plain", [{"step": i, **step} for i in range(1, 40)]),
-        ("all", [{"step": 1, **step, "accuracy": 0.5, "log_candidates": 2.0}, {"step": 1, "MRR@10": 0.3, "Recall@10": 1}]),
+        (
+            "all",
+            [{"step": 1, **step, "accuracy": 0.5, "log_candidates": 2.0}, {"step": 1, "MRR@10": 0.3, "Recall@10": 1}],
+        ),
         ("skipped", [{"step": 1, **step, "grad_norm": float("inf")}, {"step": 2, **step, "grad_norm": None}]),
     ):
         file = tmp_path / f"{name}.jsonl"

@@ -4,6 +4,7 @@ Starting them costs more than all they do, so they start once and run everything
 fixture `two_ranks`. A case that fails is recorded with its traceback and the processes go on with the next.
 """
 
+import hashlib
 import os
 import subprocess
 import sys
@@ -145,13 +146,16 @@ def forward_backward_of(model: torch.nn.Module, batches: list[Batch], case: Step
     return forward_backward(model, batches, settings)
 
 
-def step_case(model: torch.nn.Module, case: StepCase, rank: int) -> tuple[dict[str, float], Gradients]:
-    """The shares summed over ranks, and this rank's gradients."""
+def step_case(model: torch.nn.Module, case: StepCase, rank: int) -> tuple[dict[str, float], str, Gradients]:
+    """The shares summed over ranks, a digest of this rank's gradients, and on rank 0 the gradients themselves."""
     if not case.cross_device:
         rehearse(unwrap(model), case, rank)
     try:
         shares = forward_backward_of(model, rank_batches(case, rank), case)
-        return {name: sum_over_ranks(value).item() for name, value in shares.items()}, gradients_of(unwrap(model))
+        gradients = gradients_of(unwrap(model))
+        digest = hashlib.sha256(b"".join(g.numpy().tobytes() for g in gradients.values())).hexdigest()
+        sums = {name: sum_over_ranks(value).item() for name, value in shares.items()}
+        return sums, digest, gradients if rank == 0 else {}
     finally:
         model.zero_grad(set_to_none=True)
 
@@ -292,7 +296,10 @@ def run(folder: Path, job: Results) -> list[Results]:
     for log in logs:
         log.close()
     assert codes == [0, 0], output  # the first that fails ends both
-    return [torch.load(f"{job_file}.rank{rank}") for rank in range(2)]
+    results = [torch.load(f"{job_file}.rank{rank}") for rank in range(2)]
+    for rank in range(2):
+        Path(f"{job_file}.rank{rank}").unlink()
+    return results
 
 
 if __name__ == "__main__":
