@@ -169,8 +169,9 @@ def train(config: TrainConfig) -> int:
         return config.early_stopping_patience is not None and progress["stale"] >= config.early_stopping_patience
 
     # ---- the loop
+    last_step = first_step if out_of_patience() else num_steps
     loader = torch.utils.data.DataLoader(
-        data, batch_size=None, sampler=range(first_step, first_step if out_of_patience() else num_steps), num_workers=config.dataloader_num_workers,
+        data, batch_size=None, sampler=range(first_step, last_step), num_workers=config.dataloader_num_workers,
         generator=torch.Generator(),  # its own: drawing the workers' seed from the global one would shift dropout
     )  # fmt: skip
     bar = tqdm(total=num_steps, initial=first_step, desc="train", unit="step", disable=None if rank == 0 else True)

@@ -10,6 +10,7 @@ A checkpoint is written beside its place and renamed, so a folder of that name i
 
 import json
 import os
+import pickle
 import re
 import shutil
 from pathlib import Path
