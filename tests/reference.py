@@ -140,7 +140,7 @@ def reference_metrics(
     normalize: bool = True,
     exclude_positives: bool = True,
 ) -> dict[str, float]:
-    """Means over the given rows, at the last of `mrl_dims`; the hardest negative's over rows that have a negative."""
+    """Means over the given rows, at the last of `mrl_dims`; the hardest negative's is 0 for a row without one."""
     candidate_ND, ids = passages
     dim = list(mrl_dims)[-1] if mrl_dims else query_MD.shape[1]
     right, beaten, positives, hardest, masked, sizes = [], [], [], [], [], []
@@ -152,8 +152,7 @@ def reference_metrics(
         right.append(all(positive > similarity[j] for j in negatives))
         beaten.append(any(similarity[j] > positive for j in negatives))
         positives.append(positive)
-        if negatives:
-            hardest.append(max(similarity[j] for j in negatives))
+        hardest.append(max((similarity[j] for j in negatives), default=0.0))
         masked.append(sum(ids[j] in row.excluded for j in reachable if j != row.own[0]))
         sizes.append(math.log(1 + len(negatives)))
 

@@ -14,8 +14,8 @@ LEVELS = {
     "config": 0, "records": 0, "metrics": 0, "runlog": 0,
     "loss": 1, "packing": 1, "distributed": 1, "search": 1, "optim": 1,
     "model": 2, "data": 2,
-    "encode": 3, "merging": 3, "step": 3, "checkpoint": 3,
-    "mining": 4, "evaluation": 4, "report": 4,
+    "encode": 3, "step": 3, "checkpoint": 3,
+    "mining": 4, "merging": 4, "evaluation": 4, "report": 4,
 }  # fmt: skip
 TALKS_TO_THE_GROUP = {"distributed", "encode", "step", "checkpoint"}
 CORE = [
@@ -68,18 +68,7 @@ def num_code_lines(file: Path) -> int:
     return len(code - docstrings)
 
 
-SIDEWAYS = {"merging": "merging imports encode, of its own level", "runlog": "runlog imports records, of its own level"}
-
-
-@pytest.mark.parametrize(
-    "module",
-    [
-        pytest.param(m, marks=[pytest.mark.xfail(strict=True, reason=SIDEWAYS.get(m.stem))] * (m.stem in SIDEWAYS))
-        for m in MODULES
-        if m.stem != "__init__"
-    ],
-    ids=lambda m: m.stem,
-)
+@NAMED
 def test_imports_go_to_a_lower_level(module: Path) -> None:
     assert module.stem in LEVELS, "a new module needs its place in DESIGN's layout and in LEVELS"
     for imported in own_imports(module):

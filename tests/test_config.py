@@ -145,9 +145,6 @@ def test_resolved_settings_written_as_yaml_are_read_as_they_were(stage: str, tmp
     assert parse_config(config_class, ["--config", str(file)]) == config
 
 
-@pytest.mark.xfail(
-    strict=True, reason="an empty list becomes a flag without its values: 'expected at least one argument'"
-)
 def test_an_empty_list_in_yaml_is_an_empty_list(tmp_path: Path) -> None:
     """As a manifest's resolved settings have it."""
     assert with_yaml(tmp_path, REQUIRED + "mrl_dims: []\n").mrl_dims == []

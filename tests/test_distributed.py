@@ -17,11 +17,6 @@ from bge_core.step import StepSettings, forward_backward
 
 RTOL = {"float64": 1e-9, "float32": 1e-5}
 Ranks = list[dict[str, Any]]
-EMPTY_RANK_FAILS = [
-    pytest.mark.xfail(
-        strict=True, reason="loss.ranking_metrics: amax over no candidates where a rank has no rows and sees no others'"
-    )
-]
 
 
 def of_both(two_ranks: Ranks, case: str) -> list[Any]:
@@ -76,9 +71,7 @@ def test_what_rank_0_does_alone_reaches_both(two_ranks: Ranks) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=EMPTY_RANK_FAILS * ("local_one" in name)) for name in STEP_CASES]
-)
+@pytest.mark.parametrize("name", STEP_CASES)
 def test_two_ranks_give_the_gradient_of_the_global_batch(
     name: str, dtype: str, two_ranks: Ranks, tiny_bert: Path
 ) -> None:

@@ -181,7 +181,6 @@ def test_metrics_are_those_of_the_reference(mode: str, exclude: bool, world_size
             compare_metrics(batch, config, names, rank=rank, world_size=world_size, padding=1)
 
 
-@pytest.mark.xfail(reason="counted in the whole batch, though only the row's own group are its candidates")
 def test_masked_negatives_are_counted_among_the_candidates_of_the_row() -> None:
     compare_metrics(make_batch(5, 5, 3, dim=8).leaves(), {"in_batch_negatives": False}, {"masked_negatives"})
 

@@ -167,7 +167,6 @@ def test_what_sentence_transformers_saves_is_read(
     torch.testing.assert_close(got, theirs.encode(TEXTS, convert_to_tensor=True), rtol=0, atol=1e-5)
 
 
-@pytest.mark.xfail(strict=True, reason="sentence-transformers 6 states it as the tokenizer's model_max_length alone")
 def test_the_length_that_sentence_transformers_saves_is_read(tiny_bert: Path, tmp_path: Path) -> None:
     transformer = st_modules.Transformer(str(tiny_bert))
     transformer.max_seq_length = 77
@@ -293,7 +292,6 @@ def test_a_name_that_is_no_model(tiny_bert: Path, tmp_path: Path) -> None:
         load_encoder(broken)
 
 
-@pytest.mark.xfail(strict=True, reason="safetensors raises SafetensorError, which load_encoder does not expect")
 @pytest.mark.parametrize("content", [b"not weights", b""], ids=["garbage", "empty"])
 def test_weights_cut_off_or_not_weights_at_all(content: bytes, tiny_bert: Path, tmp_path: Path) -> None:
     """As an interrupted download leaves them."""
@@ -311,7 +309,6 @@ def test_broken_settings_files_are_the_users_error(file: str, tiny_bert: Path, t
         load_encoder(tmp_path)
 
 
-@pytest.mark.xfail(strict=True, reason="read_settings: TypeError or KeyError where modules.json is no list of modules")
 @pytest.mark.parametrize("modules", ['{"a": 1}', "[1]", '[{"path": ""}]', '"text"'])
 def test_settings_files_of_another_shape_are_the_users_error(modules: str, tiny_bert: Path, tmp_path: Path) -> None:
     folder = write_files(copy_of(tiny_bert, tmp_path), modules)

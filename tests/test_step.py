@@ -124,7 +124,6 @@ def test_metrics_are_means_over_all_rows(chunk_size: int | None, encoders: dict[
     assert shares["masked_negatives"] > 0 and 0 < shares["accuracy"] < 1
 
 
-@pytest.mark.xfail(strict=True, reason="loss.ranking_metrics: amax over no candidates")
 @pytest.mark.parametrize("chunk_size", [None, 3])
 @pytest.mark.parametrize("mode", MODES)
 def test_a_rank_without_rows_has_a_gradient_of_zero(
@@ -139,11 +138,6 @@ def test_a_rank_without_rows_has_a_gradient_of_zero(
     assert set(float(value) for value in shares.values()) == {0.0}
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="hardest_negative_similarity is a mean over rows that have a negative, but is weighed by all rows, "
-    "so that it depends on how rows are split over micro-batches and ranks",
-)
 def test_no_metric_depends_on_how_rows_are_split(encoders: dict[str, Encoder]) -> None:
     rows = make_rows(1, (3, 1, 2, 1))
     whole, _ = run_step(encoders["float64"], (rows,), "no_in_batch")

@@ -205,7 +205,6 @@ def test_val_data_is_scored_at_the_end(tiny_bert: Path, data: Path, tmp_path: Pa
     assert [line["step"] for line in read_steps(tmp_path / "run") if "MRR@10" in line] == [2]
 
 
-@pytest.mark.xfail(reason="without checkpoints there is no evaluation at all, not even at the end")
 def test_val_data_is_scored_at_the_end_without_checkpoints(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
     assert run(tiny_bert, data, tmp_path / "run", val_data=data, max_steps=2, save_steps=0) == 0
     assert [line["step"] for line in read_steps(tmp_path / "run") if "MRR@10" in line] == [2]
@@ -510,7 +509,6 @@ def test_a_step_with_an_infinite_gradient_is_skipped(
     assert runs.training_state(half / "checkpoint-6")["scaler"] == runs.training_state(whole / "checkpoint-6")["scaler"]
 
 
-@pytest.mark.xfail(reason="the gradient norm of a skipped step is written as Infinity or NaN, which is no JSON")
 def test_metrics_of_a_skipped_step_are_json(
     tiny_bert: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, poison: Row
 ) -> None:
@@ -675,12 +673,9 @@ REFUSED: dict[str, tuple[Callable[[Path], Row], list[str]]] = {
 }  # fmt: skip
 
 
-FAILING = {"an empty file": "datasets' ValueError with a traceback: from_generator cannot make a dataset of no rows"}
-
-
 @pytest.mark.parametrize(
     "kind",
-    [pytest.param(k, marks=[pytest.mark.xfail(reason=FAILING[k])] if k in FAILING else []) for k in REFUSED],
+    REFUSED,
 )
 def test_input_that_is_refused(
     tiny_bert: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
@@ -720,7 +715,6 @@ def test_matryoshka_dimensions_beyond_the_model_are_refused(
     assert_refused(capsys, code, "--mrl_dims", "64", "32")
 
 
-@pytest.mark.xfail(reason="a damaged weights file is a SafetensorError with a traceback")
 def test_a_damaged_model_is_named(
     tiny_bert: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
