@@ -45,7 +45,11 @@ METRIC_NAMES = tuple(per_query_metrics([], []))
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the stage; returns the exit code."""
-    return run_stage(TrainConfig, train, argv)
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        return run_stage(TrainConfig, train, argv)
+    finally:
+        signal.signal(signal.SIGTERM, handler)
 
 
 def train(config: TrainConfig) -> int:

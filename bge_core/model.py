@@ -121,7 +121,7 @@ class Encoder(nn.Module):
         try:
             self.backbone.save_pretrained(folder)
         except SafetensorError as error:  # what safetensors makes of a full disk
-            raise OSError(f"{folder}: the weights could not be written: {error}") from None
+            raise OSError(f"{folder}: the weights could not be written: {str(error).split('error: ')[-1]}") from None
         save_tokenizer(self.tokenizer, folder)
         write_settings(folder, self.settings, self.embedding_size)
 

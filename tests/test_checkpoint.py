@@ -4,6 +4,7 @@ import json
 import os
 import resource
 import shutil
+import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -171,7 +172,7 @@ def test_folders_that_are_refused(
     ):
         assert run(tiny_bert_dropout, data, folder, val_data=data, **SETTINGS | changes) == 2
         err = capsys.readouterr().err
-        assert all(word in err for word in words) and err.count("error: ") == 1, err
+        assert all(word in err for word in words) and ("\n" + err).count("\nerror: ") == 1, err
         assert runs.tree(tmp_path) == before
 
 
@@ -227,7 +228,7 @@ def test_a_damaged_checkpoint_is_named(
     before = runs.tree(folder)
     assert resume(folder) == 2
     err = capsys.readouterr().err
-    assert err.count("error: ") == 1 and "checkpoint-6" in err and "Traceback" not in err
+    assert ("\n" + err).count("\nerror: ") == 1 and "checkpoint-6" in err and "Traceback" not in err
     assert runs.tree(folder) == before
     assert resume(folder, resume_from_checkpoint=folder / "checkpoint-3") == 0  # an older one still works
     assert_same_run(folder, unbroken)
@@ -270,7 +271,7 @@ def test_a_full_disk_costs_no_earlier_checkpoint(
     settings = {"max_steps": 3, "save_steps": 1}
     assert run(tiny_bert, data, tmp_path / "run", **settings) == 2
     err = capsys.readouterr().err
-    assert err.count("error: ") == 1 and "Traceback" not in err
+    assert ("\n" + err).count("\nerror: ") == 1 and "Traceback" not in err
     assert [path.name for path in checkpoint.checkpoints(tmp_path / "run")] == ["checkpoint-1"]
     assert not [path for path in (tmp_path / "run").iterdir() if path.name.startswith(".")]
     monkeypatch.setattr(checkpoint, "save_checkpoint", save)
@@ -292,7 +293,7 @@ def test_a_full_disk_at_the_end_keeps_the_last_checkpoint(
     settings = {"max_steps": 2, "save_steps": 2}
     assert run(tiny_bert, data, tmp_path / "run", **settings) == 2
     err = capsys.readouterr().err
-    assert err.count("error: ") == 1 and "Traceback" not in err
+    assert ("\n" + err).count("\nerror: ") == 1 and "Traceback" not in err
     assert not (tmp_path / "run" / "model.safetensors").exists()
     monkeypatch.setattr(checkpoint, "publish_model", publish)
     assert run(tiny_bert, data, tmp_path / "run", resume_from_checkpoint="latest", **settings) == 0
@@ -382,6 +383,55 @@ def test_kill_minus_9(
     assert_nothing_half_written(folder)
     assert resume(folder) == 0
     assert_same_run(folder, unbroken)
+
+
+# -------------------------------------------------------------------------------------------------------- told to stop
+
+
+def slow_logging() -> None:
+    """Half a second after each logged step, in which a signal can arrive."""
+    append = train.append_metrics
+
+    def append_slowly(*args: Any) -> None:
+        append(*args)
+        time.sleep(0.5)
+
+    train.append_metrics = append_slowly
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_a_signal_stops_after_a_checkpoint(
+    unbroken: Path, tiny_bert_dropout: Path, data: Path, tmp_path: Path, resume: Callable[..., int], num_processes: int
+) -> None:
+    """Told during step 2 (the last of two processes alone): both end with 75 after a step and a checkpoint of it."""
+    folder, log = tmp_path / "run", tmp_path / "log"
+    argv = runs.flags(tiny_bert_dropout, data, folder, val_data=data, **SETTINGS)
+    if num_processes == 1:
+        children = [runs.start(argv, log, patch=slow_logging)]
+    else:
+        children = runs.start_two(argv, log, slow_logging)
+    while children[0].is_alive() and not logged(folder, 2):
+        time.sleep(0.001)
+    os.kill(children[-1].pid, signal.SIGTERM)
+    assert runs.finish(children) == [75] * num_processes, [file.read_text() for file in tmp_path.glob("log*")]
+    assert_nothing_half_written(folder)
+    (last,) = checkpoint.checkpoints(folder)
+    assert last.name in ("checkpoint-2", "checkpoint-3") and runs.manifest(folder)["status"] == "running"
+    assert not (folder / "model.safetensors").exists()
+    if num_processes == 1:
+        assert resume(folder) == 0
+        if last.name == "checkpoint-2":
+            shutil.rmtree(last)  # the unbroken run has none of this step
+        assert_same_run(folder, unbroken)
+
+
+def test_the_callers_signal_handler_is_given_back(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        assert run(tiny_bert, data, tmp_path / "run", max_steps=1) == 0
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 # ----------------------------------------------------------------------------------------------------------------- parts

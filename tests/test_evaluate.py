@@ -362,7 +362,9 @@ def test_what_evaluate_refuses(
     ):
         assert run(model, data, **settings) == 2
         out, err = capsys.readouterr()
-        assert err.count("error: ") == 1 and "Traceback" not in err and all(word in err for word in words), err
+        assert ("\n" + err).count("\nerror: ") == 1 and "Traceback" not in err and all(word in err for word in words), (
+            err
+        )
         assert out == ""
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 

@@ -141,7 +141,7 @@ def test_bad_training_line(kind: str, tmp_path: Path) -> None:
     path = tmp_path / "train.jsonl"
     path.write_bytes(GOOD + b"\n" + (line if isinstance(line, bytes) else json.dumps(line).encode()) + b"\n" + GOOD)
     message = message_of(path, check_training_row)
-    for part in (f"{path}: 1 bad line:", f"  {path}:3: ", *parts):
+    for part in ("1 bad line: nothing was written", f"  {path}:3: ", *parts):
         assert part in message, part
     assert message.count("\n") == 1
 
@@ -201,7 +201,7 @@ def test_all_bad_lines_are_counted_and_ten_are_shown(tmp_path: Path) -> None:
     path = tmp_path / "train.jsonl"
     path.write_bytes((GOOD + b'{"query": "q", "pos": "a"}\n') * 13)
     message = message_of(path, check_training_row)
-    assert f"{path}: 13 bad lines:" in message
+    assert "13 bad lines: nothing was written" in message
     assert [f"{path}:{number}:" in message for number in range(1, 27)] == [n % 2 == 0 and n <= 20 for n in range(1, 27)]
     assert message.endswith("... and 3 more")
 

@@ -268,5 +268,5 @@ def test_missing_faiss_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setitem(sys.modules, "faiss", None)
     vectors = np.ones((2, 3), np.float32)
     for use_gpu in (False, True):
-        with pytest.raises(UserError, match=r'pip install "bge-core\[cpu\]", or "bge-core\[gpu\]"'):
+        with pytest.raises(UserError, match=r'pip install -e "\.\[cpu\]", or "\.\[gpu\]"'):
             exact_search(vectors, vectors, 1, use_gpu=use_gpu)

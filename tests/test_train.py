@@ -41,7 +41,7 @@ def assert_refused(capsys: pytest.CaptureFixture[str], code: int, *words: str) -
     """Exit code 2, one message on stderr that holds these words, no traceback, nothing on stdout."""
     out, err = capsys.readouterr()
     assert code == 2
-    assert err.count("error: ") == 1 and "Traceback" not in err
+    assert ("\n" + err).count("\nerror: ") == 1 and "Traceback" not in err
     for word in words:
         assert word in err
     assert out == ""
