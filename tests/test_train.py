@@ -402,10 +402,15 @@ def my_loss(x, cfg):
 """
 
 
-@pytest.mark.parametrize("value", ["nan", "inf"])
+@pytest.mark.parametrize("value, scaled", [("nan", False), ("inf", False), ("nan", True)])
 def test_a_loss_that_is_no_number_stops_the_run(
-    tiny_bert: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], value: str
-) -> None:
+    tiny_bert: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+    value: str, scaled: bool,
+) -> None:  # fmt: skip
+    """Also with loss scaling, which would skip such a step for ever."""
+    if scaled:
+        monkeypatch.setattr(train, "start", train.start)  # undone at the end
+        use_cpu_scaler()
     (tmp_path / "my_file.py").write_text(NAN_LOSS, encoding="utf-8")
     settings = {
         "loss": f"{tmp_path / 'my_file.py'}:my_loss",
