@@ -170,6 +170,7 @@ def test_precision_is_the_flag_else_the_launchers(
 
 
 def test_two_precisions_are_refused(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("WARNING")  # whatever an earlier stage of this process has set
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     with pytest.raises(UserError, match="--fp16.*bf16: choose one"):
         resolve_precision(True, False, cuda=True)
