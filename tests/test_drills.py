@@ -37,9 +37,8 @@ def drill(start: Callable[..., list[Any]], root: Path, num_tries: int, seed: int
     """
     rng = random.Random(seed)
     unbroken, folder = root / "unbroken", root / "run"
-    begin = time.monotonic()
     codes = runs.finish(start(unbroken, root / "unbroken.log"))
-    duration = time.monotonic() - begin
+    duration = 5.0  # about that of a run; it follows what is seen, as machines are busy or not
     assert set(codes) == {0}, "\n".join(log.read_text(encoding="utf-8") for log in root.glob("unbroken.*"))
     survived, problems, tried = 0, [], 0
     while tried < num_tries:
@@ -48,8 +47,12 @@ def drill(start: Callable[..., list[Any]], root: Path, num_tries: int, seed: int
         for kill in range(rng.choice((1, 1, 2))):
             latest = {"resume_from_checkpoint": "latest"} if kill else {}
             children = start(folder, root / f"kill{tried}", **latest)
-            time.sleep(rng.uniform(0, duration))
-            num_kills += all(child.is_alive() for child in children)
+            begin, moment = time.monotonic(), rng.uniform(0, duration)
+            while time.monotonic() < begin + moment and all(child.is_alive() for child in children):
+                time.sleep(0.001)
+            hit = all(child.is_alive() for child in children)
+            num_kills += hit
+            duration = duration * 1.1 if hit else time.monotonic() - begin
             for child in rng.sample(children, len(children)):
                 child.kill()
             runs.finish(children)
