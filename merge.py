@@ -59,7 +59,7 @@ def merge(config: MergeConfig) -> None:
         print(f"{weight:.4f}  {name}")
     print(f"model: {config.output_path}")
     encoders = shlex.join([*config.models, config.output_path])
-    print(f"next: python evaluate.py --encoder {encoders} --val_data test.jsonl")
+    print(f"next: python evaluate.py --encoder {encoders} --val_data data/test.jsonl --corpus data/corpus.jsonl")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

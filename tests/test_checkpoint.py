@@ -149,6 +149,17 @@ def test_another_global_batch_is_refused(
     assert runs.tree(folder) == before
 
 
+@pytest.mark.xfail(reason="rows are counted, but the sha256 in the manifest is not compared")
+def test_other_rows_in_the_same_file_are_noticed(
+    tiny_bert: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    data = runs.write_rows(tmp_path / "train.jsonl", 26)
+    assert run(tiny_bert, data, tmp_path / "run", max_steps=2, save_steps=1) == 0
+    runs.write_rows(data, 26, seed=1)
+    code = run(tiny_bert, data, tmp_path / "run", max_steps=2, save_steps=1, resume_from_checkpoint="latest")
+    assert str(data) in (capsys.readouterr().err if code == 2 else caplog.text)
+
+
 # ------------------------------------------------------------------------------------------------------- folders of others
 
 
