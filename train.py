@@ -126,7 +126,8 @@ def train(config: TrainConfig) -> int:
     torch.manual_seed(config.seed + rank)
     first_step = 0
     data_order = {
-        "rows": data.plan.num_rows, "rows per global micro-batch": data.plan.batch_size, "accumulation": accumulation
+        "training files": {entry["path"]: entry["sha256"][:16] for entry in data.inputs},
+        "rows per global micro-batch": data.plan.batch_size, "accumulation": accumulation,
     }  # fmt: skip
     if resume:
         state = checkpoint.load_checkpoint(resume)

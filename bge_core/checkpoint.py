@@ -80,7 +80,8 @@ def open_run_folder(
         if not overwrite:
             raise UserError(f"--output_dir {folder}: {_why_refused(manifest, own, changed, held)}")
         old_files = [folder / name for name in ("metrics.jsonl", "manifest.json", "curves.png")]
-        for path in [*folder.glob("checkpoint-*"), *old_files]:
+        old_checkpoints = [path for path in folder.iterdir() if re.fullmatch(r"checkpoint-\d+", path.name)]
+        for path in [*old_checkpoints, *old_files]:
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     _sweep(folder)
     newest = checkpoints(folder)[-1:] if resume else []

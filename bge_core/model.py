@@ -128,6 +128,8 @@ class Encoder(nn.Module):
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:
     """Write the tokenizer's files; OSError on a full disk, for which the tokenizers library has a bare Exception."""
+    tokenizer.backend_tokenizer.no_truncation()  # else the length of the last call would be saved with it
+    tokenizer.backend_tokenizer.no_padding()
     try:
         tokenizer.save_pretrained(folder)
     except Exception as error:

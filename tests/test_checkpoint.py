@@ -149,7 +149,6 @@ def test_another_global_batch_is_refused(
     assert runs.tree(folder) == before
 
 
-@pytest.mark.xfail(reason="rows are counted, but the sha256 in the manifest is not compared")
 def test_other_rows_in_the_same_file_are_noticed(
     tiny_bert: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:

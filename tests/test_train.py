@@ -82,7 +82,6 @@ def test_files_of_a_run(finished: Path) -> None:
     assert encoder.settings.max_length == 128  # --passage_max_len
 
 
-@pytest.mark.xfail(reason="the length of whatever was tokenized last is saved: 32, and 128 in some checkpoints")
 def test_the_saved_tokenizer_cuts_no_more_than_the_base_does(finished: Path, tiny_bert: Path) -> None:
     """What reads tokenizer.json without transformers would silently cut passages to the length of queries."""
 
