@@ -174,22 +174,21 @@ def by_row_blocks(
 
     vectors = [vector for pair in pairs for vector in pair]
     gradients = [torch.zeros_like(vector) for vector in vectors]
-    losses, metrics = [], []
-    for start in range(0, num_rows, block_size):
-        rows = x.rows(start, start + block_size)
-        u = [u_BD.detach()[start : start + block_size] for u_BD, _ in pairs]
-        v = [v_ND.detach() for _, v_ND in pairs]
-        scores = [(u_bD @ v_ND.T).requires_grad_() for u_bD, v_ND in zip(u, v, strict=True)]
+
+    def add_block(block: slice) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss and metrics of some rows; their gradients are added. What it makes dies with it, before the next."""
+        scores = [(u_BD.detach()[block] @ v_ND.detach().T).requires_grad_() for u_BD, v_ND in pairs]
         with torch.enable_grad():
-            loss_b, metrics_b = row_losses(scores, rows)
-        score_gradients = torch.autograd.grad(loss_b.sum() / num_rows, scores)
-        for k, gradient_bN in enumerate(score_gradients):
-            gradients[2 * k][start : start + block_size] = gradient_bN @ v[k]
-            gradients[2 * k + 1].addmm_(gradient_bN.T, u[k])
-        losses.append(loss_b.detach())
-        metrics.append(metrics_b)
-    loss = _KnownGradient.apply(torch.cat(losses).mean(), gradients, *vectors)  # type: ignore[no-untyped-call]
-    return LossOutput(loss, {name: torch.cat([m[name] for m in metrics]).mean() for name in metrics[0]})
+            loss_b, metrics_b = row_losses(scores, x.rows(block.start, block.stop))
+        for k, gradient_bN in enumerate(torch.autograd.grad(loss_b.sum() / num_rows, scores)):
+            u_BD, v_ND = pairs[k]
+            gradients[2 * k][block] = gradient_bN @ v_ND.detach()
+            gradients[2 * k + 1].addmm_(gradient_bN.T, u_BD.detach()[block])
+        return loss_b.detach(), metrics_b
+
+    blocks = [add_block(slice(start, start + block_size)) for start in range(0, num_rows, block_size)]
+    loss = _KnownGradient.apply(torch.cat([loss_b for loss_b, _ in blocks]).mean(), gradients, *vectors)  # type: ignore[no-untyped-call]
+    return LossOutput(loss, {name: torch.cat([m[name] for _, m in blocks]).mean() for name in blocks[0][1]})
 
 
 class _KnownGradient(torch.autograd.Function):
@@ -258,9 +257,8 @@ def _row_losses(score_BN: Tensor, mask_BN: Tensor, x: LossInput, cfg: LossConfig
 
 def info_nce(score_BN: Tensor, mask_BN: Tensor, positive_B: Tensor) -> Tensor:
     """-log softmax of the positive among itself and the negatives in `mask_BN`; shape (B,)."""
-    positive_B1 = positive_B[:, None]
-    kept_BN = mask_BN.scatter(1, positive_B1, True)
-    return score_BN.masked_fill(~kept_BN, -torch.inf).logsumexp(dim=1) - score_BN.gather(1, positive_B1)[:, 0]
+    left_out_BN = (~mask_BN).scatter_(1, positive_B[:, None], False)
+    return F.cross_entropy(score_BN.masked_fill(left_out_BN, -torch.inf), positive_B, reduction="none")
 
 
 def group_cross_entropy(score_BN: Tensor, own_BG: Tensor, teacher_BG: Tensor) -> Tensor:
