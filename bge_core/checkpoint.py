@@ -141,7 +141,8 @@ def open_run_folder(
     if chosen:
         changed = changed_settings(records.read_json(chosen / MANIFEST), config, data_order)
         if changed:
-            raise UserError(f"{chosen}: was trained with other settings ({_listed(changed)}); {_advice(changed)}")
+            listed, advice = _listed(changed), _advice(changed)
+            raise UserError(f"{chosen}: was trained with other settings, this start has changed {listed}; {advice}")
     if held and not goes_on:
         old_files = [folder / name for name in ("metrics.jsonl", MANIFEST, "curves.png")]
         old = [path for path in folder.iterdir() if re.fullmatch(r"checkpoint-\d+(\.aside)?", path.name)]
