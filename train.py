@@ -10,12 +10,14 @@ give --loss FILE.py:FUNCTION.
 """
 
 import importlib.util
+import inspect
 import logging
 import math
 import signal
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -45,15 +47,33 @@ METRIC_NAMES = tuple(per_query_metrics([], []))
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the stage; returns the exit code."""
-    handler = signal.getsignal(signal.SIGTERM)
-    try:
-        return run_stage(TrainConfig, train, argv)
-    finally:
-        signal.signal(signal.SIGTERM, handler)
+
+    def stage(config: TrainConfig) -> int:
+        try:
+            return train(config, at_end)
+        except RuntimeError as error:  # torch raises it wherever the loop is when the worker ends
+            if "DataLoader worker" not in str(error):
+                raise
+            raise ChildProcessError(  # every rank says it: only one has lost a worker
+                f"{error}\nA process that reads ahead was ended from outside, most often for want of memory: use fewer "
+                "--dataloader_num_workers; --resume_from_checkpoint latest goes on from the last checkpoint"
+            ) from None
+
+    with ExitStack() as at_end:
+        at_end.callback(signal.signal, signal.SIGTERM, signal.getsignal(signal.SIGTERM))
+        return run_stage(TrainConfig, stage, argv)
 
 
-def train(config: TrainConfig) -> int:
-    """The whole run of one process; returns 0, or 75 where a signal stopped it after a save."""
+def train(config: TrainConfig, at_end: ExitStack) -> int:
+    """The whole run of one process.
+
+    Args:
+        config: its settings.
+        at_end: gets what must be given back, however the run ends.
+
+    Returns:
+        0, or 75 where a signal stopped it after a save.
+    """
     # ---- build
     if config.full_determinism:
         transformers.enable_full_determinism(config.seed)
@@ -81,11 +101,21 @@ def train(config: TrainConfig) -> int:
             print(report.describe_batch(data, config))
         return 0
 
+    loss_file = config.loss.rpartition(":")[0] if config.loss else inspect.getfile(training_loss)
+    all_together = world_size == 1 or config.negatives_cross_device
+    data_order = {
+        "train_data": [[entry["path"], entry["sha256"]] for entry in data.inputs],
+        "loss": [[loss_file, records.sha256(loss_file)]],
+        "rows": data.plan.batch_size, "accumulation": accumulation,
+        "candidates": "all" if all_together else config.per_device_train_batch_size,
+    }  # fmt: skip
+    on_main(lambda: at_end.enter_context(checkpoint.hold(output_dir)))
     resume = on_main(
         lambda: checkpoint.open_run_folder(
-            output_dir, as_dict(config), resume=config.resume_from_checkpoint, overwrite=config.overwrite_output_dir
+            output_dir, as_dict(config), data_order, resume=config.resume_from_checkpoint,
+            overwrite=config.overwrite_output_dir,
         )
-    )
+    )  # fmt: skip
     if resume:
         encoder = build_encoder(config, str(resume))
     encoder.settings = replace(
@@ -128,25 +158,18 @@ def train(config: TrainConfig) -> int:
     settle(model, world_size)
     torch.manual_seed(config.seed + rank)
     first_step = 0
-    data_order = {
-        "training files": {entry["path"]: entry["sha256"][:16] for entry in data.inputs},
-        "rows per global micro-batch": data.plan.batch_size, "accumulation": accumulation,
-    }  # fmt: skip
     if resume:
         state = checkpoint.load_checkpoint(resume)
         first_step, progress = state["step"], state["progress"]
-        if state["data_order"] != data_order:
-            raise UserError(
-                f"{resume}: was trained with {state['data_order']}, this start has {data_order}: the steps would not "
-                "be the same; choose processes, --per_device_train_batch_size and --gradient_accumulation_steps to fit"
-            )
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
         if len(state["random_states"]) == world_size:
             checkpoint.restore_random_state(state["random_states"][rank])
+        else:
+            checkpoint.seed_random_state(config.seed, first_step, rank)
         logger.info("resumed from %s", resume)
     facts = report.run_facts(config, data, encoder, accelerator.mixed_precision, accumulation, world_size, num_warmup)
-    manifest = records.make_manifest("train", as_dict(config), data.inputs, facts=facts)
+    manifest = records.make_manifest("train", as_dict(config), data.inputs, data_order=data_order, facts=facts)
     metrics_file = output_dir / "metrics.jsonl"
     if rank == 0:
         for line in report.preflight(config, data, encoder, facts):
@@ -158,15 +181,13 @@ def train(config: TrainConfig) -> int:
             "bge_core", {k: v for k, v in as_dict(config).items() if isinstance(v, (int, float, str))}
         )
 
+    saver = checkpoint.Saver(output_dir, encoder, manifest | {"stage": "checkpoint"}, config.save_total_limit)
+    at_end.callback(saver.close)
+
     def save(step: int) -> None:
-        state = {
-            "progress": progress, "data_order": data_order, "optimizer": optimizer.state_dict(),
-            "scaler": scaler.state_dict(),
-        }  # fmt: skip
-        checkpoint.save_checkpoint(output_dir, step, encoder, state)
-        if rank == 0:
-            best = f"checkpoint-{progress['best_step']}" if config.load_best_model_at_end else None
-            checkpoint.prune(output_dir, config.save_total_limit, best)
+        best = f"checkpoint-{progress['best_step']}" if config.load_best_model_at_end else None
+        state = {"progress": progress, "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+        saver.save(step, state, keep=best)
 
     def log(values: dict[str, Any]) -> None:
         if rank == 0:
@@ -194,10 +215,12 @@ def train(config: TrainConfig) -> int:
 
         shares["queries"] = torch.tensor(sum(batch.num_queries for batch in micro_batches))
         shares["tokens"] = torch.tensor(sum(len(batch.tokens.input_id_T) for batch in micro_batches))
-        shares["signals"] = torch.tensor(len(signals))
+        shares["signals"], shares["save_failed"] = torch.tensor(len(signals)), torch.tensor(saver.failed())
         values = torch.stack([share.to(accelerator.device, torch.float32) for share in shares.values()])
         means = dict(zip(shares, sum_over_ranks(values).tolist(), strict=True))
         told_to_stop = means.pop("signals") > 0
+        if means.pop("save_failed"):
+            saver.wait()  # raises the reason
         if not math.isfinite(means["loss"]):
             raise not_finite(output_dir, step, rank, data, micro_batches)
 
@@ -250,11 +273,13 @@ def train(config: TrainConfig) -> int:
         if told_to_stop and step < num_steps:
             if not (save_every and step % save_every == 0):
                 save(step)
+            saver.wait()
             logger.info("stopped by a signal after step %d; --resume_from_checkpoint latest goes on", step)
             return STOPPED_BY_SIGNAL
     bar.close()
 
     # ---- the final model
+    saver.wait()
     accelerator.wait_for_everyone()
     if rank == 0:
         best = output_dir / f"checkpoint-{progress['best_step']}"

@@ -201,6 +201,7 @@ class TrainConfig:
     save_steps: float = _flag(500, "Steps between two checkpoints; below 1: that share of all steps; 0: none.")
     save_total_limit: int | None = _flag(None, "Keep this many newest checkpoints (and the best).")
     resume_from_checkpoint: str | None = _flag(None, "'latest', or the path of a checkpoint.")
+    allow_changed: list[str] = _flag([], "Settings that may differ from those of the run that is resumed.")
     overwrite_output_dir: bool = _flag(False, "Begin anew in a folder that holds another run.")
     report_to: str = _flag("none", "tensorboard, wandb or none.")
     run_name: str | None = _flag(None, "Name of the run for the tracker.")
@@ -259,6 +260,9 @@ class TrainConfig:
             self.negatives_cross_device <= self.use_inbatch_neg, "negatives_cross_device", True,
             "needs in-batch negatives: drop --use_inbatch_neg False",
         )  # fmt: skip
+        names = {f.name for f in fields(self)}
+        for name in self.allow_changed:
+            _need(name in names, "allow_changed", name, f"is no setting; {_advice(name, names)}")
         for name in ("load_best_model_at_end", "early_stopping_patience", "eval_steps", "val_corpus"):
             _need(self.val_data is not None or not getattr(self, name), name, getattr(self, name), "needs --val_data")
         self.query_instruction_format = _two_placeholders("query_instruction_format", self.query_instruction_format)

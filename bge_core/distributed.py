@@ -169,6 +169,15 @@ def gather_objects(value: Any) -> list[Any]:
     return list(gather_object([value])) if world()[1] > 1 else [value]
 
 
+def whole_copy(tree: Any) -> Any:
+    """Nested dicts and lists with a copy on the CPU of every tensor; other values as they are. Every rank calls it."""
+    if isinstance(tree, Tensor):
+        return tree.detach().to("cpu", copy=True)
+    if isinstance(tree, dict):
+        return {name: whole_copy(value) for name, value in tree.items()}
+    return [whole_copy(value) for value in tree] if isinstance(tree, list) else tree
+
+
 def on_main(function: Callable[[], T]) -> T:
     """Run `function` on rank 0 alone and give every rank its value, or its UserError, so that all go on or all stop."""
     value: Any = None

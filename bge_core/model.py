@@ -115,11 +115,16 @@ class Encoder(nn.Module):
         vector_SD = torch.cat(pooled)[torch.tensor(positions, device=self.device).argsort()]
         return F.normalize(vector_SD, dim=-1) if self.settings.normalize else vector_SD
 
-    def save(self, folder: str | Path) -> None:
-        """Write weights, tokenizer and the files that sentence-transformers reads into an existing or new folder."""
+    def save(self, folder: str | Path, weights: dict[str, Tensor] | None = None) -> None:
+        """Write weights, tokenizer and the files that sentence-transformers reads into an existing or new folder.
+
+        Args:
+            folder: where to.
+            weights: a copy of the backbone's state dict, to be saved in the place of its own.
+        """
         folder = Path(folder)
         try:
-            self.backbone.save_pretrained(folder)
+            self.backbone.save_pretrained(folder, state_dict=None if weights is None else dict(weights))
         except SafetensorError as error:  # what safetensors makes of a full disk
             raise OSError(f"{folder}: the weights could not be written: {str(error).split('error: ')[-1]}") from None
         save_tokenizer(self.tokenizer, folder)

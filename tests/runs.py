@@ -167,14 +167,22 @@ def start(
 
 
 def start_two(argv: Sequence[str], log: Path, patch: Callable[[], None] | None = None) -> list[Any]:
-    """train.py in two processes that find each other as under a launcher."""
+    """train.py in two processes."""
+    return start_many(2, argv, log, patch)
+
+
+def start_many(
+    num_processes: int, argv: Sequence[str], log: Path, patch: Callable[[], None] | None = None
+) -> list[Any]:
+    """train.py in processes that find each other as under a launcher; each has its own log, <log>.<rank>."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    number = str(num_processes)
+    shared = {"WORLD_SIZE": number, "LOCAL_WORLD_SIZE": number, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     return [
         start(argv, log.with_suffix(f".{rank}"), shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, patch)
-        for rank in range(2)
+        for rank in range(num_processes)
     ]
 
 

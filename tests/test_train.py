@@ -72,7 +72,7 @@ def test_files_of_a_run(finished: Path) -> None:
     # save_steps 0.2 of 8 steps is every ceil(1.6) = 2; of the four checkpoints the two newest are kept
     assert set(os.listdir(finished)) == model_files | own_files | {"checkpoint-6", "checkpoint-8"}
     for name in ("checkpoint-6", "checkpoint-8"):
-        assert set(os.listdir(finished / name)) == model_files | {"training_state.pt"}
+        assert set(os.listdir(finished / name)) == model_files | {"training_state.pt", "manifest.json"}
     assert runs.equal_weights(finished, finished / "checkpoint-8")
     assert not runs.equal_weights(finished, finished / "checkpoint-6")
     assert (finished / "curves.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
