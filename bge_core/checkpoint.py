@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from bge_core import UserError, records
-from bge_core.distributed import gather_objects, world
+from bge_core.distributed import gather_objects, whole_copy, world
 from bge_core.model import Encoder
 
 STATE_FILE = "training_state.pt"
@@ -28,7 +28,7 @@ FREE_SETTINGS = {
     "resume_from_checkpoint", "overwrite_output_dir", "show_batch", "logging_steps", "save_steps", "save_total_limit",
     "report_to", "run_name", "dataloader_num_workers", "cache_dir", "val_data", "val_corpus", "eval_steps",
     "per_device_eval_batch_size", "load_best_model_at_end", "metric_for_best_model", "early_stopping_patience",
-    "output_dir",
+    "output_dir", "fsdp", "ddp_timeout",
 }  # fmt: skip
 
 
@@ -123,10 +123,11 @@ def save_checkpoint(output_dir: str | Path, step: int, encoder: Encoder, state: 
         The checkpoint's folder.
     """
     random_states = gather_objects(random_state())
+    state, weights = whole_copy(state), whole_copy(encoder.backbone.state_dict())
     target = Path(output_dir) / f"checkpoint-{step}"
     if world()[0] == 0:
         with records.atomic_path(target) as temporary:
-            encoder.save(temporary)
+            encoder.save(temporary, weights)
             try:
                 torch.save({**state, "step": step, "random_states": random_states}, temporary / STATE_FILE)
             except RuntimeError as error:  # what torch makes of a full disk
@@ -185,17 +186,20 @@ def cut_metrics(path: Path, step: int) -> None:
         temporary.write_text("".join(kept), encoding="utf-8")
 
 
-def publish_model(output_dir: str | Path, source: Encoder | Path) -> None:
+def publish_model(
+    output_dir: str | Path, source: Encoder | Path, weights: dict[str, torch.Tensor] | None = None
+) -> None:
     """Put a model at the root of the run folder, file by file and each of them whole, weights last.
 
     Args:
         source: the encoder, or a checkpoint whose model files are taken.
+        weights: the encoder's, put together, where they lie in shards.
     """
     folder = Path(output_dir)
     temporary = folder / f".model.tmp-{os.getpid()}"
     try:
         if isinstance(source, Encoder):
-            source.save(temporary)
+            source.save(temporary, weights)
         else:
             shutil.copytree(source, temporary, ignore=shutil.ignore_patterns(STATE_FILE))
         files = [path for path in temporary.rglob("*") if path.is_file()]

@@ -104,22 +104,27 @@ class Encoder(nn.Module):
         Returns:
             (S, D), float32 or wider, of length 1 where `settings.normalize`.
         """
-        if len(tokens) == 0:
-            dummy = torch.tensor([self.tokenizer.pad_token_id], device=self.device)
-            return self.forward(Tokens(dummy, [1]))[:0]
+        rectangles = list(pad_buckets(tokens, self.tokenizer.pad_token_id))
+        dummy_11 = torch.full((1, 1), self.tokenizer.pad_token_id, device=self.device)
+        nothing: list[int] = []
+        rectangles += [(nothing, dummy_11, torch.ones_like(dummy_11))] * (tokens.num_runs - len(rectangles))
         positions, pooled = [], []
-        for bucket, id_sL, mask_sL in pad_buckets(tokens, self.tokenizer.pad_token_id):
+        for bucket, id_sL, mask_sL in rectangles:
             hidden_sLD = self.backbone(input_ids=id_sL, attention_mask=mask_sL).last_hidden_state
             positions += bucket
-            pooled.append(pool(hidden_sLD, mask_sL, self.settings.pooling))
+            pooled.append(pool(hidden_sLD, mask_sL, self.settings.pooling)[: len(bucket)])
         vector_SD = torch.cat(pooled)[torch.tensor(positions, device=self.device).argsort()]
         return F.normalize(vector_SD, dim=-1) if self.settings.normalize else vector_SD
 
-    def save(self, folder: str | Path) -> None:
-        """Write weights, tokenizer and the files that sentence-transformers reads into an existing or new folder."""
+    def save(self, folder: str | Path, weights: dict[str, Tensor] | None = None) -> None:
+        """Write weights, tokenizer and the files that sentence-transformers reads into an existing or new folder.
+
+        Args:
+            weights: whole tensors to write instead of the backbone's own.
+        """
         folder = Path(folder)
         try:
-            self.backbone.save_pretrained(folder)
+            self.backbone.save_pretrained(folder, state_dict=weights)
         except SafetensorError as error:  # what safetensors makes of a full disk
             raise OSError(f"{folder}: the weights could not be written: {str(error).split('error: ')[-1]}") from None
         save_tokenizer(self.tokenizer, folder)
