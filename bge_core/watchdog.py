@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 import traceback
+from datetime import timedelta
 from typing import Any
 
 from torch.distributed import PrefixStore, TCPStore
@@ -96,9 +97,11 @@ def _talk(rank: int, world_size: int, timeout: float, stalled: threading.Event, 
         return
     if rank == min(answers):
         logger.error(describe_hang(answers, world_size, timeout))
-    if rank == 0:
-        time.sleep(1)  # the store may live in this process: let the others read
-    os._exit(1)
+    try:  # leave together: the store may live in rank 0, and who is left alone would say that a peer closed
+        store.set(f"done{rank}", "1")
+        store.wait([f"done{r}" for r in answers], timedelta(seconds=GRACE_SECONDS))
+    finally:
+        os._exit(1)
 
 
 def _innermost_frames() -> list[str]:

@@ -28,6 +28,7 @@ CASES = (
     "local_one_row_m3_cached",
 )  # fmt: skip
 RTOL = {"float64": 1e-9, "float32": 1e-5}
+STEPS = [(name, "float64") for name in CASES] + [(name, "float32") for name in CASES[:2]]
 
 
 def whole_gradients(model: torch.nn.Module) -> Gradients:
@@ -115,7 +116,7 @@ def work(folder: Path, model_folder: str) -> None:
 
     for dtype_name, dtype in DTYPES.items():
         model = wrap(load(model_folder, dtype), shard=True)
-        for name in CASES:
+        for name in (name for name, of_dtype in STEPS if of_dtype == dtype_name):
             record(f"step/{name}/{dtype_name}", lambda m=model, n=name: step_case(m, n, rank))
     record("layout", lambda: layout(model))
     for max_norm in (0.0, 0.05):
@@ -161,8 +162,7 @@ def test_every_parameter_lies_in_shards_and_every_layer_is_put_together_alone(tw
         assert found["frozen"] == ["backbone.pooler.dense.weight", "backbone.pooler.dense.bias"]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name, dtype", STEPS)
 def test_shards_hold_the_gradient_of_the_global_batch(
     name: str, dtype: str, two_ranks: list[Row], tiny_bert: Path
 ) -> None:
@@ -208,10 +208,11 @@ def test_training_goes_on_after_an_evaluation(two_ranks: list[Row]) -> None:
 
 # --- train.py ---------------------------------------------------------------------------------------------------------
 
+# Adam divides by the gradient's size, and a key's bias has none but rounding: the larger epsilon leaves it at rest.
 SETTINGS: Row = {
     "per_device_train_batch_size": 3, "gradient_accumulation_steps": 2, "sub_batch_size": 4, "save_steps": 2,
     "negatives_cross_device": True, "fix_position_embedding": True, "weight_decay": 0.01, "eval_steps": 2,
-    "knowledge_distillation": True,
+    "knowledge_distillation": True, "adam_epsilon": 1e-3,
 }  # fmt: skip
 
 
