@@ -51,16 +51,18 @@ from bge_core.step import LossFunction, StepSettings, forward_backward
 
 logger = logging.getLogger(__name__)
 STOPPED_BY_SIGNAL = 75  # EX_TEMPFAIL: try again
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # the second is one that a launcher can be told to ignore
 METRIC_NAMES = tuple(per_query_metrics([], []))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the stage; returns the exit code."""
-    handler = signal.getsignal(signal.SIGTERM)
+    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     try:
         return run_stage(TrainConfig, train, argv)
     finally:
-        signal.signal(signal.SIGTERM, handler)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
         watchdog.stop()
 
 
@@ -196,7 +198,8 @@ def train(config: TrainConfig) -> int:
     )  # fmt: skip
     bar = tqdm(total=num_steps, initial=first_step, desc="train", unit="step", disable=None if rank == 0 else True)
     signals: list[int] = []
-    signal.signal(signal.SIGTERM, lambda number, _: signals.append(number))
+    for number in STOP_SIGNALS:
+        signal.signal(number, lambda number, _: signals.append(number))
     window, clock = progress["window"], time.perf_counter()
     watchdog.watch(rank, world_size, config.ddp_timeout)
     for step, micro_batches in enumerate(loader, start=first_step + 1):
