@@ -27,10 +27,21 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from bge_core import UserError, checkpoint, records, report
+from bge_core import UserError, checkpoint, records, report, watchdog
 from bge_core.config import TrainConfig, as_dict, changed_fields, run_stage
 from bge_core.data import TrainingData
-from bge_core.distributed import on_main, start, sum_over_ranks, world, wrap
+from bge_core.distributed import (
+    clip_gradients,
+    is_sharded,
+    load_optimizer,
+    on_main,
+    resolve_sharding,
+    start,
+    sum_over_ranks,
+    whole_copy,
+    world,
+    wrap,
+)
 from bge_core.evaluation import evaluate_encoder, load_task
 from bge_core.loss import LossConfig, training_loss
 from bge_core.metrics import per_query_metrics
@@ -42,6 +53,7 @@ from bge_core.step import LossFunction, StepSettings, forward_backward
 
 logger = logging.getLogger(__name__)
 STOPPED_BY_SIGNAL = 75  # EX_TEMPFAIL: try again
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # the second is one that a launcher can be told to ignore
 METRIC_NAMES = tuple(per_query_metrics([], []))
 
 
@@ -60,7 +72,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             ) from None
 
     with ExitStack() as at_end:
-        at_end.callback(signal.signal, signal.SIGTERM, signal.getsignal(signal.SIGTERM))
+        for number in STOP_SIGNALS:
+            at_end.callback(signal.signal, number, signal.getsignal(number))
+        at_end.callback(watchdog.stop)
         return run_stage(TrainConfig, stage, argv)
 
 
@@ -77,7 +91,9 @@ def train(config: TrainConfig, at_end: ExitStack) -> int:
     # ---- build
     if config.full_determinism:
         transformers.enable_full_determinism(config.seed)
-    accelerator = start(config.fp16, config.bf16, **tracker_options(config))
+    shard = resolve_sharding(config.fsdp)
+    # A collective waits longer than the watchdog, which says more.
+    accelerator = start(config.fp16, config.bf16, config.ddp_timeout + 60, **tracker_options(config))
     rank, world_size = world()
     datasets.disable_progress_bars()
     accumulation = config.gradient_accumulation_steps or accelerator.gradient_accumulation_steps
@@ -125,7 +141,7 @@ def train(config: TrainConfig, at_end: ExitStack) -> int:
         passage_prompt=prompt_of(config.passage_instruction_for_retrieval, config.passage_instruction_format),
     )
     encoder.to(accelerator.device)
-    model = wrap(encoder)
+    model = wrap(encoder, shard)
     optimizer = build_optimizer(
         encoder, config.learning_rate, config.weight_decay, (config.adam_beta1, config.adam_beta2), config.adam_epsilon
     )
@@ -161,7 +177,7 @@ def train(config: TrainConfig, at_end: ExitStack) -> int:
     if resume:
         state = checkpoint.load_checkpoint(resume)
         first_step, progress = state["step"], state["progress"]
-        optimizer.load_state_dict(state["optimizer"])
+        load_optimizer(optimizer, state["optimizer"])
         scaler.load_state_dict(state["scaler"])
         if len(state["random_states"]) == world_size:
             checkpoint.restore_random_state(state["random_states"][rank])
@@ -169,6 +185,7 @@ def train(config: TrainConfig, at_end: ExitStack) -> int:
             checkpoint.seed_random_state(config.seed, first_step, rank)
         logger.info("resumed from %s", resume)
     facts = report.run_facts(config, data, encoder, accelerator.mixed_precision, accumulation, world_size, num_warmup)
+    facts["sharding"] = "FSDP2" if shard else "none"
     manifest = records.make_manifest("train", as_dict(config), data.inputs, data_order=data_order, facts=facts)
     metrics_file = output_dir / "metrics.jsonl"
     if rank == 0:
@@ -205,9 +222,12 @@ def train(config: TrainConfig, at_end: ExitStack) -> int:
     )  # fmt: skip
     bar = tqdm(total=num_steps, initial=first_step, desc="train", unit="step", disable=None if rank == 0 else True)
     signals: list[int] = []
-    signal.signal(signal.SIGTERM, lambda number, _: signals.append(number))
+    for number in STOP_SIGNALS:
+        signal.signal(number, lambda number, _: signals.append(number))
     window, clock = progress["window"], time.perf_counter()
+    watchdog.watch(rank, world_size, config.ddp_timeout)
     for step, micro_batches in enumerate(loader, start=first_step + 1):
+        watchdog.step_begins()
         for group in optimizer.param_groups:
             group["lr"] = lr_at(step - 1 - progress["skipped"])
 
@@ -225,7 +245,7 @@ def train(config: TrainConfig, at_end: ExitStack) -> int:
             raise not_finite(output_dir, step, rank, data, micro_batches)
 
         scaler.unscale_(optimizer)
-        grad_norm = torch.nn.utils.clip_grad_norm_(encoder.parameters(), config.max_grad_norm or math.inf).item()
+        grad_norm = clip_gradients(encoder.parameters(), config.max_grad_norm)
         if not math.isfinite(grad_norm) and not scaler.is_enabled():
             raise not_finite(output_dir, step, rank, data, micro_batches)
         scale = scaler.get_scale()
@@ -233,6 +253,7 @@ def train(config: TrainConfig, at_end: ExitStack) -> int:
         scaler.update()
         progress["skipped"] += scaler.get_scale() < scale
         optimizer.zero_grad(set_to_none=True)
+        watchdog.step_ends()
 
         for name, value in {**means, "steps": 1}.items():
             window[name] = window.get(name, 0) + value
@@ -280,11 +301,13 @@ def train(config: TrainConfig, at_end: ExitStack) -> int:
 
     # ---- the final model
     saver.wait()
+    watchdog.stop()
+    weights = whole_copy(encoder.backbone.state_dict()) if is_sharded(model) else None
     accelerator.wait_for_everyone()
     if rank == 0:
         best = output_dir / f"checkpoint-{progress['best_step']}"
         use_best = config.load_best_model_at_end and best.is_dir()
-        checkpoint.publish_model(output_dir, best if use_best else encoder)
+        checkpoint.publish_model(output_dir, best if use_best else encoder, weights)
         scores = progress["best_scores" if use_best else "scores"]
         if use_best:
             logger.info(

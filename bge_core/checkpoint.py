@@ -40,7 +40,7 @@ FREE_SETTINGS = {
     "resume_from_checkpoint", "overwrite_output_dir", "show_batch", "logging_steps", "save_steps", "save_total_limit",
     "report_to", "run_name", "dataloader_num_workers", "cache_dir", "val_data", "val_corpus", "eval_steps",
     "per_device_eval_batch_size", "load_best_model_at_end", "metric_for_best_model", "early_stopping_patience",
-    "output_dir", "allow_changed", "sub_batch_size", "loss_block_size", "gradient_checkpointing",
+    "output_dir", "allow_changed", "sub_batch_size", "loss_block_size", "gradient_checkpointing", "fsdp", "ddp_timeout",
 }  # fmt: skip
 # What the settings of a batch amount to, whatever the number of processes -> the setting to which it is put down.
 ORDER_SETTINGS = {
@@ -452,17 +452,20 @@ def cut_metrics(path: Path, step: int) -> None:
         temporary.write_text("".join(kept), encoding="utf-8")
 
 
-def publish_model(output_dir: str | Path, source: Encoder | Path) -> None:
+def publish_model(
+    output_dir: str | Path, source: Encoder | Path, weights: dict[str, torch.Tensor] | None = None
+) -> None:
     """Put a model at the root of the run folder, file by file and each of them whole, weights last.
 
     Args:
         source: the encoder, or a checkpoint whose model files are taken.
+        weights: the encoder's, put together, where they lie in shards.
     """
     folder = Path(output_dir)
     temporary = folder / f".model.tmp-{os.getpid()}"
     try:
         if isinstance(source, Encoder):
-            source.save(temporary)
+            source.save(temporary, weights)
         else:
             shutil.copytree(source, temporary, ignore=shutil.ignore_patterns(STATE_FILE, MANIFEST))
         files = [path for path in temporary.rglob("*") if path.is_file()]

@@ -192,6 +192,8 @@ class TrainConfig:
     fp16: bool = _flag(False, "float16 autocast with loss scaling (GPU).")
     bf16: bool = _flag(False, "bfloat16 autocast.")
     gradient_checkpointing: bool = _flag(False, "Trade time for activation memory.")
+    fsdp: bool = _flag(False, "FSDP2 instead of DDP: weights, gradients and AdamW's state lie in shards.")
+    ddp_timeout: int = _flag(1800, "Seconds that processes wait for one that hangs; then all end, and it is named.")
     seed: int = _flag(42, "Seed of data order, choice of passages and dropout.")
     full_determinism: bool = _flag(
         False, "Deterministic GPU kernels: slower, the same bits in every run.", "deterministic"
@@ -220,7 +222,7 @@ class TrainConfig:
         for name in (
             "train_group_size", "query_max_len", "passage_max_len", "per_device_train_batch_size", "logging_steps",
             "per_device_eval_batch_size", "max_example_num_per_dataset", "learning_rate", "temperature",
-            "adam_epsilon",
+            "adam_epsilon", "ddp_timeout",
         ):  # fmt: skip
             _need(getattr(self, name) > 0, name, getattr(self, name), "use a number above 0")
         for name in ("gradient_accumulation_steps", "sub_batch_size", "save_total_limit", "early_stopping_patience"):

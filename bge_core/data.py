@@ -59,6 +59,7 @@ class Batch:
         excluded_BX: hashes that are never a negative of a query: its positives and itself; -1 is padding.
         teacher_BG: teacher scores of `own_BG`, or None.
         num_global_rows: queries of this micro-batch on all ranks.
+        max_texts: texts of the rank that has the most of them: it sets the number of chunks of every rank.
         rows: the B numbers of the rows.
         guide_tokens: the same texts for the guide encoder, if there is one.
     """
@@ -69,6 +70,7 @@ class Batch:
     excluded_BX: Tensor
     teacher_BG: Tensor | None
     num_global_rows: int
+    max_texts: int
     rows: list[int]
     guide_tokens: Tokens | None = None
 
@@ -245,16 +247,17 @@ class TrainingData(torch.utils.data.Dataset[list[Batch]]):
         self.__dict__.update(state)
         self._epoch = lru_cache(maxsize=1)(self.plan.epoch)
 
-    def examples(self, step: int) -> Iterator[tuple[list[Example], int]]:
-        """This rank's examples of each micro-batch of a step, and the number of rows on all ranks."""
+    def examples(self, step: int) -> Iterator[tuple[list[Example], int, int]]:
+        """This rank's examples of each micro-batch of a step, the rows on all ranks, the texts of the fullest rank."""
         epoch, micro_batches = self.plan.locate(step)
         for row_numbers in self._epoch(epoch)[micro_batches]:
             chosen = [
                 choose_example(row, record, np.random.default_rng((self.config.seed, epoch, row)), self.config)
                 for row, record in zip(row_numbers.tolist(), self._records(row_numbers), strict=True)
             ]
-            hand = deal([self._cost(example) for example in chosen], self.world_size)[self.rank]
-            yield [chosen[i] for i in hand], len(chosen)
+            hands = deal([self._cost(example) for example in chosen], self.world_size)
+            max_texts = max(sum(1 + len(chosen[i].passages) for i in hand) for hand in hands)
+            yield [chosen[i] for i in hands[self.rank]], len(chosen), max_texts
 
     def _records(self, row_numbers: np.ndarray) -> list[dict[str, Any]]:
         columns = self.rows[row_numbers]
@@ -266,10 +269,10 @@ class TrainingData(torch.utils.data.Dataset[list[Batch]]):
         return min(len(example.query), self.query_max_len) + passages
 
     def __getitem__(self, step: int) -> list[Batch]:
-        return [self.collate(examples, num_rows) for examples, num_rows in self.examples(step)]
+        return [self.collate(*micro_batch) for micro_batch in self.examples(step)]
 
-    def collate(self, examples: list[Example], num_global_rows: int) -> Batch:
-        """Tokenize and number the columns."""
+    def collate(self, examples: list[Example], num_global_rows: int, max_texts: int = 0) -> Batch:
+        """Tokenize and number the columns; see `Batch` for the numbers (max_texts 0: those of this rank)."""
         queries = [example.query for example in examples]
         passages = [passage for example in examples for passage in example.passages]
         tokens = self._tokenize(self.tokenizer, queries, passages, self.passage_max_len)
@@ -283,6 +286,7 @@ class TrainingData(torch.utils.data.Dataset[list[Batch]]):
             excluded_BX=_padded([example.known_ids for example in examples], -1),
             teacher_BG=_padded(teachers, 0.0) if self.config.knowledge_distillation else None,
             num_global_rows=num_global_rows,
+            max_texts=max(max_texts, len(tokens)),
             rows=[example.row for example in examples],
             guide_tokens=self._tokenize(self.guide[0], queries, passages, self.guide[1]) if self.guide else None,
         )

@@ -6,25 +6,34 @@ Why the gather needs a gradient. With queries dealt to W ranks and every passage
 
 the gradient of a passage is the sum over ALL ranks' rows, while its owner alone can carry it back into the encoder.
 So the backward of the gather sums each passage's gradients over the ranks and hands them to the owner. Each rank
-computes its own rows only; DDP averages over ranks, hence the factor W in the step.
+computes its own rows only; DDP and FSDP average over ranks, hence the factor W in the step.
+
+FSDP2 is `fully_shard`, called here on every device: Accelerate supplies device, precision and process group alone (on a
+CPU it would ignore its own FSDP plugin and give DDP).
 """
 
 import atexit
 import inspect
 import logging
+import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from bge_core import UserError
+from bge_core.watchdog import beat
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -52,21 +61,56 @@ def resolve_precision(fp16: bool, bf16: bool, *, cuda: bool) -> str:
     return precision
 
 
-def start(fp16: bool = False, bf16: bool = False, **kwargs: Any) -> Accelerator:
+def resolve_sharding(fsdp: bool) -> bool:
+    """Whether the weights lie in shards (FSDP2): by the flag, or by `accelerate launch` with an FSDP configuration.
+
+    To be asked before `start`. One process has nothing to shard: off, with a warning.
+
+    Raises:
+        UserError: the launcher was told FSDP version 1.
+    """
+    launcher = _is_true("ACCELERATE_USE_FSDP")
+    if launcher and os.environ.get("FSDP_VERSION", "1") != "2":
+        raise UserError(
+            "accelerate launch was told fsdp_version 1, which was never run here: write `fsdp_version: 2`, as in "
+            "configs/accelerate/fsdp2.yaml"
+        )
+    if launcher and _is_true("FSDP_OFFLOAD_PARAMS"):
+        logger.warning("fsdp_offload_params is not supported: shards stay on the GPU")
+    if (fsdp or launcher) and int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        logger.warning("FSDP needs several processes; this run has one, and its weights stay whole")
+        return False
+    return fsdp or launcher
+
+
+def _is_true(variable: str) -> bool:
+    return os.environ.get(variable, "").lower() in ("1", "true", "yes")
+
+
+def start(fp16: bool = False, bf16: bool = False, timeout: float = 1800.0, **kwargs: Any) -> Accelerator:
     """Accelerate's device, precision and process group, checked against what the launcher promised.
 
     Args:
         fp16, bf16: the user's flags.
+        timeout: seconds after which a collective that some rank does not join is an error.
         kwargs: for Accelerator.
 
     Raises:
-        UserError: the launcher started W processes, but they did not find each other (each would train alone).
+        UserError: the launcher started W processes, but they did not find each other (each would train alone); or it
+            was told to use DeepSpeed.
     """
+    if _is_true("ACCELERATE_USE_DEEPSPEED"):
+        raise UserError(
+            "accelerate launch was told to use DeepSpeed, which was never run here: use DDP "
+            "(configs/accelerate/one_node_8gpu.yaml) or FSDP2 (configs/accelerate/fsdp2.yaml)"
+        )
+    os.environ.pop("ACCELERATE_USE_FSDP", None)  # its plugin would change the loss scaling and the saving
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     cuda = torch.cuda.is_available()
     mps = world_size == 1 and torch.backends.mps.is_available()
     precision = resolve_precision(fp16, bf16, cuda=cuda)
-    accelerator = Accelerator(cpu=not (cuda or mps), mixed_precision=precision, **kwargs)
+    group = InitProcessGroupKwargs(timeout=timedelta(seconds=timeout))
+    accelerator = Accelerator(cpu=not (cuda or mps), mixed_precision=precision, kwargs_handlers=[group], **kwargs)
     atexit.register(_leave)
     if accelerator.num_processes != world_size:
         raise UserError(
@@ -88,9 +132,25 @@ def world() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def wrap(model: nn.Module) -> nn.Module:
-    """The model whose backward averages gradients over the ranks; itself for one process."""
+def wrap(model: nn.Module, shard: bool = False) -> nn.Module:
+    """The model whose backward averages gradients over the ranks; itself for one process.
+
+    Args:
+        model: on its device.
+        shard: FSDP2, in place: every parameter becomes a DTensor, of which a rank keeps 1/W; a layer is put together
+            when it runs. Otherwise DDP.
+    """
     if world()[1] == 1:
+        return model
+    if shard:
+        # Parameters stay float32 and the step's autocast rounds, as under DDP: the same numbers and the same master
+        # weights. (A policy of bfloat16 parameters would also round the norms' weights and the sum over ranks.)
+        # The root, too, is taken apart after a forward: after one without backward (an evaluation) it would stay whole.
+        mesh = init_device_mesh(next(model.parameters()).device.type, (world()[1],))
+        lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+        for layer in max(lists, key=lambda layers: sum(p.numel() for p in layers.parameters()), default=()):
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh, reshard_after_forward=True)
         return model
     # Inputs are placed by us (no device_ids) and buffers never change. The flag was renamed in torch 2.12.
     known = inspect.signature(DistributedDataParallel.__init__).parameters
@@ -104,13 +164,58 @@ def unwrap(model: nn.Module) -> nn.Module:
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 
+def is_sharded(model: nn.Module) -> bool:
+    """Whether forward and backward put layers together, so that every rank has to run each equally often."""
+    return isinstance(model, FSDPModule)
+
+
 def sync_only_if(condition: bool, model: nn.Module) -> AbstractContextManager[Any]:
     """Within it, backward averages gradients over the ranks only if `condition`; otherwise they pile up locally."""
+    beat()
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(condition)
     return model.no_sync() if isinstance(model, DistributedDataParallel) and not condition else nullcontext()
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> float:
+    """Scale the gradient down to a norm of `max_norm` (0: never), and return its norm before: of all shards."""
+    norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm or math.inf)
+    return float((norm.full_tensor() if isinstance(norm, DTensor) else norm).item())
+
+
+def whole_copy(tree: Any) -> Any:
+    """A copy on the CPU of every tensor in nested dicts and lists, shards put together; on the other ranks than 0 None.
+
+    Every rank calls it, with the same structure.
+    """
+    if isinstance(tree, dict):
+        return {key: whole_copy(value) for key, value in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return type(tree)(map(whole_copy, tree))
+    if not isinstance(tree, Tensor):
+        return tree
+    whole = tree.full_tensor() if isinstance(tree, DTensor) else tree
+    return whole.detach().to("cpu", copy=True) if world()[0] == 0 else None
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Load a state of whole tensors; every rank has it and keeps its shards, where the parameters are shards."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+    def like(parameter: nn.Parameter, value: Any) -> Any:
+        if isinstance(parameter, DTensor) and isinstance(value, Tensor) and value.shape == parameter.shape:
+            return distribute_tensor(value, parameter.device_mesh, parameter.placements)
+        return value
+
+    of_parameters = {
+        i: {name: like(parameters[i], value) for name, value in values.items()} for i, values in state["state"].items()
+    }
+    optimizer.load_state_dict({**state, "state": of_parameters})
 
 
 def gather_counts(*counts: int, device: torch.device) -> list[list[int]]:
     """Every rank's values of `counts`: one list over the ranks for each of them."""
+    beat()
     local = torch.tensor(counts, device=device)
     gathered = [torch.empty_like(local) for _ in range(world()[1])]
     dist.all_gather(gathered, local)
@@ -128,6 +233,7 @@ class _GatherRows(torch.autograd.Function):
     def forward(ctx: Any, local: Tensor, counts: list[int]) -> Tensor:
         ctx.counts = counts
         ctx.rank, world_size = world()
+        beat()
         padded = _pad_rows(local, max(counts))
         gathered = [torch.empty_like(padded) for _ in range(world_size)]
         dist.all_gather(gathered, padded)
@@ -135,6 +241,7 @@ class _GatherRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        beat()
         (gradient,) = gradients
         parts = [_pad_rows(part, max(ctx.counts)) for part in gradient.split(ctx.counts)]
         summed = torch.empty_like(parts[0])
@@ -159,6 +266,7 @@ def gather_rows(local: Tensor, counts: list[int]) -> Tensor:
 
 def sum_over_ranks(values: Tensor) -> Tensor:
     """The sum of a tensor over all ranks, in place; itself for one process."""
+    beat()
     if world()[1] > 1:
         dist.all_reduce(values)
     return values
@@ -166,20 +274,13 @@ def sum_over_ranks(values: Tensor) -> Tensor:
 
 def gather_objects(value: Any) -> list[Any]:
     """Every rank's value, in rank order, on every rank."""
+    beat()
     return list(gather_object([value])) if world()[1] > 1 else [value]
-
-
-def whole_copy(tree: Any) -> Any:
-    """Nested dicts and lists with a copy on the CPU of every tensor; other values as they are. Every rank calls it."""
-    if isinstance(tree, Tensor):
-        return tree.detach().to("cpu", copy=True)
-    if isinstance(tree, dict):
-        return {name: whole_copy(value) for name, value in tree.items()}
-    return [whole_copy(value) for value in tree] if isinstance(tree, list) else tree
 
 
 def on_main(function: Callable[[], T]) -> T:
     """Run `function` on rank 0 alone and give every rank its value, or its UserError, so that all go on or all stop."""
+    beat()
     value: Any = None
     error: UserError | None = None
     if world()[0] == 0:

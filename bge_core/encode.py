@@ -6,15 +6,17 @@ a single bit of a vector.
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from bge_core import UserError
-from bge_core.distributed import sum_over_ranks, world
+from bge_core.distributed import is_sharded, sum_over_ranks, world
 from bge_core.model import Encoder
-from bge_core.packing import Tokens, tokenize
+from bge_core.packing import Tokens, bucket_texts, tokenize
+from bge_core.watchdog import beat
 
 _TOKENIZE_AT_ONCE = 4096
 
@@ -59,17 +61,24 @@ def encode(
     half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision)
     vector_SD = torch.zeros((len(texts), encoder.embedding_size), dtype=torch.float32)
     encoder.eval()
-    mine = batches[rank::world_size]
+    turns = [batches[i : i + world_size] for i in range(0, len(batches), world_size)]
     # disable=None: no bar where stderr is not a terminal
     bar = tqdm(
-        total=sum(map(len, mine)),
+        total=sum(map(len, batches[rank::world_size])),
         desc=description,
         unit="text",
         disable=None if rank == 0 and len(texts) > 1000 else True,
     )
-    with torch.inference_mode(), torch.autocast(device.type, half) if half else nullcontext(), bar:
-        for batch in mine:
-            vectors = encoder(Tokens.from_lists([tokens[i] for i in batch]).to(device))
+    sharded = is_sharded(encoder)
+    # no_grad where in shards: they must not come back from an evaluation as tensors that no gradient may use
+    without_graph = torch.no_grad() if sharded else torch.inference_mode()
+    with without_graph, torch.autocast(device.type, half) if half else nullcontext(), bar:
+        for turn in turns:
+            beat()
+            batch = turn[rank] if rank < len(turn) else []
+            num_runs = max(len(bucket_texts([len(tokens[i]) for i in of_rank])) for of_rank in turn) if sharded else 1
+            texts_tokens = replace(Tokens.from_lists([tokens[i] for i in batch]), num_runs=num_runs)
+            vectors = encoder(texts_tokens.to(device))
             vector_SD[batch] = vectors.to("cpu", torch.float32)
             bar.update(len(batch))
     encoder.train(was_training)

@@ -104,14 +104,15 @@ class Encoder(nn.Module):
         Returns:
             (S, D), float32 or wider, of length 1 where `settings.normalize`.
         """
-        if len(tokens) == 0:
-            dummy = torch.tensor([self.tokenizer.pad_token_id], device=self.device)
-            return self.forward(Tokens(dummy, [1]))[:0]
+        rectangles = list(pad_buckets(tokens, self.tokenizer.pad_token_id))
+        dummy_11 = torch.full((1, 1), self.tokenizer.pad_token_id, device=self.device)
+        nothing: list[int] = []
+        rectangles += [(nothing, dummy_11, torch.ones_like(dummy_11))] * (tokens.num_runs - len(rectangles))
         positions, pooled = [], []
-        for bucket, id_sL, mask_sL in pad_buckets(tokens, self.tokenizer.pad_token_id):
+        for bucket, id_sL, mask_sL in rectangles:
             hidden_sLD = self.backbone(input_ids=id_sL, attention_mask=mask_sL).last_hidden_state
             positions += bucket
-            pooled.append(pool(hidden_sLD, mask_sL, self.settings.pooling))
+            pooled.append(pool(hidden_sLD, mask_sL, self.settings.pooling)[: len(bucket)])
         vector_SD = torch.cat(pooled)[torch.tensor(positions, device=self.device).argsort()]
         return F.normalize(vector_SD, dim=-1) if self.settings.normalize else vector_SD
 
@@ -124,7 +125,7 @@ class Encoder(nn.Module):
         """
         folder = Path(folder)
         try:
-            self.backbone.save_pretrained(folder, state_dict=None if weights is None else dict(weights))
+            self.backbone.save_pretrained(folder, state_dict=weights)
         except SafetensorError as error:  # what safetensors makes of a full disk
             raise OSError(f"{folder}: the weights could not be written: {str(error).split('error: ')[-1]}") from None
         save_tokenizer(self.tokenizer, folder)

@@ -11,8 +11,9 @@ is padding.
 Shapes: T tokens of all texts, S texts, L longest text of a bucket.
 """
 
+import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,10 +22,15 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Tokens:
-    """S texts in one row: `input_id_T` (int64) and their `lengths` (sum T); texts are never empty."""
+    """S texts in one row: `input_id_T` (int64) and their `lengths` (sum T); texts are never empty.
+
+    The backbone runs at least `num_runs` times on them: where its weights lie in shards, every rank has to run equally
+    often.
+    """
 
     input_id_T: Tensor
     lengths: list[int]
+    num_runs: int = 1
 
     @classmethod
     def from_lists(cls, texts: Sequence[Sequence[int]]) -> "Tokens":
@@ -37,17 +43,16 @@ class Tokens:
 
     def to(self, device: torch.device) -> "Tokens":
         """The same texts on another device."""
-        return Tokens(self.input_id_T.to(device, non_blocking=True), self.lengths)
+        return replace(self, input_id_T=self.input_id_T.to(device, non_blocking=True))
 
     def texts(self) -> list[Tensor]:
         """One vector of token ids a text."""
         return list(self.input_id_T.split(self.lengths))
 
-    def split(self, size: int) -> list["Tokens"]:
-        """Consecutive chunks of `size` texts; the last may be shorter, and a batch without texts is one chunk."""
-        if len(self) <= size:
-            return [self]
-        parts = [self.lengths[i : i + size] for i in range(0, len(self), size)]
+    def split(self, size: int, most_texts: int = 0) -> list["Tokens"]:
+        """Consecutive chunks of `size` texts, the last shorter or empty: as many as `most_texts` need, at least one."""
+        num_chunks = max(1, math.ceil(max(most_texts, len(self)) / size))
+        parts = [self.lengths[i * size : (i + 1) * size] for i in range(num_chunks)]
         return [
             Tokens(ids, part) for ids, part in zip(self.input_id_T.split([sum(p) for p in parts]), parts, strict=True)
         ]
@@ -59,6 +64,23 @@ def tokenize(tokenizer: Any, texts: Sequence[str], max_length: int) -> list[list
         return []
     ids: list[list[int]] = tokenizer(list(texts), truncation=True, max_length=max_length, verbose=False)["input_ids"]
     return ids
+
+
+def bucket_texts(lengths: Sequence[int], max_waste: float = 0.125) -> list[list[int]]:
+    """Positions of texts of about equal length, shortest first: padded, at most `max_waste` of a bucket is padding."""
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    buckets, start = [], 0
+    while start < len(order):
+        stop, num_tokens = start, 0
+        while stop < len(order):
+            longest = lengths[order[stop]]
+            if num_tokens + longest < (1 - max_waste) * longest * (stop + 1 - start):
+                break
+            num_tokens += longest
+            stop += 1
+        buckets.append(order[start:stop])
+        start = stop
+    return buckets
 
 
 def pad_buckets(tokens: Tokens, pad_id: int, max_waste: float = 0.125) -> Iterator[tuple[list[int], Tensor, Tensor]]:
@@ -73,19 +95,8 @@ def pad_buckets(tokens: Tokens, pad_id: int, max_waste: float = 0.125) -> Iterat
         (positions of the texts in `tokens`, input ids (s, L), attention mask (s, L)); every text in one rectangle.
     """
     texts = tokens.texts()
-    order = sorted(range(len(texts)), key=lambda i: tokens.lengths[i])
-    start = 0
-    while start < len(order):
-        stop, num_tokens = start, 0
-        while stop < len(order):
-            longest = tokens.lengths[order[stop]]
-            if num_tokens + longest < (1 - max_waste) * longest * (stop + 1 - start):
-                break
-            num_tokens += longest
-            stop += 1
-        bucket = order[start:stop]
+    for bucket in bucket_texts(tokens.lengths, max_waste):
         length_s = torch.tensor([tokens.lengths[i] for i in bucket], device=tokens.input_id_T.device)
         id_sL = torch.nn.utils.rnn.pad_sequence([texts[i] for i in bucket], batch_first=True, padding_value=pad_id)
         mask_sL = torch.arange(id_sL.shape[1], device=id_sL.device)[None, :] < length_s[:, None]
         yield bucket, id_sL, mask_sL.to(torch.int64)
-        start = stop

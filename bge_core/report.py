@@ -234,7 +234,7 @@ def one_line(values: Mapping[str, Any]) -> str:
 
 def describe_batch(data: TrainingData, config: TrainConfig) -> str:
     """The first micro-batch of this process, decoded: what the model reads, what is cut, what is masked and why."""
-    examples, num_rows = next(data.examples(0))
+    examples, num_rows, _ = next(data.examples(0))
     decode = functools.partial(data.tokenizer.decode, skip_special_tokens=False)
     lines = [f"first micro-batch: {len(examples)} of {num_rows} queries are this process's"]
 

@@ -4,8 +4,8 @@
 
         d/dtheta  1/M sum_i l_i        over the M rows of all micro-batches and all ranks,
 
-whatever the number of ranks, the micro-batches' sizes or the chunk size. DDP averages over the W ranks, so each rank
-scales the mean over its B rows by W * B / M. Within a micro-batch the passages of all ranks are candidates
+whatever the number of ranks, the micro-batches' sizes or the chunk size. DDP and FSDP average over the W ranks, so each
+rank scales the mean over its B rows by W * B / M. Within a micro-batch the passages of all ranks are candidates
 (cross-device negatives); micro-batches stay apart.
 
 GradCache (Gao et al. 2021, section 3), per micro-batch:
@@ -19,16 +19,16 @@ Shapes: B queries and R passages of this rank's micro-batch, S = B + R texts, D 
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bge_core.data import Batch
-from bge_core.distributed import gather_counts, gather_rows, sync_only_if, unwrap, world
+from bge_core.distributed import gather_counts, gather_rows, is_sharded, sync_only_if, unwrap, world
 from bge_core.loss import LossConfig, LossInput, LossOutput, training_loss
-from bge_core.packing import Tokens
+from bge_core.packing import Tokens, bucket_texts
 
 LossFunction = Callable[[LossInput, LossConfig], LossOutput]
 
@@ -67,20 +67,30 @@ def forward_backward(model: nn.Module, micro_batches: Sequence[Batch], settings:
         This rank's share of the loss ("loss") and of each metric: summed over ranks, the means over all M rows.
     """
     device = next(model.parameters()).device
+    sharded = is_sharded(model)
     num_total_rows = sum(batch.num_global_rows for batch in micro_batches)
     shares: dict[str, Tensor] = {}
     for k, batch in enumerate(micro_batches):
         share = batch.num_queries / num_total_rows
-        tokens = batch.tokens.to(device)
+        # Every rank runs equally many chunks, and of shards each layer equally often.
+        chunks = batch.tokens.to(device).split(settings.chunk_size or max(1, batch.max_texts), batch.max_texts)
+        if sharded:
+            chunks = _run_equally_often(chunks, device)
         is_last = k == len(micro_batches) - 1
         if settings.chunk_size is None:
-            output = _plain(model, tokens, batch, share, settings, is_last)
+            output = _plain(model, chunks[0], batch, share, settings, is_last)
         else:
-            output = _cached(model, tokens.split(settings.chunk_size), batch, share, settings, is_last)
+            output = _cached(model, chunks, batch, share, settings, is_last)
         for name, value in {"loss": output.loss.detach(), **output.metrics}.items():
             counted = value * share if batch.num_queries else torch.zeros_like(value)  # the mean of no rows is NaN
             shares[name] = shares[name] + counted if name in shares else counted
     return shares
+
+
+def _run_equally_often(chunks: list[Tokens], device: torch.device) -> list[Tokens]:
+    """The chunks with the number of backbone runs of the rank that needs most for each."""
+    counts = gather_counts(*(len(bucket_texts(chunk.lengths)) for chunk in chunks), device=device)
+    return [replace(chunk, num_runs=max(1, *of_ranks)) for chunk, of_ranks in zip(chunks, counts, strict=True)]
 
 
 def _plain(

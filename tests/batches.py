@@ -78,7 +78,7 @@ def make_rows(seed: int, group_sizes: Sequence[int]) -> tuple[TextRow, ...]:
     return tuple(rows)
 
 
-def rank_batch(rows: Sequence[TextRow], num_global_rows: int, *, teacher: bool) -> Batch:
+def rank_batch(rows: Sequence[TextRow], num_global_rows: int, *, teacher: bool, max_texts: int = 0) -> Batch:
     """One rank's micro-batch, as `TrainingData.collate` makes it."""
     queries = [row.query for row in rows]
     passages = [text for row in rows for text in row.passages]
@@ -97,6 +97,7 @@ def rank_batch(rows: Sequence[TextRow], num_global_rows: int, *, teacher: bool) 
         excluded_BX=torch.tensor(known, dtype=torch.int64).reshape(len(rows), most_known),
         teacher_BG=torch.tensor(scores, dtype=torch.float64).reshape(len(rows), most_passages) if teacher else None,
         num_global_rows=num_global_rows,
+        max_texts=max(max_texts, len(queries) + len(passages)),
         rows=[row.number for row in rows],
     )
 

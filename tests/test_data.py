@@ -283,11 +283,13 @@ def test_ranks_together_have_the_rows_of_one_process(accumulation: int, training
         assert len(ranks[0]) == len(alone) == 4 // accumulation
         for step in range(len(alone)):
             of_ranks = [list(rank.examples(step)) for rank in ranks]
-            for k, (examples, num_rows) in enumerate(alone.examples(step)):
+            for k, (examples, num_rows, _) in enumerate(alone.examples(step)):
                 dealt = [example for of_rank in of_ranks for example in of_rank[k][0]]
                 assert {of_rank[k][1] for of_rank in of_ranks} == {num_rows} == {12}
                 assert sorted(dealt, key=lambda e: e.row) == sorted(examples, key=lambda e: e.row)
                 assert {len(of_rank[k][0]) for of_rank in of_ranks} == {size}
+                texts = [sum(1 + len(example.passages) for example in of_rank[k][0]) for of_rank in of_ranks]
+                assert {of_rank[k][2] for of_rank in of_ranks} == {max(texts)}
 
 
 def test_a_short_last_batch_is_dealt_over_the_ranks(training_file: Path, tiny_bert: Path) -> None:
@@ -318,7 +320,7 @@ def test_a_step_does_not_depend_on_what_was_read_before(training_file: Path, tin
 def test_epochs_choose_other_passages(training_file: Path, tiny_bert: Path) -> None:
     data = make_data(training_file, tiny_bert, num_train_epochs=2.0)
     chosen = [
-        {e.row: e.passages for s in steps for es, _ in data.examples(s) for e in es}
+        {e.row: e.passages for s in steps for es, _, _ in data.examples(s) for e in es}
         for steps in (range(6), range(6, 12))
     ]
     assert chosen[0].keys() == chosen[1].keys() and chosen[0] != chosen[1]
@@ -382,7 +384,7 @@ def test_optional_fields_and_unknown_keys(tmp_path: Path, tiny_bert: Path) -> No
         {"query": "三", "pos": ["答"], "neg": [], "prompt": "行：", "pos_scores": [1], "neg_scores": []},
     ]
     data = make_data(write(tmp_path / "train.jsonl", *rows), tiny_bert, query_instruction_for_retrieval="指：")
-    examples = sorted((e for es, _ in data.examples(0) for e in es), key=lambda e: e.row)
+    examples = sorted((e for es, _, _ in data.examples(0) for e in es), key=lambda e: e.row)
     assert [(e.query, e.passages) for e in examples] == [("指：一", ["答"]), ("指：二", ["答"]), ("行：三", ["答"])]
 
 

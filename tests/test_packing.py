@@ -27,7 +27,8 @@ def test_texts_lie_in_one_row() -> None:
 def test_no_text_at_all() -> None:
     tokens = Tokens.from_lists([])
     assert len(tokens) == 0 and tokens.input_id_T.dtype == torch.int64
-    assert tokens.split(3) == [tokens]
+    assert [len(chunk) for chunk in tokens.split(3)] == [0]
+    assert [len(chunk) for chunk in tokens.split(3, most_texts=7)] == [0, 0, 0]
     assert list(pad_buckets(tokens, 0)) == []
 
 

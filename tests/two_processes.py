@@ -132,7 +132,11 @@ QUERY_CASES = {
 def rank_batches(case: StepCase, rank: int) -> list[Batch]:
     """The micro-batches of one rank."""
     teacher = "distillation" in MODES[case.mode]
-    return [rank_batch(both[rank], sum(map(len, both)), teacher=teacher) for both in case.micro_batches()]
+    batches = []
+    for both in case.micro_batches():
+        most = max(sum(1 + len(row.passages) for row in rows) for rows in both)
+        batches.append(rank_batch(both[rank], sum(map(len, both)), teacher=teacher, max_texts=most))
+    return batches
 
 
 def forward_backward_of(model: torch.nn.Module, batches: list[Batch], case: StepCase) -> dict[str, torch.Tensor]:

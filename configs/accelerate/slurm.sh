@@ -5,7 +5,8 @@
 #
 # Submit from the root of the repository, which every node must see, as well as .venv, model, data and output_dir.
 # What follows the script's name goes to train.py. Options in the sbatch line beat those below.
-# Sent again after a time limit or a lost node, the same line goes on from the last checkpoint.
+# Two minutes before its time is up training saves, and the job puts itself into the queue again; so does Slurm after a
+# lost node or a preemption. Started again, it goes on from the last checkpoint, until it is done.
 
 #SBATCH --job-name=bge-core
 #SBATCH --nodes=2
@@ -13,9 +14,11 @@
 #SBATCH --gpus-per-node=8
 #SBATCH --cpus-per-task=64
 #SBATCH --time=24:00:00
-#SBATCH --signal=TERM@120
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --signal=B:USR1@120
 #SBATCH --output=slurm-%j.out
-# --signal: training is told two minutes before its time is up, saves and stops.
+# --signal: this script is told two minutes before the time is up (and, where Slurm is set up so, before a preemption).
 
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:?run this with sbatch, not with bash}"
@@ -31,8 +34,14 @@ export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1}  # compute nodes seldom reach a hub: 
 
 echo "nodes $SLURM_JOB_NODELIST, $GPUS_PER_NODE GPUs each, machine 0 is $MASTER_IP:$MASTER_PORT" >&2
 
+# Told, it tells every process of the step. The launchers ignore USR1 (train.py does not: it saves and exits with 75):
+# on TERM they would kill what has not saved within 30 seconds. They do not pass the 75 on, so `told` decides.
+told=""
+trap 'told=yes; scancel --signal=USR1 "$SLURM_JOB_ID"' USR1
+
 # In single quotes: SLURM_NODEID must be that of the node where the line runs, not of the one where this script does.
 srun --ntasks-per-node=1 --kill-on-bad-exit=1 bash -c '
+    trap "" USR1
     exec accelerate launch \
         --multi_gpu \
         --num_machines "$SLURM_NNODES" \
@@ -45,4 +54,15 @@ srun --ntasks-per-node=1 --kill-on-bad-exit=1 bash -c '
         --mixed_precision no \
         --dynamo_backend no \
         train.py "$@"
-' train --resume_from_checkpoint latest "$@"
+' train --resume_from_checkpoint latest "$@" &
+step=$! code=0
+wait "$step" || code=$?
+while kill -0 "$step" 2>/dev/null; do  # a signal ends `wait` early
+    code=0
+    wait "$step" || code=$?
+done
+if [ "$told" ] && [ "$code" -ne 0 ]; then
+    echo "stopped before the time was up; job $SLURM_JOB_ID goes into the queue again" >&2
+    scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$code"
