@@ -10,6 +10,7 @@ give --loss FILE.py:FUNCTION.
 """
 
 import importlib.util
+import json
 import logging
 import math
 import signal
@@ -25,10 +26,10 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from bge_core import UserError, checkpoint, records, report
+from bge_core import UserError, checkpoint, plan, records, report
 from bge_core.config import TrainConfig, as_dict, changed_fields, run_stage
 from bge_core.data import TrainingData
-from bge_core.distributed import on_main, start, sum_over_ranks, world, wrap
+from bge_core.distributed import gather_objects, on_main, start, sum_over_ranks, world, wrap
 from bge_core.evaluation import evaluate_encoder, load_task
 from bge_core.loss import LossConfig, training_loss
 from bge_core.metrics import per_query_metrics
@@ -79,11 +80,13 @@ def train(config: TrainConfig) -> int:
             print(report.describe_batch(data, config))
         return 0
 
-    resume = on_main(
-        lambda: checkpoint.open_run_folder(
-            output_dir, as_dict(config), resume=config.resume_from_checkpoint, overwrite=config.overwrite_output_dir
+    resume = None
+    if not config.plan:
+        resume = on_main(
+            lambda: checkpoint.open_run_folder(
+                output_dir, as_dict(config), resume=config.resume_from_checkpoint, overwrite=config.overwrite_output_dir
+            )
         )
-    )
     if resume:
         encoder = build_encoder(config, str(resume))
     encoder.settings = replace(
@@ -143,6 +146,16 @@ def train(config: TrainConfig) -> int:
             checkpoint.restore_random_state(state["random_states"][rank])
         logger.info("resumed from %s", resume)
     facts = report.run_facts(config, data, encoder, accelerator.mixed_precision, accumulation, world_size, num_warmup)
+    if config.plan:
+        told = plan.plan_run(
+            config, data, model, optimizer, settings, embedding_size=encoder.embedding_size,
+            num_candidates=facts["candidates per query"], save_every=save_every, eval_every=eval_every,
+            gather=gather_objects,
+        )  # fmt: skip
+        if rank == 0:
+            logger.info(report.text_table(("plan", ""), plan.describe(told), left=True))
+            print(json.dumps(told))
+        return 0
     manifest = records.make_manifest("train", as_dict(config), data.inputs, facts=facts)
     metrics_file = output_dir / "metrics.jsonl"
     if rank == 0:
