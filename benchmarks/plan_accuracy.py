@@ -76,7 +76,8 @@ def compare(name: str, common: list[str], steps: int, threads: int, folder: Path
     predicted = {key: planned[key] for key in measured}
     ratios = {key: predicted[key] / measured[key] for key in measured}
     return {
-        "setting": name, "predicted": predicted, "measured": measured, "predicted_over_measured": ratios, "plan": planned,
+        "setting": name, "predicted": predicted, "measured": measured, "predicted_over_measured": ratios,
+        "plan": planned,
     }  # fmt: skip
 
 
