@@ -332,7 +332,9 @@ def plan_run(
         "checkpoint_mb": round(parameters_mb + optimizer_mb, 3),
         "evaluations": evaluations,
         "best_checkpoint_among": evaluations if config.load_best_model_at_end else [],
-        "measured": [vars(m) for m in [*single, *measured]],
+        "measured": [
+            vars(m) | {"seconds": round(m.seconds, 4), "peak_mb": round(m.peak_mb, 3)} for m in [*single, *measured]
+        ],
     }
 
 
