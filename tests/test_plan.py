@@ -141,9 +141,11 @@ def test_a_plan_is_one_object_on_stdout_and_writes_nothing(
         assert line in caplog.text
 
 
+@pytest.mark.parametrize("chunk", [None, 3], ids=["plain", "gradcache"])
 def test_a_plan_adds_up(
-    tiny_bert: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+    chunk: int | None, tiny_bert: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     """On made-up measurements: 3 s for a step of one row, and 0.01 s and 0.5 MB a token beyond 1,000 MB."""
     seen: list[Any] = []
 
@@ -161,18 +163,21 @@ def test_a_plan_adds_up(
     monkeypatch.setattr(plan, "measure_steps", measure_steps)
     monkeypatch.setattr(plan, "memory_mb", lambda: 900.0)
     monkeypatch.setattr(plan, "available_memory_mb", lambda: 2000.0)
-    assert run(tiny_bert, data, tmp_path / "out", **SETTINGS) == 0
+    assert run(tiny_bert, data, tmp_path / "out", sub_batch_size=chunk, **SETTINGS) == 0
     told = told_by(capsys)
     micro_batches = [micro for of_step in seen[0] for micro in of_step]
-    tokens = [micro.tokens for micro in micro_batches]
+    tokens, held = [micro.tokens for micro in micro_batches], [micro.held for micro in micro_batches]
     assert len(seen[0]) == 8 and len(tokens) == 14  # all of the run: two epochs of seven
     # eight updates and loads, all tokens, and what the first step took longer
     assert told["seconds"] == pytest.approx(8 * (3 + 0.25) + 0.01 * sum(tokens) + 2, abs=0.05)
     assert told["tokens_per_step"] == pytest.approx(sum(tokens) / 8, abs=0.1)
-    assert told["fixed_mb"] == 1000 and told["activation_mb"] == pytest.approx(0.5 * max(tokens), abs=0.01)
+    assert told["fixed_mb"] == 1000 and told["activation_mb"] == pytest.approx(0.5 * max(held), abs=0.01)
     assert told["memory_mb"] == 1200  # the highest that was seen
     rows = 1000 / (0.5 * max(tokens) / 4)  # were there no loss
-    assert rows - 10 < told["largest_batch"] < rows
+    if chunk is None:
+        assert rows - 10 < told["largest_batch"] < rows
+    else:  # only vectors and scores grow with the batch: (B + 3B) * 6 * 128 bytes + 24 * 3 B^2 in a little under 1,000 MB
+        assert 3000 < told["largest_batch"] < 4000
 
 
 def test_what_does_not_fit_is_not_tried(
