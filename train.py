@@ -11,6 +11,7 @@ give --loss FILE.py:FUNCTION.
 
 import importlib.util
 import inspect
+import json
 import logging
 import math
 import signal
@@ -27,11 +28,12 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from bge_core import UserError, checkpoint, records, report, watchdog
+from bge_core import UserError, checkpoint, plan, records, report, watchdog
 from bge_core.config import TrainConfig, as_dict, changed_fields, run_stage
 from bge_core.data import TrainingData
 from bge_core.distributed import (
     clip_gradients,
+    gather_objects,
     is_sharded,
     load_optimizer,
     on_main,
@@ -125,13 +127,15 @@ def train(config: TrainConfig, at_end: ExitStack) -> int:
         "rows": data.plan.batch_size, "accumulation": accumulation,
         "candidates": "all" if all_together else config.per_device_train_batch_size,
     }  # fmt: skip
-    on_main(lambda: at_end.enter_context(checkpoint.hold(output_dir)))
-    resume = on_main(
-        lambda: checkpoint.open_run_folder(
-            output_dir, as_dict(config), data_order, resume=config.resume_from_checkpoint,
-            overwrite=config.overwrite_output_dir,
-        )
-    )  # fmt: skip
+    resume = None
+    if not config.plan:
+        on_main(lambda: at_end.enter_context(checkpoint.hold(output_dir)))
+        resume = on_main(
+            lambda: checkpoint.open_run_folder(
+                output_dir, as_dict(config), data_order, resume=config.resume_from_checkpoint,
+                overwrite=config.overwrite_output_dir,
+            )
+        )  # fmt: skip
     if resume:
         encoder = build_encoder(config, str(resume))
     encoder.settings = replace(
@@ -186,6 +190,16 @@ def train(config: TrainConfig, at_end: ExitStack) -> int:
         logger.info("resumed from %s", resume)
     facts = report.run_facts(config, data, encoder, accelerator.mixed_precision, accumulation, world_size, num_warmup)
     facts["sharding"] = "FSDP2" if shard else "none"
+    if config.plan:
+        told = plan.plan_run(
+            config, data, model, optimizer, settings, embedding_size=encoder.embedding_size,
+            num_candidates=facts["candidates per query"], save_every=save_every, eval_every=eval_every,
+            gather=gather_objects,
+        )  # fmt: skip
+        if rank == 0:
+            logger.info(report.text_table(("plan", ""), plan.describe(told), left=True))
+            print(json.dumps(told))
+        return 0
     manifest = records.make_manifest("train", as_dict(config), data.inputs, data_order=data_order, facts=facts)
     metrics_file = output_dir / "metrics.jsonl"
     if rank == 0:

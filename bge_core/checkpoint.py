@@ -38,7 +38,7 @@ MANIFEST = "manifest.json"
 # Settings that may differ when a run is continued: they change neither the data order nor the gradient.
 FREE_SETTINGS = {
     "resume_from_checkpoint", "overwrite_output_dir", "show_batch", "logging_steps", "save_steps", "save_total_limit",
-    "report_to", "run_name", "dataloader_num_workers", "cache_dir", "val_data", "val_corpus", "eval_steps",
+    "report_to", "run_name", "dataloader_num_workers", "cache_dir", "val_data", "val_corpus", "eval_steps", "plan",
     "per_device_eval_batch_size", "load_best_model_at_end", "metric_for_best_model", "early_stopping_patience",
     "output_dir", "allow_changed", "sub_batch_size", "loss_block_size", "gradient_checkpointing", "fsdp", "ddp_timeout",
 }  # fmt: skip

@@ -217,6 +217,7 @@ class TrainConfig:
     early_stopping_patience: int | None = _flag(None, "Stop after this many evaluations without a better one.")
     # look before you train
     show_batch: bool = _flag(False, "Print one batch, decoded, and end.")
+    plan: bool = _flag(False, "Print what the run will take (memory, time, checkpoints, ...), and end; stdout: JSON.")
 
     def __post_init__(self) -> None:
         for name in (

@@ -139,6 +139,14 @@ def leading(vectors: Tensor, dim: int, cfg: LossConfig) -> Tensor:
     return F.normalize(vectors[:, :dim], dim=-1) if cfg.normalize else vectors[:, :dim]
 
 
+def rows_per_block(num_rows: int, num_columns: int, cfg: LossConfig) -> int:
+    """How many of the rows of a score matrix are computed at a time, by `cfg.block_size`."""
+    size = cfg.block_size
+    if size is None:
+        size = 1 + DEFAULT_BLOCK_SCORES // max(1, num_columns)
+    return min(size, num_rows) if size else num_rows
+
+
 RowLosses = Callable[[list[Tensor], LossInput], tuple[Tensor, dict[str, Tensor]]]
 
 
@@ -165,10 +173,8 @@ def by_row_blocks(
         The mean over rows of the loss and of each metric. With several blocks its backward can run only once.
     """
     num_rows = len(x.query_BD)
-    block_size = cfg.block_size
-    if block_size is None:
-        block_size = 1 + DEFAULT_BLOCK_SCORES // max(1, max(len(v_ND) for _, v_ND in pairs))
-    if not 0 < block_size < num_rows:
+    block_size = rows_per_block(num_rows, max(len(v_ND) for _, v_ND in pairs), cfg)
+    if block_size == num_rows:
         loss_B, metrics_B = row_losses([u_BD @ v_ND.T for u_BD, v_ND in pairs], x.rows(0, num_rows))
         return LossOutput(loss_B.mean(), {name: value_B.detach().mean() for name, value_B in metrics_B.items()})
 

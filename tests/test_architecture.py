@@ -15,7 +15,7 @@ LEVELS = {
     "loss": 1, "packing": 1, "distributed": 1, "search": 1, "optim": 1,
     "model": 2, "data": 2,
     "encode": 3, "step": 3, "checkpoint": 3,
-    "mining": 4, "merging": 4, "evaluation": 4, "report": 4,
+    "mining": 4, "merging": 4, "evaluation": 4, "report": 4, "plan": 4,
 }  # fmt: skip
 TALKS_TO_THE_GROUP = {"distributed", "watchdog", "encode", "step", "checkpoint"}
 CORE = [
