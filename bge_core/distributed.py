@@ -33,7 +33,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from bge_core import UserError
-from bge_core.watchdog import beat
+from bge_core.watchdog import beat, launcher_store
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -110,6 +110,11 @@ def start(fp16: bool = False, bf16: bool = False, timeout: float = 1800.0, **kwa
     mps = world_size == 1 and torch.backends.mps.is_available()
     precision = resolve_precision(fp16, bf16, cuda=cuda)
     group = InitProcessGroupKwargs(timeout=timedelta(seconds=timeout))
+    if world_size > 1 and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0 and not dist.is_initialized():
+        # After a restart the launcher's store still holds the addresses of the dead: waiting for them would not end.
+        store, rank = launcher_store("group"), int(os.environ["RANK"])
+        backend = "nccl" if cuda else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=group.timeout)
     accelerator = Accelerator(cpu=not (cuda or mps), mixed_precision=precision, kwargs_handlers=[group], **kwargs)
     atexit.register(_leave)
     if accelerator.num_processes != world_size:

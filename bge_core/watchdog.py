@@ -49,6 +49,18 @@ def step_ends() -> None:
     _Pulse.in_step = False
 
 
+def launcher_store(name: str) -> PrefixStore:
+    """A part of the launcher's key-value store that no other use and no earlier start of the processes wrote into.
+
+    torchrun (2.13) keeps one store through its restarts. Launchers of several nodes count their restarts apart, so
+    there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 has to give every start a new store.
+    """
+    one_node = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
+    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if one_node else "0"
+    store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), wait_for_workers=False)
+    return PrefixStore(f"bge_core/{name}/{start}", store)
+
+
 def watch(rank: int, world_size: int, timeout: float) -> None:
     """Start watching: after `timeout` seconds without a beat within a step, say who hangs and exit with 1.
 
@@ -81,8 +93,7 @@ def _look_at_clock(timeout: float, stalled: threading.Event, stopped: threading.
 
 def _talk(rank: int, world_size: int, timeout: float, stalled: threading.Event, stopped: threading.Event) -> None:
     try:
-        tcp = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), wait_for_workers=False)
-        store = PrefixStore(f"bge_core/hang/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", tcp)
+        store = launcher_store("hang")
         while not store.check(["asked"]):
             if stalled.is_set():
                 store.set("asked", "1")
