@@ -164,7 +164,9 @@ def true_gradients(
         elif mode == "gist":
             guide = load(guide_folder, torch.float64)
             with torch.no_grad():
-                seen = [[encode_one(guide, text) for text in texts] for texts in ([row.query for row in pool], passages)]
+                seen = [
+                    [encode_one(guide, text) for text in texts] for texts in ([row.query for row in pool], passages)
+                ]
             loss = reference.gist_loss(queries, (candidates, ids), rows, guide=seen, temperature=temperature)
         else:
             loss = reference.reference_loss(queries, (candidates, ids), rows, temperature=temperature, **MODES[mode])

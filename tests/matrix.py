@@ -44,6 +44,7 @@ from batches import true_gradients as slow_gradients
 from tiny_model import make_tiny_bert
 from transformers.utils import logging as transformers_logging
 
+import bge_core
 from bge_core.data import Batch
 from bge_core.distributed import unwrap, wrap
 from bge_core.loss import LossConfig
@@ -385,6 +386,7 @@ def main() -> int:
     parser.add_argument("--output", help="file for (results, seconds)")
     arguments = parser.parse_args()
     quiet()
+    print(f"bge_core: {Path(bge_core.__file__).parent}")
     results, seconds = run(arguments.worlds, arguments.dtypes, arguments.stop_at_first)
     if arguments.output:
         torch.save((results, seconds), arguments.output)

@@ -82,7 +82,9 @@ def run_matrix(folder: Path, mutation: Mutation | None = None) -> tuple[int, str
         file = folder / "bge_core" / mutation.file
         text = file.read_text(encoding="utf-8")
         count = text.count(mutation.old)
-        assert count == 1, f"{mutation.name}: {mutation.old!r} stands in bge_core/{mutation.file} {count} times, not once"
+        assert count == 1, (
+            f"{mutation.name}: {mutation.old!r} stands in bge_core/{mutation.file} {count} times, not once"
+        )
         file.write_text(text.replace(mutation.old, mutation.new), encoding="utf-8")
     command = [sys.executable, matrix.__file__, "--worlds", "1", "2", "--dtypes", "float64", "--stop_at_first"]
     path = os.pathsep.join(map(str, (folder, matrix.ROOT)))
