@@ -68,7 +68,9 @@ def train(config: TrainConfig) -> int:
     config = resolve_instructions(config, encoder)
     if max(config.mrl_dims, default=0) > encoder.embedding_size:
         raise UserError(f"--mrl_dims {config.mrl_dims}: the model's vectors have {encoder.embedding_size} dimensions")
-    data = TrainingData(config, encoder.tokenizer, encoder.max_positions, rank, world_size, accumulation)
+    guide = build_guide(config)
+    guide_reads = (guide.tokenizer, guide.max_positions) if guide else None
+    data = TrainingData(config, encoder.tokenizer, encoder.max_positions, rank, world_size, accumulation, guide_reads)
     task = load_task(config.val_data, config.val_corpus) if config.val_data else None
     if config.metric_for_best_model not in METRIC_NAMES:
         raise UserError(
@@ -105,6 +107,7 @@ def train(config: TrainConfig) -> int:
         chunk_size=config.sub_batch_size,
         scaler=scaler,
         autocast=accelerator.autocast,
+        guide=guide.to(accelerator.device) if guide else None,
     )
     num_steps = data.num_steps
     num_warmup = config.warmup_steps or math.ceil(config.warmup_ratio * num_steps)
@@ -302,6 +305,16 @@ def build_encoder(config: TrainConfig, name: str) -> Encoder:
     return encoder
 
 
+def build_guide(config: TrainConfig) -> Encoder | None:
+    """The frozen encoder whose vectors the loss sees, if the user named one."""
+    if config.guide_encoder is None:
+        return None
+    guide = load_encoder(
+        config.guide_encoder, cache_dir=config.cache_dir, token=config.token, trust_remote_code=config.trust_remote_code
+    )
+    return guide.requires_grad_(False)
+
+
 def resolve_instructions(config: TrainConfig, encoder: Encoder) -> TrainConfig:
     """None becomes the checkpoint's stored prompt, or '' where it has none."""
     query, passage = config.query_instruction_for_retrieval, config.passage_instruction_for_retrieval
@@ -326,6 +339,7 @@ def loss_config(config: TrainConfig) -> LossConfig:
         mrl_dims=tuple(config.mrl_dims),
         normalize=config.normalize_embeddings,
         exclude_positives=config.exclude_positives,
+        block_size=config.loss_block_size,
         args=config.parsed_loss_args,
     )
 

@@ -28,7 +28,7 @@ FREE_SETTINGS = {
     "resume_from_checkpoint", "overwrite_output_dir", "show_batch", "logging_steps", "save_steps", "save_total_limit",
     "report_to", "run_name", "dataloader_num_workers", "cache_dir", "val_data", "val_corpus", "eval_steps",
     "per_device_eval_batch_size", "load_best_model_at_end", "metric_for_best_model", "early_stopping_patience",
-    "output_dir",
+    "output_dir", "sub_batch_size", "loss_block_size", "gradient_checkpointing",
 }  # fmt: skip
 
 

@@ -168,6 +168,10 @@ class TrainConfig:
         None, "FILE.py:FUNCTION(LossInput, LossConfig) -> LossOutput instead of the built-in loss."
     )
     loss_args: str | None = _flag(None, "JSON object, given to the loss as cfg.args.")
+    loss_block_size: int | None = _flag(
+        None, "Rows of the score matrix at a time; 0: the whole matrix. Default: by size, about 32 MB a block."
+    )
+    guide_encoder: str | None = _flag(None, "Frozen encoder whose vectors a loss of your own sees, too (GISTEmbed).")
     # optimization
     num_train_epochs: float = _flag(3.0, "Passes over the data; may be a fraction.")
     max_steps: int = _flag(-1, "Optimizer updates; above 0 it beats num_train_epochs.")
@@ -231,6 +235,11 @@ class TrainConfig:
             self.num_train_epochs,
             "use a number above 0",
         )
+        _need((self.loss_block_size or 0) >= 0, "loss_block_size", self.loss_block_size, "use 0 or a number above it")
+        _need(
+            self.guide_encoder is None or self.loss is not None, "guide_encoder", self.guide_encoder,
+            "the built-in loss asks no guide: add --loss examples/losses/gist.py:gist_loss, or your own",
+        )  # fmt: skip
         _need(0 <= self.warmup_ratio <= 1, "warmup_ratio", self.warmup_ratio, "use a share from 0 to 1")
         _need(not (self.fp16 and self.bf16), "fp16", True, "cannot go with --bf16: choose one")
         _need(

@@ -60,6 +60,7 @@ class Batch:
         teacher_BG: teacher scores of `own_BG`, or None.
         num_global_rows: queries of this micro-batch on all ranks.
         rows: the B numbers of the rows.
+        guide_tokens: the same texts for the guide encoder, if there is one.
     """
 
     tokens: Tokens
@@ -69,6 +70,7 @@ class Batch:
     teacher_BG: Tensor | None
     num_global_rows: int
     rows: list[int]
+    guide_tokens: Tokens | None = None
 
     @property
     def num_queries(self) -> int:
@@ -190,15 +192,23 @@ class TrainingData(torch.utils.data.Dataset[list[Batch]]):
         max_positions: longest text in tokens that the encoder takes.
         rank, world_size: of this process.
         accumulation: micro-batches a step.
+        guide: tokenizer and longest text of the guide encoder, if there is one.
 
     Raises:
         UserError: a file is missing or has bad lines; fewer rows than a global batch with drop_last.
     """
 
     def __init__(
-        self, config: TrainConfig, tokenizer: Any, max_positions: int, rank: int, world_size: int, accumulation: int
+        self,
+        config: TrainConfig,
+        tokenizer: Any,
+        max_positions: int,
+        rank: int,
+        world_size: int,
+        accumulation: int,
+        guide: tuple[Any, int] | None = None,
     ) -> None:
-        self.config, self.tokenizer, self.rank, self.world_size = config, tokenizer, rank, world_size
+        self.config, self.tokenizer, self.rank, self.world_size, self.guide = config, tokenizer, rank, world_size, guide
         self.query_max_len = min(config.query_max_len, max_positions)
         self.passage_max_len = min(config.passage_max_len, max_positions)
         self.files = list_files(config.train_data)
@@ -262,20 +272,24 @@ class TrainingData(torch.utils.data.Dataset[list[Batch]]):
         """Tokenize and number the columns."""
         queries = [example.query for example in examples]
         passages = [passage for example in examples for passage in example.passages]
-        token_lists = tokenize(self.tokenizer, queries, self.query_max_len)
-        token_lists += tokenize(self.tokenizer, passages, self.passage_max_len)
+        tokens = self._tokenize(self.tokenizer, queries, passages, self.passage_max_len)
         ends = np.cumsum([len(example.passages) for example in examples]).tolist()
         starts = [0, *ends[:-1]]
         teachers = [example.teacher for example in examples if example.teacher]
         return Batch(
-            tokens=Tokens.from_lists(token_lists),
+            tokens=tokens,
             own_BG=_padded([list(range(start, end)) for start, end in zip(starts, ends, strict=False)], -1),
             passage_id_R=torch.tensor([i for example in examples for i in example.passage_ids], dtype=torch.int64),
             excluded_BX=_padded([example.known_ids for example in examples], -1),
             teacher_BG=_padded(teachers, 0.0) if self.config.knowledge_distillation else None,
             num_global_rows=num_global_rows,
             rows=[example.row for example in examples],
+            guide_tokens=self._tokenize(self.guide[0], queries, passages, self.guide[1]) if self.guide else None,
         )
+
+    def _tokenize(self, tokenizer: Any, queries: list[str], passages: list[str], longest: int) -> Tokens:
+        token_lists = tokenize(tokenizer, queries, min(self.query_max_len, longest))
+        return Tokens.from_lists(token_lists + tokenize(tokenizer, passages, min(self.passage_max_len, longest)))
 
 
 def _padded(rows: Sequence[Sequence[float]], fill: float) -> Tensor:

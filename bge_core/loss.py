@@ -4,20 +4,29 @@ A loss sees representations, never the model, the ranks or the chunks: the step 
 before, so a loss written for one process is exact on many and under GradCache. It computes this rank's rows only and
 returns their mean; it does no communication, draws no random number and never synchronizes with the device.
 
+The score matrix of B queries and N candidates is the one thing here that can outgrow the memory. `by_row_blocks` never
+makes it: each block of rows gets its scores, its loss and its gradient in one pass, and is forgotten. Three losses
+written with it, each from its paper, are in examples/losses/.
+
 Shapes:
     B  queries of this rank             M  queries of all ranks          N  passages (candidates) of all ranks
+    b  queries of one block of rows
     G  most passages of one query's own group: its positive, then its own negatives
     X  most texts that are known positives of one query, the query itself included
     D  embedding size                   E  size of a guide model's embedding
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+# Scores in a block by default, 32 MB in float32: enough rows for a good matrix product, and just so many that glibc
+# gives each such matrix back when it is freed (mallopt(3), M_MMAP_THRESHOLD) instead of keeping ever more of them.
+DEFAULT_BLOCK_SCORES = 1 << 23
 
 
 @dataclass(frozen=True)
@@ -31,6 +40,8 @@ class LossConfig:
         mrl_dims: leading dimensions that shall work alone (Matryoshka); the loss is the mean over them.
         normalize: vectors have length 1 (a leading part is scaled to length 1 again).
         exclude_positives: a known positive of a query is never its negative.
+        block_size: rows of the score matrix at a time; 0: all at once; None: so many that a block holds
+            `DEFAULT_BLOCK_SCORES` scores. It changes memory and time, and no value.
         args: whatever --loss_args holds, for a loss of your own.
     """
 
@@ -40,6 +51,7 @@ class LossConfig:
     mrl_dims: tuple[int, ...] = ()
     normalize: bool = True
     exclude_positives: bool = True
+    block_size: int | None = None
     args: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -73,6 +85,21 @@ class LossInput:
     guide_query_BE: Tensor | None = None
     guide_candidate_NE: Tensor | None = None
 
+    def rows(self, start: int, stop: int) -> "LossInput":
+        """The same micro-batch with the queries [start, stop) alone; the candidates stay. Vectors are detached."""
+        return replace(
+            self,
+            query_BD=self.query_BD.detach()[start:stop],
+            all_query_MD=self.all_query_MD.detach(),
+            row_offset=self.row_offset + start,
+            candidate_ND=self.candidate_ND.detach(),
+            positive_B=self.positive_B[start:stop],
+            own_BG=self.own_BG[start:stop],
+            excluded_BX=self.excluded_BX[start:stop],
+            teacher_BG=None if self.teacher_BG is None else self.teacher_BG[start:stop],
+            guide_query_BE=None if self.guide_query_BE is None else self.guide_query_BE[start:stop],
+        )
+
 
 @dataclass(frozen=True)
 class LossOutput:
@@ -92,23 +119,92 @@ def training_loss(x: LossInput, cfg: LossConfig) -> LossOutput:
     Returns:
         The mean over rows (and over `mrl_dims`, Kusupati et al. 2022, eq. 1) with the metrics of the last dimension.
     """
-    mask_BN = negative_mask(x, cfg)
-    losses = []
-    for dim in cfg.mrl_dims or (x.query_BD.shape[-1],):
-        similarity_BN = similarity(x.query_BD, x.candidate_ND, dim, cfg)
-        losses.append(_row_losses(similarity_BN / cfg.temperature, mask_BN, x, cfg).mean())
-    with torch.no_grad():
-        metrics = ranking_metrics(similarity_BN, mask_BN, x, cfg)
-    return LossOutput(torch.stack(losses).mean(), metrics)
+    dims = cfg.mrl_dims or (x.query_BD.shape[-1],)
+    pairs = [(leading(x.query_BD, dim, cfg) / cfg.temperature, leading(x.candidate_ND, dim, cfg)) for dim in dims]
+
+    def row_losses(scores: list[Tensor], rows: LossInput) -> tuple[Tensor, dict[str, Tensor]]:
+        mask_bN = negative_mask(rows, cfg)
+        losses = [_row_losses(score_bN, mask_bN, rows, cfg) for score_bN in scores]
+        with torch.no_grad():
+            metrics = ranking_metrics(scores[-1], mask_bN, rows, cfg)
+        return torch.stack(losses).mean(dim=0), metrics
+
+    return by_row_blocks(pairs, row_losses, x, cfg)
 
 
-def similarity(query_BD: Tensor, candidate_ND: Tensor, dim: int, cfg: LossConfig) -> Tensor:
-    """<q_i, p_j> over the first `dim` dimensions (cosines where `cfg.normalize`); shape (B, N)."""
-    if dim < query_BD.shape[-1]:
-        query_BD, candidate_ND = query_BD[:, :dim], candidate_ND[:, :dim]
-        if cfg.normalize:
-            query_BD, candidate_ND = F.normalize(query_BD, dim=-1), F.normalize(candidate_ND, dim=-1)
-    return query_BD @ candidate_ND.T
+def leading(vectors: Tensor, dim: int, cfg: LossConfig) -> Tensor:
+    """The first `dim` dimensions, of length 1 again where `cfg.normalize`."""
+    if dim == vectors.shape[-1]:
+        return vectors
+    return F.normalize(vectors[:, :dim], dim=-1) if cfg.normalize else vectors[:, :dim]
+
+
+RowLosses = Callable[[list[Tensor], LossInput], tuple[Tensor, dict[str, Tensor]]]
+
+
+def by_row_blocks(
+    pairs: Sequence[tuple[Tensor, Tensor]], row_losses: RowLosses, x: LossInput, cfg: LossConfig
+) -> LossOutput:
+    """The mean over B rows of a loss of score matrices, `cfg.block_size` rows at a time.
+
+    With S_k = U_k V_k^T, one for each pair, and L_i a function of row i of every S_k,
+
+        dL/dU_k = dL/dS_k V_k        dL/dV_k = dL/dS_k^T U_k
+
+    need the rows of one block alone, so each block adds its share and no B x N matrix exists at any time. Memory:
+    O((B + N) D + b N) for blocks of b rows; the arithmetic is that of one block with all rows.
+
+    Args:
+        pairs: (U_k (B, D), V_k (N, D)): one score matrix (B, N) each; N may differ between pairs.
+        row_losses: (the b rows of each S_k, `x.rows(...)` of the block) -> (loss of each row (b,), metrics (b,) each).
+            All gradient goes through the scores; the vectors in the block's LossInput carry none.
+        x: the micro-batch.
+        cfg: see there.
+
+    Returns:
+        The mean over rows of the loss and of each metric. With several blocks its backward can run only once.
+    """
+    num_rows = len(x.query_BD)
+    block_size = cfg.block_size
+    if block_size is None:
+        block_size = 1 + DEFAULT_BLOCK_SCORES // max(1, max(len(v_ND) for _, v_ND in pairs))
+    if not 0 < block_size < num_rows:
+        loss_B, metrics_B = row_losses([u_BD @ v_ND.T for u_BD, v_ND in pairs], x.rows(0, num_rows))
+        return LossOutput(loss_B.mean(), {name: value_B.detach().mean() for name, value_B in metrics_B.items()})
+
+    vectors = [vector for pair in pairs for vector in pair]
+    gradients = [torch.zeros_like(vector) for vector in vectors]
+    losses, metrics = [], []
+    for start in range(0, num_rows, block_size):
+        rows = x.rows(start, start + block_size)
+        u = [u_BD.detach()[start : start + block_size] for u_BD, _ in pairs]
+        v = [v_ND.detach() for _, v_ND in pairs]
+        scores = [(u_bD @ v_ND.T).requires_grad_() for u_bD, v_ND in zip(u, v, strict=True)]
+        with torch.enable_grad():
+            loss_b, metrics_b = row_losses(scores, rows)
+        score_gradients = torch.autograd.grad(loss_b.sum() / num_rows, scores)
+        for k, gradient_bN in enumerate(score_gradients):
+            gradients[2 * k][start : start + block_size] = gradient_bN @ v[k]
+            gradients[2 * k + 1].addmm_(gradient_bN.T, u[k])
+        losses.append(loss_b.detach())
+        metrics.append(metrics_b)
+    loss = _KnownGradient.apply(torch.cat(losses).mean(), gradients, *vectors)  # type: ignore[no-untyped-call]
+    return LossOutput(loss, {name: torch.cat([m[name] for m in metrics]).mean() for name in metrics[0]})
+
+
+class _KnownGradient(torch.autograd.Function):
+    """A value with its gradient with regard to `vectors`, known beforehand; backward gives the gradients away."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, gradients: list[Tensor], *vectors: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *scales: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = ctx.gradients
+        del ctx.gradients  # so that they can be handed on without a copy
+        return None, None, *(gradient.mul_(scales[0]) for gradient in gradients)
 
 
 def negative_mask(x: LossInput, cfg: LossConfig) -> Tensor:
@@ -195,24 +291,25 @@ def m3_distillation(score_BN: Tensor, kept_BN: Tensor, own_BG: Tensor, teacher_B
     return loss_B
 
 
-def ranking_metrics(similarity_BN: Tensor, mask_BN: Tensor, x: LossInput, cfg: LossConfig) -> dict[str, Tensor]:
-    """What the batch looks like to the model; means over rows (a row without negatives counts as right).
+def ranking_metrics(score_BN: Tensor, mask_BN: Tensor, x: LossInput, cfg: LossConfig) -> dict[str, Tensor]:
+    """What the batch looks like to the model, for each row (one without negatives counts as right); shape (B,) each.
 
     accuracy: share of rows whose positive is above every negative. negative_beats_positive: share of rows with a
-    negative above the positive (a tie is in neither). positive_similarity, hardest_negative_similarity: before the
-    division by the temperature; without negatives the latter is 0. masked_negatives: copies of known
+    negative above the positive (a tie is in neither). positive_similarity, hardest_negative_similarity: the scores
+    times the temperature; without negatives the latter is 0. masked_negatives: copies of known
     positives among a row's candidates. log_candidates: ln of the number of candidates, the InfoNCE of a random guess.
     """
-    positive_B = similarity_BN.gather(1, x.positive_B[:, None])[:, 0]
-    hardest_B = F.pad(similarity_BN.masked_fill(~mask_BN, -torch.inf), (0, 1), value=-torch.inf).amax(dim=1)
+    positive_B = score_BN.gather(1, x.positive_B[:, None])[:, 0]
+    masked_BN = score_BN.masked_fill(~mask_BN, -torch.inf)
+    hardest_B = masked_BN.amax(dim=1) if masked_BN.numel() else positive_B  # a rank without rows has no column either
     num_negatives_B = mask_BN.sum(dim=1)
     known_BN = known_positives(x) & candidate_mask(x, cfg)
     masked_B = known_BN.scatter(1, x.positive_B[:, None], False).sum(dim=1)
     return {
-        "accuracy": (positive_B > hardest_B).to(positive_B.dtype).mean(),
-        "negative_beats_positive": (positive_B < hardest_B).to(positive_B.dtype).mean(),
-        "positive_similarity": positive_B.mean(),
-        "hardest_negative_similarity": torch.where(num_negatives_B > 0, hardest_B, 0.0).mean(),
-        "masked_negatives": masked_B.to(positive_B.dtype).mean(),
-        "log_candidates": (num_negatives_B + 1).to(positive_B.dtype).log().mean(),
+        "accuracy": (positive_B > hardest_B).to(positive_B.dtype),
+        "negative_beats_positive": (positive_B < hardest_B).to(positive_B.dtype),
+        "positive_similarity": positive_B * cfg.temperature,
+        "hardest_negative_similarity": torch.where(num_negatives_B > 0, hardest_B * cfg.temperature, 0.0),
+        "masked_negatives": masked_B.to(positive_B.dtype),
+        "log_candidates": (num_negatives_B + 1).to(positive_B.dtype).log(),
     }

@@ -43,6 +43,7 @@ class StepSettings:
         chunk_size: texts encoded at a time with GradCache; None: all at once, graph kept.
         scaler: loss scaling for fp16; a disabled one otherwise.
         autocast: makes the context in which the model runs.
+        guide: a frozen encoder whose vectors the loss sees, too.
     """
 
     loss: LossFunction = training_loss
@@ -51,6 +52,7 @@ class StepSettings:
     chunk_size: int | None = None
     scaler: Any = field(default_factory=lambda: torch.amp.GradScaler(enabled=False))
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
+    guide: nn.Module | None = None
 
 
 def forward_backward(model: nn.Module, micro_batches: Sequence[Batch], settings: StepSettings) -> dict[str, Tensor]:
@@ -113,25 +115,41 @@ def _cached(
 
 def _backward_loss(vector_SD: Tensor, batch: Batch, share: float, settings: StepSettings) -> LossOutput:
     """The loss on representations, in float32 or wider, and its backward scaled for the average over ranks."""
+    guide_SE = guide_vectors(batch, settings, vector_SD.device)
     with torch.autocast(vector_SD.device.type, enabled=False):
-        output = settings.loss(loss_input(vector_SD, batch, settings.cross_device), settings.loss_config)
+        output = settings.loss(loss_input(vector_SD, batch, settings.cross_device, guide_SE), settings.loss_config)
         settings.scaler.scale(output.loss * (share * world()[1])).backward()
     return output
 
 
-def loss_input(vector_SD: Tensor, batch: Batch, cross_device: bool) -> LossInput:
+@torch.no_grad()
+def guide_vectors(batch: Batch, settings: StepSettings, device: torch.device) -> Tensor | None:
+    """The guide's vectors (S, E) of a micro-batch, `chunk_size` texts at a time; None without a guide."""
+    if settings.guide is None:
+        return None
+    assert batch.guide_tokens is not None
+    tokens = batch.guide_tokens.to(device)
+    with settings.autocast():
+        return torch.cat([settings.guide(chunk) for chunk in tokens.split(settings.chunk_size or len(tokens))])
+
+
+def loss_input(vector_SD: Tensor, batch: Batch, cross_device: bool, guide_SE: Tensor | None = None) -> LossInput:
     """What the loss sees: this rank's queries, and the passages of all ranks (or of this one alone)."""
     device = vector_SD.device
     query_BD, passage_RD = vector_SD.split([batch.num_queries, len(vector_SD) - batch.num_queries])
     own_BG, passage_id_R = batch.own_BG.to(device), batch.passage_id_R.to(device)
     all_query_MD, row_offset = query_BD, 0
     candidate_ND, candidate_id_N = passage_RD, passage_id_R
+    guide_query_BE = None if guide_SE is None else guide_SE[: len(query_BD)]
+    guide_candidate_NE = None if guide_SE is None else guide_SE[len(query_BD) :]
     rank, world_size = world()
     if cross_device and world_size > 1:
         query_counts, passage_counts = gather_counts(len(query_BD), len(passage_RD), device=device)
         all_query_MD = gather_rows(query_BD, query_counts)
         candidate_ND = gather_rows(passage_RD, passage_counts)
         candidate_id_N = gather_rows(passage_id_R, passage_counts)
+        if guide_candidate_NE is not None:
+            guide_candidate_NE = gather_rows(guide_candidate_NE, passage_counts)
         row_offset = sum(query_counts[:rank])
         own_BG = torch.where(own_BG >= 0, own_BG + sum(passage_counts[:rank]), -1)
     return LossInput(
@@ -144,6 +162,8 @@ def loss_input(vector_SD: Tensor, batch: Batch, cross_device: bool) -> LossInput
         candidate_id_N=candidate_id_N,
         excluded_BX=batch.excluded_BX.to(device),
         teacher_BG=None if batch.teacher_BG is None else batch.teacher_BG.to(device, vector_SD.dtype),
+        guide_query_BE=guide_query_BE,
+        guide_candidate_NE=guide_candidate_NE,
     )
 
 

@@ -15,9 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import Batch, loss_input, make_batch, rank_rows, reference_loss, reference_metrics
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import bge_core.loss
-from bge_core.loss import LossConfig, LossInput, LossOutput, info_nce, negative_mask, similarity, training_loss
+from bge_core.loss import LossConfig, LossInput, LossOutput, by_row_blocks, info_nce, negative_mask, training_loss
 
 MODES: dict[str, dict[str, Any]] = {
     "info_nce": {},
@@ -87,12 +88,58 @@ def test_value_and_gradient_are_those_of_the_reference(
 ) -> None:
     want, want_gradients = truth(mode, groups, exclude)
     batch = rounded_batch(mode, groups).leaves(dtype)
-    for padding in (0, 2):
-        got, got_gradients = run_loss(batch, {**MODES[mode], "exclude_positives": exclude}, padding=padding)
+    for padding, block_size in ((0, 0), (2, 0), (0, 1), (0, 2), (2, 3), (0, 4)):
+        config = {**MODES[mode], "exclude_positives": exclude, "block_size": block_size}
+        got, got_gradients = run_loss(batch, config, padding=padding)
         assert got.dtype == dtype
         assert_close(got, want, rtol)
         for got_gradient, want_gradient in zip(got_gradients, want_gradients, strict=True):
             assert_close(got_gradient, want_gradient, rtol)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Numbers in the largest tensor that any operation made within it, forward or backward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.size = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = function(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, (tuple, list)) else [made]:
+            if isinstance(tensor, Tensor):
+                self.size = max(self.size, tensor.numel())
+        return made
+
+
+@pytest.mark.parametrize("mode", ["info_nce", "no_in_batch", "kl_div", "m3_kd_loss", "matryoshka"])
+def test_blocks_of_rows_never_make_the_whole_matrix(mode: str) -> None:
+    """No score, no mask, no gradient of B x N: the largest thing is a block, or the vectors themselves."""
+    sizes = {}
+    for block_size in (0, 4):
+        leaves = make_batch(1, 40, 3, dim=8).leaves()  # 40 x 120 scores, 120 x 8 numbers
+        with LargestTensor() as largest:
+            x = loss_input(leaves, teacher="distillation" in MODES[mode])
+            training_loss(x, LossConfig(**MODES[mode], block_size=block_size)).loss.backward()
+        sizes[block_size] = largest.size
+    assert sizes[0] >= 40 * 120
+    assert sizes[4] <= 120 * 8 + 8
+
+
+def test_the_default_block_is_chosen_by_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole where it is small; else as many rows as make a block of about the default size."""
+    seen: list[int] = []
+
+    def row_losses(scores: list[Tensor], rows: LossInput) -> tuple[Tensor, dict[str, Tensor]]:
+        seen.append(len(scores[0]))
+        return scores[0].sum(dim=1), {}
+
+    x = loss_input(make_batch(1, 10, 3).leaves())
+    by_row_blocks([(x.query_BD, x.candidate_ND)], row_losses, x, LossConfig())
+    monkeypatch.setattr(bge_core.loss, "DEFAULT_BLOCK_SCORES", 4 * 30 - 1)
+    by_row_blocks([(x.query_BD, x.candidate_ND)], row_losses, x, LossConfig())
+    by_row_blocks([(x.query_BD, x.candidate_ND)], row_losses, x, LossConfig(block_size=0))
+    assert seen == [10, 4, 4, 2, 10]
 
 
 def test_random_batches_hold_what_is_hard() -> None:
@@ -432,10 +479,9 @@ def test_loss_never_waits_for_the_device(mode: str) -> None:
 
 def symmetric_info_nce(x: LossInput, cfg: LossConfig) -> LossOutput:
     """InfoNCE of each query over the passages, and of its positive over the queries of all ranks."""
-    dim = x.query_BD.shape[1]
-    score_BN = similarity(x.query_BD, x.candidate_ND, dim, cfg) / cfg.temperature
+    score_BN = x.query_BD @ x.candidate_ND.T / cfg.temperature
     forward_B = info_nce(score_BN, negative_mask(x, cfg), x.positive_B)
-    score_BM = similarity(x.candidate_ND[x.positive_B], x.all_query_MD, dim, cfg) / cfg.temperature
+    score_BM = x.candidate_ND[x.positive_B] @ x.all_query_MD.T / cfg.temperature
     own_query_B = x.row_offset + torch.arange(len(x.query_BD))
     other_query_BM = F.one_hot(own_query_B, len(x.all_query_MD)) == 0
     backward_B = info_nce(score_BM, other_query_BM, own_query_B)
@@ -444,7 +490,7 @@ def symmetric_info_nce(x: LossInput, cfg: LossConfig) -> LossOutput:
 
 def margin_loss(x: LossInput, cfg: LossConfig) -> LossOutput:
     """Every negative shall stay `margin` below the positive."""
-    cosine_BN = similarity(x.query_BD, x.candidate_ND, x.query_BD.shape[1], cfg)
+    cosine_BN = x.query_BD @ x.candidate_ND.T
     positive_B1 = cosine_BN.gather(1, x.positive_B[:, None])
     excess_BN = F.relu(cosine_BN - positive_B1 + cfg.args["margin"]) * negative_mask(x, cfg)
     return LossOutput(loss=excess_BN.sum(dim=1).mean(), metrics={})
