@@ -14,6 +14,7 @@ this W, because the other ranks would wait in vain, and is reported for the cell
 
 import argparse
 import random
+import shutil
 import sys
 import tempfile
 import time
@@ -276,9 +277,12 @@ def quiet() -> None:
     transformers_logging.set_verbosity_error()
 
 
-def find_truth(_: int, folder: Path) -> None:
-    """Loss and gradient of every global batch, once for all cells."""
+def make_inputs(_: int, folder: Path) -> None:
+    """The models, and loss and gradient of every global batch: once for all cells."""
     quiet()
+    make_tiny_bert(folder / "model")
+    make_tiny_bert(folder / "guide", seed=1)
+    make_tiny_bert(folder / "dropout", dropout=0.1)
     truth = {}
     for loss in LOSSES:
         guide = folder / "guide" if loss == "gist" else None
@@ -292,8 +296,10 @@ def find_truth(_: int, folder: Path) -> None:
     torch.save(truth, folder / "truth.pt")
 
 
-def run_rank(rank: int, world_size: int, folder: Path, cells: Sequence[Cell | Extra], stop_at_first: bool) -> None:
-    """All cells of one rank; results go to a file, so that an end in mid-run keeps those before."""
+def run_rank(
+    rank: int, world_size: int, inputs: Path, folder: Path, cells: Sequence[Cell | Extra], stop_at_first: bool
+) -> None:
+    """All cells of one rank; results go to a file in `folder`, so that an end in mid-run keeps those before."""
     quiet()
     results: dict[str, Result] = {}
     here = None
@@ -301,7 +307,7 @@ def run_rank(rank: int, world_size: int, folder: Path, cells: Sequence[Cell | Ex
         if world_size > 1:
             rendezvous = f"file://{folder}/rendezvous{world_size}"
             dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=world_size, timeout=TIMEOUT)
-        this = Rank(folder, rank, world_size)
+        this = Rank(inputs, rank, world_size)
         for cell in cells:
             here = cell
             results[str(cell)] = result = cell.compute(this) if isinstance(cell, Extra) else this.compute(cell)
@@ -325,9 +331,13 @@ def worst(results: Sequence[Result]) -> Result:
 
 
 def run(
-    worlds: Sequence[int] = WORLDS, dtypes: Sequence[str] = tuple(DTYPES), stop_at_first: bool = False
+    inputs: Path, worlds: Sequence[int] = WORLDS, dtypes: Sequence[str] = tuple(DTYPES), stop_at_first: bool = False
 ) -> tuple[dict[str, Result], dict[str, float]]:
     """Run the cells of these numbers of processes and precisions, and all extras.
+
+    Args:
+        inputs: folder of the models and the truth; made unless it is there.
+        worlds, dtypes, stop_at_first: which cells, and how far.
 
     Returns:
         cell -> its worst result over the ranks, and the seconds of the truth and of each number of processes. With
@@ -343,16 +353,17 @@ def run(
 
     with tempfile.TemporaryDirectory(prefix="matrix_") as name:
         folder = Path(name)
-        make_tiny_bert(folder / "model")
-        make_tiny_bert(folder / "guide", seed=1)
-        make_tiny_bert(folder / "dropout", dropout=0.1)
-        fork("truth", find_truth, folder)
+        if not inputs.exists():
+            fork("truth", make_inputs, folder)
+            inputs.mkdir(parents=True)
+            for made in ("model", "guide", "dropout", "truth.pt"):
+                shutil.move(folder / made, inputs / made)
         for W in worlds:
             cells = [cell for cell in CELLS if cell.world_size == W and cell.dtype in dtypes]
             cells += [extra for extra in EXTRAS if extra.world_size == W]
             if stop_at_first:
                 random.Random(0).shuffle(cells)
-            fork(f"W = {W}", run_rank, W, folder, cells, stop_at_first, num_processes=W)
+            fork(f"W = {W}", run_rank, W, inputs, folder, cells, stop_at_first, num_processes=W)
             ranks = [torch.load(folder / f"results.{W}.{rank}", weights_only=True) for rank in range(W)]
             for key in dict.fromkeys(key for rank in ranks for key in rank):
                 found[key] = worst([rank[key] for rank in ranks if key in rank])
@@ -383,11 +394,14 @@ def main() -> int:
     parser.add_argument("--worlds", type=int, nargs="+", choices=WORLDS, default=WORLDS)
     parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=list(DTYPES))
     parser.add_argument("--stop_at_first", action="store_true")
+    parser.add_argument("--inputs", type=Path, help="folder of the models and the truth, to be used again")
     parser.add_argument("--output", help="file for (results, seconds)")
     arguments = parser.parse_args()
     quiet()
     print(f"bge_core: {Path(bge_core.__file__).parent}")
-    results, seconds = run(arguments.worlds, arguments.dtypes, arguments.stop_at_first)
+    with tempfile.TemporaryDirectory(prefix="matrix_") as name:
+        inputs = arguments.inputs or Path(name) / "inputs"
+        results, seconds = run(inputs, arguments.worlds, arguments.dtypes, arguments.stop_at_first)
     if arguments.output:
         torch.save((results, seconds), arguments.output)
     chosen = [cell for cell in CELLS if cell.world_size in arguments.worlds and cell.dtype in arguments.dtypes]

@@ -68,10 +68,21 @@ MUTATIONS = [
         "known positives are negatives", "loss.py",
         "mask_BN = mask_BN & ~known_positives(x)", "mask_BN = mask_BN",
     ),
+    Mutation(
+        "temperature forgotten in blocks", "loss.py",
+        "scores = [(u_bD @ v_ND.T).requires_grad_()", "scores = [(u_bD @ v_ND.T * cfg.temperature).requires_grad_()",
+    ),
+    Mutation(
+        "last partial block dropped", "loss.py",
+        "for start in range(0, num_rows, block_size):", "for start in range(0, num_rows - block_size + 1, block_size):",
+    ),
+    Mutation(
+        "factor W and share lost in blocks", "loss.py", "gradient.mul_(scales[0])", "gradient",
+    ),
 ]  # fmt: skip
 
 
-def run_matrix(folder: Path, mutation: Mutation | None = None) -> tuple[int, str]:
+def run_matrix(folder: Path, inputs: Path, mutation: Mutation | None = None) -> tuple[int, str]:
     """Exit code and output of the matrix on a copy of bge_core with the mutation.
 
     Raises:
@@ -87,6 +98,7 @@ def run_matrix(folder: Path, mutation: Mutation | None = None) -> tuple[int, str
         )
         file.write_text(text.replace(mutation.old, mutation.new), encoding="utf-8")
     command = [sys.executable, matrix.__file__, "--worlds", "1", "2", "--dtypes", "float64", "--stop_at_first"]
+    command += ["--inputs", str(inputs)]
     path = os.pathsep.join(map(str, (folder, matrix.ROOT)))
     child = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=900)
     assert f"bge_core: {folder / 'bge_core'}" in child.stdout, child.stdout + child.stderr[-4000:]
@@ -94,11 +106,12 @@ def run_matrix(folder: Path, mutation: Mutation | None = None) -> tuple[int, str
 
 
 def test_the_matrix_sees_every_wrong_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, output = run_matrix(tmp_path / "unchanged")
+    inputs = tmp_path / "inputs"  # models and truth, of the unchanged code
+    code, output = run_matrix(tmp_path / "unchanged", inputs)
     assert code == 0, output
     lines, caught = [], 0
     for i, mutation in enumerate(MUTATIONS):
-        code, output = run_matrix(tmp_path / str(i), mutation)
+        code, output = run_matrix(tmp_path / str(i), inputs, mutation)
         seen = code == 1 and "matrix: tried" in output
         problems = [line for line in output.splitlines() if "processes, " in line]
         caught += seen
@@ -110,6 +123,6 @@ def test_the_matrix_sees_every_wrong_line(tmp_path: Path, capsys: pytest.Capture
 
 def test_a_line_that_moved_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="gone.*stands in bge_core/step.py 0 times"):
-        run_matrix(tmp_path / "a", Mutation("gone", "step.py", "no such line", ""))
+        run_matrix(tmp_path / "a", tmp_path, Mutation("gone", "step.py", "no such line", ""))
     with pytest.raises(AssertionError, match="often.*stands in bge_core/step.py"):
-        run_matrix(tmp_path / "b", Mutation("often", "step.py", "batch", ""))
+        run_matrix(tmp_path / "b", tmp_path, Mutation("often", "step.py", "batch", ""))
