@@ -29,7 +29,7 @@ MODES: dict[str, dict[str, Any]] = {
     "m3_kd_loss": {"distillation": "m3_kd_loss"},
     "mrl": {"mrl_dims": (8, 16, 32)},
 }
-EXAMPLES: dict[str, dict[str, float]] = {"siglip": {"scale": 10.0, "bias": -5.0}, "gte": {}, "gist": {}}
+EXAMPLES: dict[str, dict[str, float]] = {"siglip": {"bias": -25.0}, "gte": {}, "gist": {}}
 """The losses of examples/losses and the `args` they are run with; their truth is `reference.<name>_loss`."""
 Gradients = dict[str, Tensor]
 
@@ -158,7 +158,7 @@ def true_gradients(
         candidates = torch.stack([encode_one(encoder, text) for text in passages])
         ids = [text_id_of(text) for text in passages]
         if mode == "siglip":
-            loss = reference.siglip_loss(queries, (candidates, ids), rows, **EXAMPLES[mode])
+            loss = reference.siglip_loss(queries, (candidates, ids), rows, scale=1 / temperature, **EXAMPLES[mode])
         elif mode == "gte":
             loss = reference.gte_loss(queries, (candidates, ids), rows, temperature=temperature)
         elif mode == "gist":
