@@ -39,7 +39,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result]:
 def assert_right(cells: list[Cell] | list[Extra], results: dict[str, Result]) -> None:
     """None of the cells failed; otherwise each of those that did is named."""
     problems = [line for line in (problem(cell, results) for cell in cells) if line]
-    assert not problems, "\n".join([f"{len(problems)} of {len(cells)} cells:", *problems])
+    if problems:
+        pytest.fail("\n".join([f"{len(problems)} of {len(cells)} cells:", *problems]), pytrace=False)
 
 
 @pytest.mark.parametrize("world_size, how, loss", GROUPS)
