@@ -5,7 +5,7 @@ Its loss and every parameter's gradient are compared, on every rank, with the fl
 knows nothing of ranks, chunks or blocks. Some cells beyond the product follow (EXTRAS).
 
     python tests/matrix.py                             all cells, the worst of each number of processes
-    python tests/matrix.py --worlds 1 2 --dtypes float64 --stop_at_first       what tests/test_mutations.py runs
+    python tests/matrix.py --worlds 2 1 --dtypes float64 --stop_at_first       what tests/test_mutations.py runs
 
 This process imports everything once and forks: one process for the truth, then W processes for each W, which share one
 gloo group (W = 1 has none) and run all its cells. A wrong number is noted and the next cell follows; an exception ends

@@ -1,6 +1,6 @@
 """Plausible wrong lines: does the parity matrix see each of them? A slow test (`make drills`).
 
-Each mutation changes one place in a copy of bge_core, and the matrix with 1 and 2 processes in float64 runs on the copy,
+Each mutation changes one place in a copy of bge_core, and the matrix with 2 and 1 processes in float64 runs on the copy,
 in a mixed order, up to the first cell that fails.
 """
 
@@ -97,7 +97,7 @@ def run_matrix(folder: Path, inputs: Path, mutation: Mutation | None = None) -> 
             f"{mutation.name}: {mutation.old!r} stands in bge_core/{mutation.file} {count} times, not once"
         )
         file.write_text(text.replace(mutation.old, mutation.new), encoding="utf-8")
-    command = [sys.executable, matrix.__file__, "--worlds", "1", "2", "--dtypes", "float64", "--stop_at_first"]
+    command = [sys.executable, matrix.__file__, "--worlds", "2", "1", "--dtypes", "float64", "--stop_at_first"]
     command += ["--inputs", str(inputs)]
     path = os.pathsep.join(map(str, (folder, matrix.ROOT)))
     child = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=900)
