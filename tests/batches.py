@@ -4,6 +4,7 @@ A row names its texts by number, the same number being the same text; what `bge_
 written out here by hand, and so is the encoder: one text at a time, without padding.
 """
 
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ MODES: dict[str, dict[str, Any]] = {
     "m3_kd_loss": {"distillation": "m3_kd_loss"},
     "mrl": {"mrl_dims": (8, 16, 32)},
 }
+EXAMPLES: dict[str, dict[str, float]] = {"siglip": {"bias": -25.0}, "gte": {}, "gist": {}}
+"""The losses of examples/losses and the `args` they are run with; their truth is `reference.<name>_loss`."""
 Gradients = dict[str, Tensor]
 
 
@@ -59,10 +62,10 @@ def tokens_of(text: int) -> tuple[int, ...]:
     return (2, *(rng.randrange(5, 500) for _ in range(rng.choice((1, 2, 3, 5, 9, 18)))), 3)
 
 
-def make_rows(seed: int, group_sizes: Sequence[int]) -> tuple[TextRow, ...]:
+def make_rows(seed: int, group_sizes: Sequence[int], texts: Sequence[int] = range(10_000)) -> tuple[TextRow, ...]:
     """Rows of 1 positive and group_size - 1 negatives, among them positives and queries of other rows."""
     rng = random.Random(seed)
-    fresh = iter(rng.sample(range(10_000), 1000))
+    fresh = iter(rng.sample(texts, 1000))
     queries, positives = [[next(fresh) for _ in group_sizes] for _ in range(2)]
     if len(group_sizes) > 2:
         positives[2] = positives[0]  # two rows with the same answer
@@ -127,15 +130,20 @@ def encode_one(encoder: Encoder, text: int) -> Tensor:
 
 
 def true_gradients(
-    folder: Path, pools: Sequence[Sequence[TextRow]], mode: str, temperature: float = LossConfig.temperature
+    folder: Path,
+    pools: Sequence[Sequence[TextRow]],
+    mode: str,
+    temperature: float = LossConfig.temperature,
+    guide_folder: Path | None = None,
 ) -> tuple[float, Gradients]:
     """Loss and gradient in float64 of the mean over all rows of all pools.
 
     Args:
         folder: the model, with dropout 0.
         pools: rows whose passages are each other's candidates: a micro-batch of all ranks, or of one rank alone.
-        mode: of MODES.
+        mode: of MODES or of EXAMPLES.
         temperature: of the loss.
+        guide_folder: the frozen guide of "gist".
     """
     encoder = load(folder, torch.float64)
     num_rows = sum(map(len, pools))
@@ -150,17 +158,34 @@ def true_gradients(
         queries = torch.stack([encode_one(encoder, row.query) for row in pool])
         candidates = torch.stack([encode_one(encoder, text) for text in passages])
         ids = [text_id_of(text) for text in passages]
-        loss = reference.reference_loss(queries, (candidates, ids), rows, temperature=temperature, **MODES[mode])
+        if mode == "siglip":
+            loss = reference.siglip_loss(queries, (candidates, ids), rows, scale=1 / temperature, **EXAMPLES[mode])
+        elif mode == "gte":
+            loss = reference.gte_loss(queries, (candidates, ids), rows, temperature=temperature)
+        elif mode == "gist":
+            guide = load(guide_folder, torch.float64)
+            with torch.no_grad():
+                seen = [
+                    [encode_one(guide, text) for text in texts] for texts in ([row.query for row in pool], passages)
+                ]
+            loss = reference.gist_loss(queries, (candidates, ids), rows, guide=seen, temperature=temperature)
+        else:
+            loss = reference.reference_loss(queries, (candidates, ids), rows, temperature=temperature, **MODES[mode])
         total = total + loss * len(pool) / num_rows
     total.backward()
     return total.item(), gradients_of(encoder)
 
 
-def assert_same_gradients(got: Gradients, want: Gradients, rtol: float) -> None:
-    """Every parameter's gradient, to `rtol` of the norm of the whole gradient."""
+def gradient_error(got: Gradients, want: Gradients) -> tuple[float, str]:
+    """The largest error of a parameter's gradient, as a share of the norm of the whole gradient, and its parameter."""
     norm = sum(float(g.double().pow(2).sum()) for g in want.values()) ** 0.5
     assert got.keys() == want.keys()
     assert norm > 0
     errors = {name: float((got[name].double() - want[name].double()).norm()) / norm for name in want}
-    worst = max(errors, key=lambda name: errors[name])
-    assert errors[worst] <= rtol, f"{worst}: off by {errors[worst]:.2e} of the whole gradient's norm"
+    return max((math.inf if math.isnan(error) else error, name) for name, error in errors.items())
+
+
+def assert_same_gradients(got: Gradients, want: Gradients, rtol: float) -> None:
+    """Every parameter's gradient, to `rtol` of the norm of the whole gradient."""
+    error, worst = gradient_error(got, want)
+    assert error <= rtol, f"{worst}: off by {error:.2e} of the whole gradient's norm"

@@ -130,6 +130,64 @@ def reference_loss(
     return total / len(rows)
 
 
+def siglip_loss(query_MD: Tensor, passages: Passages, rows: Sequence[Row], *, scale: float, bias: float) -> Tensor:
+    """-1/M sum_i sum_j log sigmoid( z_ij (scale <q_i, p_j> + bias) )      (Zhai et al. 2023, section 3.2).
+
+    z is 1 for a query's positive and -1 for each of its negatives; other known positives are in neither.
+    """
+    candidate_ND, ids = passages
+    total = torch.zeros((), dtype=torch.float64)
+    for query_D, row in zip(query_MD, rows, strict=True):
+        for j in [row.own[0], *negatives_of(row, ids, in_batch_negatives=True, exclude_positives=True)]:
+            z = 1.0 if j == row.own[0] else -1.0
+            total = total + (-z * (scale * query_D.dot(candidate_ND[j]) + bias)).exp().log1p()
+    return total / len(rows)
+
+
+def gte_loss(query_MD: Tensor, passages: Passages, rows: Sequence[Row], *, temperature: float) -> Tensor:
+    """-1/M sum_i log( exp s(q_i, d_i) / Z_i )      (Li et al. 2023, eq. 3 and 4).
+
+        Z_i = sum_j exp s(q_i, d_j) + sum_{j != i} exp s(q_i, q_j) + sum_j exp s(q_j, d_i) + sum_{j != i} exp s(d_j, d_i)
+
+    with s = cosine / temperature. The first and the last sum run over every passage; a text known to be right for query
+    i stands in neither. The pair's own score, which the paper's first and third sum share, counts once.
+    """
+    candidate_ND, ids = passages
+    total = torch.zeros((), dtype=torch.float64)
+    for i, row in enumerate(rows):
+        query_D, positive_D = query_MD[i], candidate_ND[row.own[0]]
+        negatives = negatives_of(row, ids, in_batch_negatives=True, exclude_positives=True)
+        others = [query_MD[j] for j in range(len(rows)) if j != i]
+        scores = [query_D.dot(candidate_ND[j]) for j in negatives]
+        scores += [query_D.dot(other_D) for other_D in others]
+        scores += [other_D.dot(positive_D) for other_D in others]
+        scores += [candidate_ND[j].dot(positive_D) for j in negatives]
+        total = total - log_share(query_D.dot(positive_D) / temperature, [score / temperature for score in scores])
+    return total / len(rows)
+
+
+def gist_loss(
+    query_MD: Tensor, passages: Passages, rows: Sequence[Row], *, guide: Sequence[Sequence[Tensor]], temperature: float
+) -> Tensor:
+    """InfoNCE without the negatives that the guide holds for closer than the positive      (Solatorio 2024, section 3).
+
+    `guide`: the frozen guide's unit vectors of the queries and of the passages.
+    """
+    candidate_ND, ids = passages
+    guide_queries, guide_candidates = guide
+    total = torch.zeros((), dtype=torch.float64)
+    for i, row in enumerate(rows):
+        closeness = [guide_queries[i].dot(candidate).item() for candidate in guide_candidates]
+        negatives = [
+            j
+            for j in negatives_of(row, ids, in_batch_negatives=True, exclude_positives=True)
+            if not closeness[j] > closeness[row.own[0]]
+        ]
+        scores = {j: query_MD[i].dot(candidate_ND[j]) / temperature for j in [row.own[0], *negatives]}
+        total = total + info_nce_row(scores, row.own[0], negatives)
+    return total / len(rows)
+
+
 def reference_metrics(
     query_MD: Tensor,
     passages: Passages,

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from batches import MODES, assert_same_gradients, gradients_of, load, rank_batch, true_gradients
-from two_processes import DTYPES, ENCODE_CASES, PROMPT, QUERY_CASES, STEP_CASES
+from two_processes import ALL_REDUCE_CASES, DTYPES, ENCODE_CASES, PROMPT, QUERY_CASES, STEP_CASES
 
 from bge_core import UserError
 from bge_core.distributed import gather_objects, on_main, resolve_precision, sum_over_ranks, unwrap, world, wrap
@@ -113,13 +113,7 @@ def test_a_loss_over_all_queries_is_exact_on_two_ranks(
     assert_same_gradients(got, want, RTOL[dtype])
 
 
-def test_two_ranks_scale_the_loss_like_one(two_ranks: Ranks) -> None:
-    plain = of_both(two_ranks, "step/info_nce_cached/float32")[0][2]
-    scaled = of_both(two_ranks, "step/scaled/float32")[0][2]
-    assert_same_gradients({name: gradient / 2.0**10 for name, gradient in scaled.items()}, plain, 1e-7)
-
-
-@pytest.mark.parametrize("name", ["accumulation", "accumulation_cached"])
+@pytest.mark.parametrize("name", ALL_REDUCE_CASES)
 def test_ranks_average_their_gradients_once_a_step(name: str, two_ranks: Ranks) -> None:
     assert of_both(two_ranks, f"all_reduces/{name}") == [1, 1]
 
