@@ -412,8 +412,8 @@ HEADERS = {
     "counts": {
         "en": ["global batch", "W", "B", "N", "loss FLOP per process (counted)", "6 B N D",
                "all rows on every process (6 M N D)", "gather: bytes received (counted)", "formula"],
-        "zh": ["全局 batch", "W", "B", "N", "每进程损失的 FLOP（实数）", "6 B N D",
-               "每个进程都算全部行（6 M N D）", "汇集时收到的字节（实数）", "公式"],
+        "zh": ["全局 batch", "W", "B", "N", "每进程损失的 FLOP（计数）", "6 B N D",
+               "每个进程都算全部行（6 M N D）", "汇集时收到的字节（计数）", "公式"],
     },
     "constants": {
         "en": ["busy processes", "encoder, GFLOP/s", "loss, GFLOP/s", "update, ns per parameter",

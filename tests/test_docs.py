@@ -56,7 +56,7 @@ def test_the_tables_are_those_of_the_results(language: str) -> None:
 @pytest.mark.parametrize("page", PAGES)
 def test_the_bounds_of_the_same_model_are_those_of_its_script(page: str) -> None:
     section = readme.text(page).split("same_model.png", 1)[1].split("```", 1)[0].replace(" %", "%")
-    assert f"{same_model.LOSS_BOUND:.0%}" in section and str(same_model.EMBEDDING_BOUND) in section
+    assert f"{same_model.LOSS_BOUND:.1%}" in section and str(same_model.EMBEDDING_BOUND) in section
 
 
 def test_counted_work_is_that_of_the_formulas(two_ranks: list[dict[str, Any]]) -> None:
