@@ -545,9 +545,10 @@ ROWS: dict[str, Callable[[dict[str, Any]], Cells]] = {
     "limits": limit_rows, "fsdp": fsdp_rows,
 }  # fmt: skip
 STAMPS = {
-    "en": "`python benchmarks/scaling.py`; medians of {repeats} repeats, one thread per process; {machine}; "
-    "torch {torch}; {date}",
-    "zh": "`python benchmarks/scaling.py`；{repeats} 次重复取中位数，每进程一个线程；{machine}；torch {torch}；{date}",
+    "en": "`python benchmarks/scaling.py`; medians of {repeats} repeats, one thread per process; {machine}, "
+    "load {load} before the start; torch {torch}; {date}",
+    "zh": "`python benchmarks/scaling.py`；{repeats} 次重复取中位数，每进程一个线程；{machine}，"
+    "开始前负载 {load}；torch {torch}；{date}",
 }
 
 
@@ -579,11 +580,12 @@ def main() -> int:
     if not args.tables:
         info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
         names = re.findall(r"^model name\s*: (.*)$", info, re.MULTILINE) or [platform.machine()]
+        load = round(os.getloadavg()[0], 1)  # near 0 on a quiet machine
         found = {str(w): run_processes(w) for w in PROCESSES}
         kinds = ("fixed_global", "fixed_per_process")
         record = {
             "command": "python benchmarks/scaling.py", "machine": f"{os.cpu_count()} x {names[0]}",
-            "torch": torch.__version__, "date": str(date.today()), "repeats": REPEATS,
+            "torch": torch.__version__, "date": str(date.today()), "repeats": REPEATS, "load": load,
             "counts": {kind: {w: one[kind] for w, one in found.items()} for kind in kinds},
             "bytes_per_pair": found["1"]["bytes_per_pair"],
             "constants": {w: one["constants"] for w, one in found.items()},
