@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import parity_flagembedding as parity
+import scaling
 import torch
 import torch.distributed as dist
 from batches import MODES, Gradients, TextRow, gradients_of, load, make_rows, rank_batch
@@ -243,6 +244,7 @@ def work(job: Results, rank: int) -> Results:
         record(f"gather_integers/{name}", lambda c=counts: gather_case(c, rank, torch.int64))
     record("gather/all_empty", lambda: gather_case([0, 0], rank))
     record("collectives", lambda: collective_cases(rank))
+    record("work", lambda: scaling.count(6))
     for dtype_name, dtype in DTYPES.items():
         model = wrap(load(job["model"], dtype))
         for name, case in {**STEP_CASES, **QUERY_CASES}.items():

@@ -1,0 +1,605 @@
+"""What a training step costs: counted, measured on this machine, predicted for many GPUs.
+
+    python benchmarks/scaling.py             count and measure with 1, 2 and 4 processes, then write the tables
+    python benchmarks/scaling.py --tables    only write the tables again, from the figures that are there
+
+Everything lands in benchmarks/results/scaling.json, and the tables of docs/scaling.md and its Chinese twin.
+Run the first on a quiet machine: it takes the medians of many repeats, but of what else runs it knows nothing.
+
+A step is the sum of five terms (docs/scaling.md derives them): compute, gather, all-reduce, loss, update. Their
+constants are measured one by one; the whole step is measured apart from them, on a small BERT, and compared with the
+sum. The prediction for GPUs uses the vendor's figures and the shares of them that `H100` assumes.
+
+Symbols: W processes, B queries of a process, G passages of a query, R = B G, N = W R candidates, D embedding size, T
+tokens of a process, P parameters.
+"""
+
+import argparse
+import json
+import math
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import date
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks/results/scaling.json"
+DOCS = {"en": ROOT / "docs/scaling.md", "zh": ROOT / "docs/scaling.zh-CN.md"}
+PROCESSES = (1, 2, 4)
+REPEATS = 15
+
+# ------------------------------------------------------------------------------------------------------ the cost model
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A BERT."""
+
+    layers: int
+    hidden: int
+    intermediate: int
+    vocabulary: int
+    positions: int = 512
+
+    @property
+    def matrix_parameters(self) -> int:
+        """Of the layers' matrices: each multiplies every token."""
+        return self.layers * (4 * self.hidden**2 + 2 * self.hidden * self.intermediate)
+
+    @property
+    def parameters(self) -> int:
+        """All that are trained: matrices, their biases, norms, embeddings; without the pooler."""
+        biases_and_norms = self.layers * (9 * self.hidden + self.intermediate) + 2 * self.hidden
+        return self.matrix_parameters + biases_and_norms + (self.vocabulary + self.positions + 2) * self.hidden
+
+
+@dataclass(frozen=True)
+class Work:
+    """One update of one process."""
+
+    processes: int
+    queries: int  # B
+    group: int  # G
+    query_tokens: int  # of each
+    passage_tokens: int  # of each
+    gradcache: bool = False
+    cross_device: bool = True
+
+    @property
+    def candidates(self) -> int:
+        """N."""
+        return self.queries * self.group * (self.processes if self.cross_device else 1)
+
+    @property
+    def tokens(self) -> int:
+        """T."""
+        return self.queries * (self.query_tokens + self.group * self.passage_tokens)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What one process gets: operations and bytes per second, seconds."""
+
+    compute: float  # operations per second in the encoder
+    loss: float  # in the loss's products, float32
+    memory: float  # bytes per second of the loss's elementwise passes; infinite: contained in `loss`
+    gather: float  # bytes per second received in the all-gather
+    scatter: float  # and in the reduce-scatter
+    reduce: float  # and in the all-reduce
+    latency: float  # seconds of a collective with nothing in it
+    update: float  # seconds per parameter: clipping and AdamW
+
+
+def encoder_operations(shape: Shape, work: Work) -> float:
+    """6 P_matrix T + 12 L D sum(T_i^2); with GradCache 8/6 of it (one more forward)."""
+    squares = work.queries * (work.query_tokens**2 + work.group * work.passage_tokens**2)
+    operations = 6 * shape.matrix_parameters * work.tokens + 12 * shape.layers * shape.hidden * squares
+    return operations * (8 / 6 if work.gradcache else 1)
+
+
+def loss_operations(shape: Shape, work: Work) -> int:
+    """6 B N D: the product of B queries with N candidates, and two products of that size in backward."""
+    return 6 * work.queries * work.candidates * shape.hidden
+
+
+def gather_bytes(shape: Shape, work: Work) -> tuple[int, int]:
+    """Received by a process: forward (W-1) (4 (B + R) D + 8 R + 16), backward (W-1) 4 R D.
+
+    Float32 vectors, int64 ids, two int64 counts; backward has the candidates alone, for no built-in loss learns from
+    other queries' vectors.
+    """
+    if not work.cross_device:
+        return 0, 0
+    others, passages = work.processes - 1, work.queries * work.group
+    forward = 4 * (work.queries + passages) * shape.hidden + 8 * passages + 16
+    return others * forward, others * 4 * passages * shape.hidden
+
+
+def reduce_bytes(shape: Shape, processes: int) -> float:
+    """DDP, ring: 2 (W-1)/W 4 P sent, and as much received, by a process."""
+    return 2 * (processes - 1) / processes * 4 * shape.parameters
+
+
+def fsdp_bytes(shape: Shape, processes: int, chunks: int = 0) -> float:
+    """FSDP2 in float32: (W-1)/W 4 P for each all-gather of the weights and for the reduce-scatter of the gradient.
+
+    The weights are gathered for forward and for backward; with GradCache twice forward and once backward per chunk.
+    """
+    return (max(3 * chunks, 2) + 1) * (processes - 1) / processes * 4 * shape.parameters
+
+
+def step_seconds(shape: Shape, work: Work, machine: Machine, bytes_per_pair: float) -> dict[str, float]:
+    """The five terms of an update, none hidden behind another."""
+    forward, backward = gather_bytes(shape, work)
+    alone = work.processes == 1
+    pairs = work.queries * work.candidates
+    return {
+        "compute": encoder_operations(shape, work) / machine.compute,
+        "gather": 0.0 if alone or not work.cross_device
+        else 5 * machine.latency + forward / machine.gather + backward / machine.scatter,
+        "all-reduce": 0.0 if alone else machine.latency + reduce_bytes(shape, work.processes) / machine.reduce,
+        "loss": loss_operations(shape, work) / machine.loss + pairs * bytes_per_pair / machine.memory,
+        "update": machine.update * shape.parameters,
+    }  # fmt: skip
+
+
+# -------------------------------------------------------------------------------- the vendor's figures, and assumptions
+
+BGE_LARGE_ZH = Shape(layers=24, hidden=1024, intermediate=4096, vocabulary=21128)
+# NVIDIA, H100 Tensor Core GPU data sheet, SXM5, dense figures: bf16 989 TFLOP/s, float32 67 TFLOP/s, 3.35 TB/s;
+# NVLink 900 GB/s both directions together. InfiniBand NDR: eight adapters of 400 Gb/s a node, one for each GPU.
+VENDOR = {"bf16": 989e12, "float32": 67e12, "memory": 3.35e12, "nvlink": 450e9, "node_network": 8 * 400e9 / 8}
+ASSUMED = {"bf16": 0.4, "float32": 0.6, "memory": 0.7, "links": 0.75, "hop_seconds": 2e-6}
+BYTES_PER_UPDATE = 4 * (2 + 7)  # clipping reads and writes g; AdamW reads p, g, m, v and writes p, m, v
+GPUS = (8, 64, 1024)
+CASES = {
+    "32 x 2": Work(1, 32, 2, 64, 512),
+    "128 x 8, GradCache": Work(1, 128, 8, 64, 512, gradcache=True),
+    "128 x 8, GradCache, 128 tokens": Work(1, 128, 8, 20, 128, gradcache=True),
+    "8 x 2, 32 tokens": Work(1, 8, 2, 16, 32),
+}
+
+
+def h100(processes: int) -> Machine:
+    """A GPU among many. A ring over nodes has one path for each adapter, so it is as fast as all of a node's."""
+    link = ASSUMED["links"] * (VENDOR["nvlink"] if processes <= 8 else VENDOR["node_network"])
+    return Machine(
+        compute=ASSUMED["bf16"] * VENDOR["bf16"], loss=ASSUMED["float32"] * VENDOR["float32"],
+        memory=ASSUMED["memory"] * VENDOR["memory"], gather=link, scatter=link, reduce=link,
+        latency=(processes - 1) * ASSUMED["hop_seconds"],
+        update=BYTES_PER_UPDATE / (ASSUMED["memory"] * VENDOR["memory"]),
+    )  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------- one of W processes
+
+SMALL = Shape(layers=4, hidden=256, intermediate=1024, vocabulary=8192, positions=128)
+GLOBAL_QUERIES, GROUP, QUERY_TOKENS, PASSAGE_TOKENS = 16, 2, 16, 64
+LOSS_ROWS, LOSS_CANDIDATES = 128, 1024  # of the measurement of the loss alone
+
+
+def make_encoder() -> Any:
+    """The small BERT, random weights, no dropout."""
+    from transformers import BertConfig, BertModel
+
+    from bge_core.model import Encoder, EncoderSettings
+
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=SMALL.vocabulary, hidden_size=SMALL.hidden, num_hidden_layers=SMALL.layers,
+        num_attention_heads=SMALL.hidden // 64, intermediate_size=SMALL.intermediate,
+        max_position_embeddings=SMALL.positions, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    tokenizer = SimpleNamespace(pad_token_id=0)
+    backbone = BertModel(config, add_pooling_layer=False)
+    return Encoder(backbone, tokenizer, EncoderSettings(pooling="cls", normalize=True)).train()
+
+
+def make_batch(num_queries: int, num_processes: int, seed: int = 0) -> Any:
+    """Random tokens; every text of its kind has the same length, so that nothing is padded."""
+    from bge_core.data import Batch
+    from bge_core.packing import Tokens
+
+    generator = torch.Generator().manual_seed(seed)
+    lengths = [QUERY_TOKENS] * num_queries + [PASSAGE_TOKENS] * (num_queries * GROUP)
+    ids = torch.randint(5, SMALL.vocabulary, (sum(lengths),), generator=generator)
+    passage_ids = torch.arange(num_queries * GROUP) + seed * 10**6
+    own = torch.arange(num_queries * GROUP).reshape(num_queries, GROUP)
+    return Batch(
+        tokens=Tokens(ids, lengths), own_BG=own, passage_id_R=passage_ids, excluded_BX=passage_ids[own[:, :1]],
+        teacher_BG=None, num_global_rows=num_queries * num_processes, rows=list(range(num_queries)),
+    )  # fmt: skip
+
+
+def make_loss_input(num_queries: int, num_candidates: int, dim: int) -> Any:
+    """Random unit vectors that want a gradient."""
+    from bge_core.loss import LossInput
+
+    draw = lambda rows: torch.nn.functional.normalize(torch.randn(rows, dim), dim=1).requires_grad_()  # noqa: E731
+    query = draw(num_queries)
+    own = torch.arange(num_queries * GROUP).reshape(num_queries, GROUP)
+    ids = torch.arange(num_candidates)
+    return LossInput(query, query, 0, draw(num_candidates), own[:, 0], own, ids, ids[own[:, :1]])
+
+
+class BytesMoved(TorchDispatchMode):
+    """Counts the bytes of every operation's tensors, read and written; views move nothing."""
+
+    total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if not func.is_view:
+            for tensor in torch.utils._pytree.tree_leaves((args, kwargs, result)):
+                if isinstance(tensor, torch.Tensor):
+                    self.total += tensor.numel() * tensor.element_size()
+        return result
+
+
+@contextmanager
+def counted_collectives() -> Iterator[dict[str, int]]:
+    """Counts the bytes that this process receives from the others in the gather, by the sizes of the tensors."""
+    counts = {"all_gather": 0, "reduce_scatter": 0}
+    originals = {name: getattr(dist, name) for name in counts}
+
+    def counting(name: str, the_list: int) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            parts = args[the_list]
+            own = dist.get_rank() if dist.is_initialized() else 0
+            counts[name] += sum(p.numel() * p.element_size() for i, p in enumerate(parts) if i != own)
+            return originals[name](*args, **kwargs)
+
+        return call
+
+    dist.all_gather, dist.reduce_scatter = counting("all_gather", 0), counting("reduce_scatter", 1)
+    try:
+        yield counts
+    finally:
+        for name, original in originals.items():
+            setattr(dist, name, original)
+
+
+def count(num_queries: int) -> dict[str, int]:
+    """Operations of the loss and bytes of the gather of one process, forward and backward."""
+    from bge_core.distributed import world
+    from bge_core.loss import LossConfig, training_loss
+    from bge_core.step import loss_input
+
+    batch = make_batch(num_queries, world()[1], seed=world()[0])
+    vectors = torch.randn(num_queries * (1 + GROUP), SMALL.hidden).requires_grad_()
+    with counted_collectives() as received:
+        x = loss_input(vectors, batch, cross_device=True)
+        with FlopCounterMode(display=False) as counter:
+            training_loss(x, LossConfig()).loss.backward()
+    return {"operations": counter.get_total_flops(), **received}
+
+
+def bytes_per_pair() -> float:
+    """Bytes that the loss's elementwise passes move for each pair of a query and a candidate, forward and backward."""
+    from bge_core.loss import LossConfig, training_loss
+
+    x = make_loss_input(64, 4096, 8)  # few dimensions: what moves is B x N, not vectors
+    with BytesMoved() as moved:
+        training_loss(x, LossConfig()).loss.backward()
+    return moved.total / (64 * 4096)
+
+
+def seconds(
+    function: Callable[[], object], repeats: int = REPEATS, prepare: Callable[[], object] | None = None
+) -> float:
+    """Median over repeats of the slowest process's time; two calls before do not count."""
+    from bge_core.distributed import gather_objects, world
+
+    times = []
+    for _ in range(repeats + 2):
+        if prepare:
+            prepare()
+        if world()[1] > 1:
+            dist.barrier()
+        started = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - started)
+    every = gather_objects(times)
+    return statistics.median(max(column) for column in list(zip(*every, strict=True))[2:])
+
+
+def measure_constants() -> dict[str, float]:
+    """Each constant of `Machine` alone, with all W processes busy."""
+    from bge_core.distributed import world
+    from bge_core.loss import LossConfig, training_loss
+    from bge_core.optim import build_optimizer
+
+    world_size = world()[1]
+    encoder, batch = make_encoder(), make_batch(GLOBAL_QUERIES // world_size, world_size)
+    work = Work(world_size, GLOBAL_QUERIES // world_size, GROUP, QUERY_TOKENS, PASSAGE_TOKENS)
+    alone = seconds(lambda: encoder(batch.tokens).sum().backward())
+    found = {"compute": encoder_operations(SMALL, work) / alone}
+
+    x = make_loss_input(LOSS_ROWS, LOSS_CANDIDATES, SMALL.hidden)
+    operations = 6 * LOSS_ROWS * LOSS_CANDIDATES * SMALL.hidden
+    found["loss"] = operations / seconds(lambda: training_loss(x, LossConfig()).loss.backward())
+
+    optimizer = build_optimizer(encoder, 1e-5, 0.0, (0.9, 0.999), 1e-8)
+
+    def update() -> None:
+        torch.nn.utils.clip_grad_norm_(encoder.parameters(), 1.0)
+        optimizer.step()
+
+    found["update"] = seconds(update) / SMALL.parameters
+    if world_size > 1:
+        small, large = torch.zeros(1), torch.zeros(1 << 20)  # 4 bytes and 4 MiB from each process
+        parts = lambda tensor: [torch.empty_like(tensor) for _ in range(world_size)]  # noqa: E731
+        others = (world_size - 1) * large.numel() * 4
+        found["latency"] = seconds(lambda: dist.all_gather(parts(small), small))
+        gathered, scattered = parts(large), parts(large)
+        found["gather"] = others / (seconds(lambda: dist.all_gather(gathered, large)) - found["latency"])
+        found["scatter"] = others / (seconds(lambda: dist.reduce_scatter(large, scattered)) - found["latency"])
+        whole = torch.zeros(SMALL.parameters)
+        reduced = reduce_bytes(SMALL, world_size)
+        found["reduce"] = reduced / (seconds(lambda: dist.all_reduce(whole)) - found["latency"])
+    return found
+
+
+def measure_step() -> float:
+    """Seconds of a whole update at the same global batch, through the project's own step."""
+    from bge_core.distributed import world, wrap
+    from bge_core.optim import build_optimizer
+    from bge_core.step import StepSettings, forward_backward
+
+    world_size = world()[1]
+    encoder = make_encoder()
+    model, optimizer = wrap(encoder), build_optimizer(encoder, 1e-5, 0.0, (0.9, 0.999), 1e-8)
+    batch = make_batch(GLOBAL_QUERIES // world_size, world_size, seed=world()[0])
+    settings = StepSettings(cross_device=True)
+
+    def step() -> None:
+        forward_backward(model, [batch], settings)
+        torch.nn.utils.clip_grad_norm_(encoder.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return seconds(step)
+
+
+def worker() -> int:
+    """What one of W processes does; rank 0 prints one JSON line."""
+    from bge_core.distributed import start, world
+
+    start()
+    torch.manual_seed(0)
+    rank, world_size = world()
+    result = {
+        "fixed_global": {"queries": GLOBAL_QUERIES // world_size, **count(GLOBAL_QUERIES // world_size)},
+        "fixed_per_process": {"queries": GLOBAL_QUERIES, **count(GLOBAL_QUERIES)},
+        "bytes_per_pair": bytes_per_pair(),
+        "constants": measure_constants(),
+        "step": measure_step(),
+    }
+    if rank == 0:
+        print("RESULT " + json.dumps(result), flush=True)
+    return 0
+
+
+def run_processes(num_processes: int) -> dict[str, Any]:
+    """Start W workers of one thread each; what rank 0 found."""
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes)]
+    words += [__file__, "--worker"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(words, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    return dict(json.loads(line.removeprefix("RESULT ")))
+
+
+# --------------------------------------------------------------------------------------------------------- the tables
+
+Cells = list[list[str]]
+HEADERS = {
+    "counts": {
+        "en": ["global batch", "W", "B", "N", "loss FLOP per process (counted)", "6 B N D",
+               "all rows on every process (6 M N D)", "gather: bytes received (counted)", "formula"],
+        "zh": ["全局 batch", "W", "B", "N", "每进程损失的 FLOP（计数）", "6 B N D",
+               "每个进程都算全部行（6 M N D）", "汇集时收到的字节（计数）", "公式"],
+    },
+    "constants": {
+        "en": ["busy processes", "encoder, GFLOP/s", "loss, GFLOP/s", "update, ns per parameter",
+               "collective, empty, ms", "all-gather, MB/s", "reduce-scatter, MB/s", "all-reduce, MB/s"],
+        "zh": ["同时忙的进程", "编码，GFLOP/s", "损失，GFLOP/s", "更新，每参数 ns",
+               "空的集合通信，ms", "all-gather，MB/s", "reduce-scatter，MB/s", "all-reduce，MB/s"],
+    },
+    "check": {
+        "en": ["W", "compute, ms", "gather", "all-reduce", "loss", "update", "sum", "measured", "sum / measured"],
+        "zh": ["W", "计算，ms", "汇集", "all-reduce", "损失", "更新", "合计", "实测", "合计 / 实测"],
+    },
+    "prediction": {
+        "en": ["batch per GPU", "GPUs", "N", "compute, ms", "gather", "all-reduce", "loss", "update",
+               "share of compute", "queries/s", "B x N matrix", "gathered vectors"],
+        "zh": ["每卡 batch", "GPU 数", "N", "计算，ms", "汇集", "all-reduce", "损失", "更新",
+               "计算占比", "query/s", "B x N 矩阵", "汇集到的向量"],
+    },
+    "limits": {
+        "en": ["batch per GPU", "tokens per GPU and update", "all-reduce: fewer tokens than", "gather: more GPUs than",
+               "loss: more candidates than"],
+        "zh": ["每卡 batch", "每卡每次更新的 token 数", "all-reduce：token 少于", "汇集：GPU 多于", "损失：候选多于"],
+    },
+    "fsdp": {
+        "en": ["GPUs", "DDP: bytes per update", "ms", "FSDP2", "ms", "FSDP2, GradCache in 8 chunks", "ms"],
+        "zh": ["GPU 数", "DDP：每次更新的字节", "ms", "FSDP2", "ms", "FSDP2，GradCache 分 8 块", "ms"],
+    },
+}  # fmt: skip
+
+
+def size(num_bytes: float) -> str:
+    """As GB, MB or KB (powers of ten)."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
+        if num_bytes >= scale:
+            return f"{num_bytes / scale:.3g} {unit}" if num_bytes < 1000 * scale else f"{num_bytes / scale:,.0f} {unit}"
+    return f"{num_bytes:.0f}"
+
+
+def milliseconds(seconds: float) -> str:
+    """Two significant digits and more."""
+    value = 1000 * seconds
+    return "0" if value == 0 else f"{value:,.0f}" if value >= 100 else f"{value:.2g}"
+
+
+def count_rows(results: dict[str, Any]) -> Cells:
+    """Counted against the formulas."""
+    rows = []
+    for kind in ("fixed_global", "fixed_per_process"):
+        for w in PROCESSES:
+            found = results["counts"][kind][str(w)]
+            work = Work(w, found["queries"], GROUP, QUERY_TOKENS, PASSAGE_TOKENS)
+            operations, received = loss_operations(SMALL, work), sum(gather_bytes(SMALL, work))
+            rows.append([
+                f"{w * work.queries}", str(w), str(work.queries), str(work.candidates), f"{found['operations']:,}",
+                f"{operations:,}", f"{w * operations:,}", f"{found['all_gather'] + found['reduce_scatter']:,}",
+                f"{received:,}",
+            ])  # fmt: skip
+    return rows
+
+
+def constant_rows(results: dict[str, Any]) -> Cells:
+    """What was measured alone."""
+    rows = []
+    for w, found in results["constants"].items():
+        rates = [f"{found[name] / 1e6:,.0f}" if name in found else "-" for name in ("gather", "scatter", "reduce")]
+        latency = f"{1e3 * found['latency']:.2g}" if "latency" in found else "-"
+        compute, loss = f"{found['compute'] / 1e9:.1f}", f"{found['loss'] / 1e9:.1f}"
+        rows.append([w, compute, loss, f"{1e9 * found['update']:.2f}", latency, *rates])
+    return rows
+
+
+def check_rows(results: dict[str, Any]) -> Cells:
+    """The sum of the terms against the measured step."""
+    rows = []
+    for w in PROCESSES:
+        found = {name: results["constants"][str(w)].get(name, math.inf) for name in Machine.__dataclass_fields__}
+        work = Work(w, GLOBAL_QUERIES // w, GROUP, QUERY_TOKENS, PASSAGE_TOKENS)
+        terms = step_seconds(SMALL, work, Machine(**found), results["bytes_per_pair"])
+        total, measured = sum(terms.values()), results["step"][str(w)]
+        times = [*terms.values(), total, measured]
+        rows.append([str(w), *map(milliseconds, times), f"{total / measured:.2f}"])
+    return rows
+
+
+def prediction_rows(results: dict[str, Any]) -> Cells:
+    """bge-large-zh on H100s."""
+    rows = []
+    for name, case in CASES.items():
+        for gpus in GPUS:
+            work = Work(**asdict(case) | {"processes": gpus})
+            terms = step_seconds(BGE_LARGE_ZH, work, h100(gpus), results["bytes_per_pair"])
+            total = sum(terms.values())
+            rows.append([
+                name, f"{gpus:,}", f"{work.candidates:,}", *map(milliseconds, terms.values()),
+                f"{terms['compute'] / total:.0%}", f"{gpus * work.queries / total:,.0f}",
+                size(4 * work.queries * work.candidates), size(4 * work.candidates * BGE_LARGE_ZH.hidden),
+            ])  # fmt: skip
+    return rows
+
+
+def limit_rows(results: dict[str, Any]) -> Cells:
+    """Where a term reaches a tenth of compute, between nodes."""
+    rows = []
+    for name, case in CASES.items():
+        gpu = h100(GPUS[-1])
+        tenth = 0.1 * encoder_operations(BGE_LARGE_ZH, case) / gpu.compute
+        tokens = case.tokens * 2 * 4 * BGE_LARGE_ZH.parameters / gpu.reduce / tenth
+        one_more = (
+            5 * ASSUMED["hop_seconds"]
+            + sum(gather_bytes(BGE_LARGE_ZH, Work(**asdict(case) | {"processes": 2}))) / gpu.gather
+        )
+        pair = 6 * BGE_LARGE_ZH.hidden / gpu.loss + results["bytes_per_pair"] / gpu.memory
+        limits = (case.tokens, tokens, tenth / one_more, tenth / (case.queries * pair))
+        rows.append([name, *(f"{float(f'{limit:.2g}'):,.0f}" for limit in limits)])
+    return rows
+
+
+def fsdp_rows(_: dict[str, Any]) -> Cells:
+    """Bytes and time of the gradient and the weights, DDP against FSDP2."""
+    rows = []
+    for gpus in GPUS:
+        volumes = (reduce_bytes(BGE_LARGE_ZH, gpus), *(fsdp_bytes(BGE_LARGE_ZH, gpus, chunks) for chunks in (0, 8)))
+        cells = [cell for v in volumes for cell in (size(v), milliseconds(v / h100(gpus).reduce))]
+        rows.append([f"{gpus:,}", *cells])
+    return rows
+
+
+ROWS: dict[str, Callable[[dict[str, Any]], Cells]] = {
+    "counts": count_rows, "constants": constant_rows, "check": check_rows, "prediction": prediction_rows,
+    "limits": limit_rows, "fsdp": fsdp_rows,
+}  # fmt: skip
+STAMPS = {
+    "en": "`python benchmarks/scaling.py`; medians of {repeats} repeats, one thread per process; {machine}, "
+    "load {load} before the start; torch {torch}; {date}",
+    "zh": "`python benchmarks/scaling.py`；{repeats} 次重复取中位数，每进程一个线程；{machine}，"
+    "开始前负载 {load}；torch {torch}；{date}",
+}
+
+
+def table(name: str, language: str, results: dict[str, Any]) -> str:
+    """A table in markdown; what was timed says where and when."""
+    header = HEADERS[name][language]
+    lines: Sequence[Sequence[str]] = [header, ["---:"] * len(header), *ROWS[name](results)]
+    text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return text + ("\n\n" + STAMPS[language].format(**results) if name in ("constants", "check") else "")
+
+
+def with_tables(page: str, language: str, results: dict[str, Any]) -> str:
+    """The page with the tables between its markers made anew."""
+    for name in ROWS:
+        inside = re.compile(rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)", re.DOTALL)
+        page, found = inside.subn(lambda m, name=name: m[1] + table(name, language, results) + m[2], page)
+        assert found == 1, f"{language}: no marker {name}"
+    return page
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tables", action="store_true", help="write the tables from the figures that are there")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        return worker()
+
+    if not args.tables:
+        info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+        names = re.findall(r"^model name\s*: (.*)$", info, re.MULTILINE) or [platform.machine()]
+        load = round(os.getloadavg()[0], 1)  # near 0 on a quiet machine
+        found = {str(w): run_processes(w) for w in PROCESSES}
+        kinds = ("fixed_global", "fixed_per_process")
+        record = {
+            "command": "python benchmarks/scaling.py", "machine": f"{os.cpu_count()} x {names[0]}",
+            "torch": torch.__version__, "date": str(date.today()), "repeats": REPEATS, "load": load,
+            "counts": {kind: {w: one[kind] for w, one in found.items()} for kind in kinds},
+            "bytes_per_pair": found["1"]["bytes_per_pair"],
+            "constants": {w: one["constants"] for w, one in found.items()},
+            "step": {w: one["step"] for w, one in found.items()},
+            "vendor": VENDOR, "assumed": ASSUMED,
+        }  # fmt: skip
+        RESULTS.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    results = json.loads(RESULTS.read_text(encoding="utf-8"))
+    for language, file in DOCS.items():
+        file.write_text(with_tables(file.read_text(encoding="utf-8"), language, results), encoding="utf-8")
+    for name in ROWS:
+        print(f"{name}\n{table(name, 'en', results)}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
