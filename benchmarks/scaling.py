@@ -222,7 +222,8 @@ def make_batch(num_queries: int, num_processes: int, seed: int = 0) -> Any:
     own = torch.arange(num_queries * GROUP).reshape(num_queries, GROUP)
     return Batch(
         tokens=Tokens(ids, lengths), own_BG=own, passage_id_R=passage_ids, excluded_BX=passage_ids[own[:, :1]],
-        teacher_BG=None, num_global_rows=num_queries * num_processes, rows=list(range(num_queries)),
+        teacher_BG=None, num_global_rows=num_queries * num_processes, max_texts=num_queries * (1 + GROUP),
+        rows=list(range(num_queries)),
     )  # fmt: skip
 
 
