@@ -337,7 +337,7 @@ class EvaluateConfig:
 
 # Flags of FlagEmbedding and its examples that mean nothing here; the reason is what the user reads.
 REFUSED = {
-    "deepspeed": "DeepSpeed is not tested here; launch with accelerate or torchrun (DDP)",
+    "deepspeed": "DeepSpeed is not tested here; launch with accelerate or torchrun (DDP, or --fsdp)",
     "small_threshold": "merge small files yourself; every row is used",
     "drop_threshold": "merge small files yourself; every row is used",
     "shuffle_ratio": "it reorders thirds of a passage, which no evaluation does",

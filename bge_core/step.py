@@ -140,7 +140,7 @@ def guide_vectors(batch: Batch, settings: StepSettings, device: torch.device) ->
     assert batch.guide_tokens is not None
     tokens = batch.guide_tokens.to(device)
     with settings.autocast():
-        return torch.cat([settings.guide(chunk) for chunk in tokens.split(settings.chunk_size or len(tokens))])
+        return torch.cat([settings.guide(chunk) for chunk in tokens.split(settings.chunk_size or max(1, len(tokens)))])
 
 
 def loss_input(vector_SD: Tensor, batch: Batch, cross_device: bool, guide_SE: Tensor | None = None) -> LossInput:

@@ -15,20 +15,30 @@ import torch
 from batches import Gradients, assert_same_gradients, load, true_gradients
 from runs import Row
 from torch.distributed.tensor import DTensor
-from two_processes import DTYPES, ENCODE_CASES, PROMPT, STEP_CASES, forward_backward_of, rank_batches
+from two_processes import DTYPES, ENCODE_CASES, EVEN, PROMPT, UNEVEN, StepCase, forward_backward_of, rank_batches
 
 from bge_core import UserError
 from bge_core.distributed import clip_gradients, resolve_sharding, start, sum_over_ranks, unwrap, wrap
 from bge_core.encode import encode
 from bge_core.model import Encoder
 
-CASES = (
-    "info_nce", "info_nce_cached", "kl_div", "mrl_cached", "no_negatives_on_rank_1_m3", "accumulation",
-    "accumulation_cached", "accumulation_short_last_cached", "one_row_on_rank_1", "one_row_cached", "local_cached",
-    "local_one_row_m3_cached",
-)  # fmt: skip
+ONE_WITHOUT = ((3, 2), (1, 1))
+CASES = {
+    "info_nce": StepCase([UNEVEN]),
+    "info_nce_cached": StepCase([UNEVEN], chunk_size=3),
+    "kl_div": StepCase([UNEVEN], "kl_div"),
+    "mrl_cached": StepCase([UNEVEN], "mrl", chunk_size=3),
+    "no_negatives_on_rank_1_m3": StepCase([ONE_WITHOUT], "m3_kd_loss", chunk_size=2),
+    "accumulation": StepCase([EVEN, UNEVEN]),
+    "accumulation_cached": StepCase([UNEVEN, EVEN], chunk_size=2),
+    "accumulation_short_last_cached": StepCase([UNEVEN, ((), (3,))], chunk_size=2),
+    "one_row_on_rank_1": StepCase([((), (3,))]),
+    "one_row_cached": StepCase([((3,), ())], chunk_size=1),
+    "local_cached": StepCase([ONE_WITHOUT, EVEN], cross_device=False, chunk_size=2),
+    "local_one_row_m3_cached": StepCase([((), (3,))], "m3_kd_loss", cross_device=False, chunk_size=2),
+}
 RTOL = {"float64": 1e-9, "float32": 1e-5}
-STEPS = [(name, "float64") for name in CASES] + [(name, "float32") for name in CASES[:2]]
+STEPS = [(name, "float64") for name in CASES] + [(name, "float32") for name in ("info_nce", "info_nce_cached")]
 
 
 def whole_gradients(model: torch.nn.Module) -> Gradients:
@@ -44,7 +54,7 @@ def whole_gradients(model: torch.nn.Module) -> Gradients:
 
 
 def step_case(model: torch.nn.Module, name: str, rank: int) -> tuple[dict[str, float], Gradients]:
-    shares = forward_backward_of(model, rank_batches(STEP_CASES[name], rank), STEP_CASES[name])
+    shares = forward_backward_of(model, rank_batches(CASES[name], rank), CASES[name])
     return {name: sum_over_ranks(share).item() for name, share in shares.items()}, whole_gradients(model)
 
 
@@ -62,7 +72,7 @@ def layout(model: Encoder) -> Row:
 
 
 def clipped(model: torch.nn.Module, rank: int, max_norm: float) -> tuple[float, Gradients]:
-    case = STEP_CASES["info_nce"]
+    case = CASES["info_nce"]
     forward_backward_of(model, rank_batches(case, rank), case)
     return clip_gradients(unwrap(model).parameters(), max_norm), whole_gradients(model)
 
@@ -94,7 +104,7 @@ def under_bf16(folder: str, shard: bool, rank: int, checkpointing: bool) -> Grad
     if checkpointing:
         encoder.backbone.gradient_checkpointing_enable({"use_reentrant": False})
     model = wrap(encoder, shard)
-    case = STEP_CASES["accumulation_cached"]
+    case = CASES["accumulation_cached"]
     autocast = functools.partial(torch.autocast, "cpu", torch.bfloat16)
     case = type(case)(case.groups, chunk_size=case.chunk_size, settings={"autocast": autocast})
     forward_backward_of(model, rank_batches(case, rank), case)
@@ -166,14 +176,14 @@ def test_every_parameter_lies_in_shards_and_every_layer_is_put_together_alone(tw
 def test_shards_hold_the_gradient_of_the_global_batch(
     name: str, dtype: str, two_ranks: list[Row], tiny_bert: Path
 ) -> None:
-    want_loss, want = true_gradients(tiny_bert, STEP_CASES[name].pools(), STEP_CASES[name].mode)
+    want_loss, want = true_gradients(tiny_bert, CASES[name].pools(), CASES[name].mode)
     for shares, got in of_both(two_ranks, f"step/{name}/{dtype}"):
         assert shares["loss"] == pytest.approx(want_loss, rel=RTOL[dtype])
         assert_same_gradients(got, want, RTOL[dtype])
 
 
 def test_the_norm_is_that_of_all_shards(two_ranks: list[Row], tiny_bert: Path) -> None:
-    _, want = true_gradients(tiny_bert, STEP_CASES["info_nce"].pools(), "info_nce")
+    _, want = true_gradients(tiny_bert, CASES["info_nce"].pools(), "info_nce")
     norm = float(sum(gradient.pow(2).sum() for gradient in want.values()) ** 0.5)
     assert norm > 0.05
     for max_norm, scale in ((0.0, 1.0), (0.05, 0.05 / norm)):

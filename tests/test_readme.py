@@ -45,6 +45,7 @@ APPENDED = {"prepare.py": ["--train_num", "32"], "train.py": ["--max_steps", "2"
 WALK_THROUGH = ["prepare.py", "mine.py", "train.py", "train.py", "merge.py", "evaluate.py"]
 # Flags of what starts a stage, and of the programs that the READMEs name.
 OTHERS_FLAGS = {
+    "max-restarts",
     "nproc_per_node", "nnodes", "node_rank", "master_addr", "master_port", "config_file", "main_process_ip",
     "machine_rank", "num_processes", "mixed_precision", "cpu", "nodes", "local-dir", "config",
 }  # fmt: skip
