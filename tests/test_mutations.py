@@ -53,8 +53,8 @@ MUTATIONS = [
     ),
     Mutation(
         "zero_grad inside accumulation", "step.py",
-        "        tokens = batch.tokens.to(device)\n",
-        "        tokens = batch.tokens.to(device)\n        model.zero_grad()\n",
+        "        is_last = k == len(micro_batches) - 1\n",
+        "        is_last = k == len(micro_batches) - 1\n        model.zero_grad()\n",
     ),
     Mutation(
         "ranks never averaged with GradCache", "step.py",
@@ -70,11 +70,11 @@ MUTATIONS = [
     ),
     Mutation(
         "temperature forgotten in blocks", "loss.py",
-        "scores = [(u_bD @ v_ND.T).requires_grad_()", "scores = [(u_bD @ v_ND.T * cfg.temperature).requires_grad_()",
+        "[block] @ v_ND.detach().T).requires_grad_()", "[block] @ v_ND.detach().T * cfg.temperature).requires_grad_()",
     ),
     Mutation(
         "last partial block dropped", "loss.py",
-        "for start in range(0, num_rows, block_size):", "for start in range(0, num_rows - block_size + 1, block_size):",
+        "range(0, num_rows, block_size)]", "range(0, num_rows - block_size + 1, block_size)]",
     ),
     Mutation(
         "factor W and share lost in blocks", "loss.py", "gradient.mul_(scales[0])", "gradient",
