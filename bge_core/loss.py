@@ -25,7 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 # Scores in a block by default, 32 MB in float32: enough rows for a good matrix product, and just so many that glibc
-# gives each such matrix back when it is freed (mallopt(3), M_MMAP_THRESHOLD) instead of keeping ever more of them.
+# gives each such matrix back when it is freed (mallopt(3), M_MMAP_THRESHOLD); the masks are smaller, and of them it may
+# keep ever more: with MALLOC_MMAP_THRESHOLD_=4194304 in the environment it does not.
 DEFAULT_BLOCK_SCORES = 1 << 23
 
 

@@ -192,7 +192,7 @@ def test_mean_over_ranks_is_the_loss_of_the_global_batch(mode: str, world_size: 
 # -------------------------------------------------------------------------------------------------------------- metrics
 
 
-def compare_metrics(batch: Batch, config: dict[str, Any], names: set[str], **view: Any) -> None:
+def assert_same_metrics(batch: Batch, config: dict[str, Any], names: set[str], **view: Any) -> None:
     x = loss_input(batch, **view)
     got = training_loss(x, LossConfig(**config)).metrics
     known = {
@@ -225,11 +225,11 @@ def test_metrics_are_those_of_the_reference(mode: str, exclude: bool, world_size
     for sizes in GROUPS.values():
         batch = make_batch(5, 5, sizes, dim=8, unit=mode != "inner_product").leaves()
         for rank in range(world_size):
-            compare_metrics(batch, config, names, rank=rank, world_size=world_size, padding=1)
+            assert_same_metrics(batch, config, names, rank=rank, world_size=world_size, padding=1)
 
 
 def test_masked_negatives_are_counted_among_the_candidates_of_the_row() -> None:
-    compare_metrics(make_batch(5, 5, 3, dim=8).leaves(), {"in_batch_negatives": False}, {"masked_negatives"})
+    assert_same_metrics(make_batch(5, 5, 3, dim=8).leaves(), {"in_batch_negatives": False}, {"masked_negatives"})
 
 
 def test_metrics_without_any_negative_are_numbers() -> None:
