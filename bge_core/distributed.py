@@ -116,7 +116,7 @@ def start(fp16: bool = False, bf16: bool = False, timeout: float = 1800.0, **kwa
         backend = "nccl" if cuda else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=group.timeout)
     accelerator = Accelerator(cpu=not (cuda or mps), mixed_precision=precision, kwargs_handlers=[group], **kwargs)
-    atexit.register(_leave)
+    atexit.register(_leave, dist.group.WORLD)
     if accelerator.num_processes != world_size:
         raise UserError(
             f"the launcher started {world_size} processes, but {accelerator.num_processes} joined; start with\n"
@@ -126,8 +126,12 @@ def start(fp16: bool = False, bf16: bool = False, timeout: float = 1800.0, **kwa
     return accelerator
 
 
-def _leave() -> None:
-    """A process that ends with gloo's threads running can abort; also when an error ends it."""
+def _leave(group: dist.ProcessGroup | None) -> None:
+    """A process that ends with gloo's threads running can abort; also when an error ends it.
+
+    Holding the group until then keeps DDP from ending it: DDP joins gloo's thread with Python's lock in its hand, for
+    which that thread waits, to free the last collective's tensor (torch 2.13, one run in forty).
+    """
     if dist.is_initialized():
         dist.destroy_process_group()
 

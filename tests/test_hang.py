@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import runs
+import torch
+from accelerate import Accelerator
 
 import train
 from bge_core.watchdog import describe_hang, find_hung
@@ -68,6 +70,24 @@ def test_a_rank_that_is_stopped_is_named(tiny_bert: Path, data: Path, tmp_path: 
     assert codes == [1], said
     assert "waiting for rank 1\nrank 1 does not answer: its process is stopped, or its machine lost\n" in said
     assert "rank 0 waits at " in said and "Traceback" not in said
+
+
+def end_in_flight() -> None:
+    """In a child: the run ends while gloo's thread has tensors to free, for which it needs Python's lock."""
+    end_training = Accelerator.end_training
+
+    def patched(self: Accelerator) -> None:
+        for _ in range(20):
+            torch.distributed.all_reduce(torch.zeros(1), async_op=True)
+        end_training(self)
+
+    Accelerator.end_training = patched
+
+
+def test_ranks_end_while_gloo_still_works(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
+    """Seen in one run of twenty, after the last barrier: the model that is done with ended the process group."""
+    words = runs.flags(tiny_bert, data, tmp_path / "run")
+    assert runs.finish(runs.start_two(words, tmp_path / "log", end_in_flight), 60) == [0, 0]
 
 
 @pytest.mark.parametrize(
