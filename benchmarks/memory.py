@@ -182,10 +182,12 @@ def main() -> None:
         file = f"{folder}/train.jsonl"
         write_pairs(args.data, Path(file), args.batch_size)
         step = {"encoder_name": args.encoder, "file": file, "bf16": args.bf16}
-        text, results["gradcache_time_ratios"] = in_turn(
-            "step", step | {"batch_size": 32, "chunk_size": 32}, step | {"batch_size": 32, "chunk_size": None}
-        )
-        rows.append(["step with GradCache (32 texts) / plain, time, batch 32", text])
+        results["gradcache_time_ratios"] = {}
+        for batch_size, chunk_size in ((32, 32), (128, 64)):
+            sizes = step | {"batch_size": batch_size}
+            text, ratios = in_turn("step", sizes | {"chunk_size": chunk_size}, sizes | {"chunk_size": None})
+            results["gradcache_time_ratios"][str(batch_size)] = ratios
+            rows.append([f"step with GradCache ({chunk_size} texts) / plain, time, batch {batch_size}", text])
         plain = child("step", **step, batch_size=32, chunk_size=None)
         cached = [child("step", **step, batch_size=b, chunk_size=32) for b in (32, args.batch_size)]
         results["gradcache_memory"] = {

@@ -169,7 +169,7 @@ class TrainConfig:
     )
     loss_args: str | None = _flag(None, "JSON object, given to the loss as cfg.args.")
     loss_block_size: int | None = _flag(
-        None, "Rows of the score matrix at a time; 0: the whole matrix. Default: by size, about 32 MB a block."
+        None, "Rows of the score matrix at a time; 0: the whole matrix. Default: by size, about 16 MB a block."
     )
     guide_encoder: str | None = _flag(None, "Frozen encoder whose vectors a loss of your own sees, too (GISTEmbed).")
     # optimization

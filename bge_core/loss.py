@@ -24,10 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Scores in a block by default, 32 MB in float32: enough rows for a good matrix product, and just so many that glibc
-# gives each such matrix back when it is freed (mallopt(3), M_MMAP_THRESHOLD); the masks are smaller, and of them it may
-# keep ever more: with MALLOC_MMAP_THRESHOLD_=4194304 in the environment it does not.
-DEFAULT_BLOCK_SCORES = 1 << 23
+# Scores in a block by default, 16 MB in float32: rows enough for a good matrix product, and little beside the vectors.
+DEFAULT_BLOCK_SCORES = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -182,8 +180,8 @@ def by_row_blocks(
     vectors = [vector for pair in pairs for vector in pair]
     gradients = [torch.zeros_like(vector) for vector in vectors]
 
-    def add_block(block: slice) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss and metrics of some rows; their gradients are added. What it makes dies with it, before the next."""
+    def add_block(block: slice) -> dict[str, Tensor]:
+        """Sums of loss and metrics over some rows; their gradients are added. What it makes dies with it."""
         scores = [(u_BD.detach()[block] @ v_ND.detach().T).requires_grad_() for u_BD, v_ND in pairs]
         with torch.enable_grad():
             loss_b, metrics_b = row_losses(scores, x.rows(block.start, block.stop))
@@ -191,11 +189,15 @@ def by_row_blocks(
             u_BD, v_ND = pairs[k]
             gradients[2 * k][block] = gradient_bN @ v_ND.detach()
             gradients[2 * k + 1].addmm_(gradient_bN.T, u_BD.detach()[block])
-        return loss_b.detach(), metrics_b
+        return {"loss": loss_b.detach().sum(), **{name: value_b.sum() for name, value_b in metrics_b.items()}}
 
-    blocks = [add_block(slice(start, start + block_size)) for start in range(0, num_rows, block_size)]
-    loss = _KnownGradient.apply(torch.cat([loss_b for loss_b, _ in blocks]).mean(), gradients, *vectors)  # type: ignore[no-untyped-call]
-    return LossOutput(loss, {name: torch.cat([m[name] for _, m in blocks]).mean() for name in blocks[0][1]})
+    sums: dict[str, Tensor] = {}  # added in place: a small tensor left by every block would keep its memory in pieces
+    for start in range(0, num_rows, block_size):
+        for name, sum_of_block in add_block(slice(start, start + block_size)).items():
+            sums[name] = sums[name].add_(sum_of_block) if name in sums else sum_of_block
+    means = {name: value / num_rows for name, value in sums.items()}
+    loss = _KnownGradient.apply(means.pop("loss"), gradients, *vectors)  # type: ignore[no-untyped-call]
+    return LossOutput(loss, means)
 
 
 class _KnownGradient(torch.autograd.Function):
@@ -221,8 +223,8 @@ def negative_mask(x: LossInput, cfg: LossConfig) -> Tensor:
     """
     mask_BN = candidate_mask(x, cfg)
     if cfg.exclude_positives:
-        mask_BN = mask_BN & ~known_positives(x)
-    return mask_BN.scatter(1, x.positive_B[:, None], False)
+        mask_BN &= known_positives(x).logical_not_()
+    return mask_BN.scatter_(1, x.positive_B[:, None], False)
 
 
 def candidate_mask(x: LossInput, cfg: LossConfig) -> Tensor:
@@ -308,8 +310,8 @@ def ranking_metrics(score_BN: Tensor, mask_BN: Tensor, x: LossInput, cfg: LossCo
     masked_BN = score_BN.masked_fill(~mask_BN, -torch.inf)
     hardest_B = masked_BN.amax(dim=1) if masked_BN.numel() else positive_B  # a rank without rows has no column either
     num_negatives_B = mask_BN.sum(dim=1)
-    known_BN = known_positives(x) & candidate_mask(x, cfg)
-    masked_B = known_BN.scatter(1, x.positive_B[:, None], False).sum(dim=1)
+    known_BN = known_positives(x).logical_and_(candidate_mask(x, cfg))
+    masked_B = known_BN.scatter_(1, x.positive_B[:, None], False).sum(dim=1)
     return {
         "accuracy": (positive_B > hardest_B).to(positive_B.dtype),
         "negative_beats_positive": (positive_B < hardest_B).to(positive_B.dtype),
