@@ -329,7 +329,7 @@ def test_two_runs_on_one_folder(
             refused = both[0] if both[1].is_alive() else both[1]
             (holder,) = [child for child in both if child is not refused]
             assert refused.exitcode == 2 and holder.is_alive()
-            assert f"error: {folder}: another run is writing there" in log.read_text(encoding="utf-8")
+            assert f"{folder}: another run is writing there" in log.read_text(encoding="utf-8")
             if number % 2:
                 time.sleep(rng.uniform(0, 3))
                 holder.kill()
@@ -396,7 +396,7 @@ def test_poisoned_rows(
             lines = [json.dumps(row if i == line else other) for i, other in enumerate(rows)]
             file.write_text("\n".join(lines) + "\n", encoding="utf-8")
             tried += 1
-            code, err = runs.run(tiny_bert, file, folder, **SETTINGS), capsys.readouterr().err
+            code, err = runs.run(tiny_bert, file, folder, val_data=data, **SETTINGS), capsys.readouterr().err
             try:
                 if kind == "a lone surrogate":
                     where = f"{file}:{line + 1}: field '{field}" + ("'" if field == "query" else "[0]'")
