@@ -45,15 +45,17 @@ def evaluate(config: EvaluateConfig) -> None:
     used: dict[str, Any] = {}
     for path, name in zip(config.encoder, unique_names(config.encoder), strict=True):
         encoder = load_encoder(
-            path, pooling=config.pooling_method, cache_dir=config.cache_dir, trust_remote_code=config.trust_remote_code
-        ).to(accelerator.device)
+            path, pooling=config.pooling_method, cache_dir=config.cache_dir,
+            trust_remote_code=config.trust_remote_code, attention=config.attention,
+        ).to(accelerator.device)  # fmt: skip
         query_prompt, passage_prompt = prompts(config, path, encoder, task)
         used[name] = {
             "model": path, "pooling": encoder.settings.pooling, "query_instruction": query_prompt,
             "passage_instruction": passage_prompt, "precision": accelerator.mixed_precision,
         }  # fmt: skip
         rankings[name] = evaluate_encoder(
-            encoder, task, k=config.k, batch_size=config.batch_size, precision=accelerator.mixed_precision,
+            encoder, task, k=config.k, batch_size=config.batch_size, max_tokens=config.max_tokens,
+            precision=accelerator.mixed_precision,
             query_prompt=query_prompt, passage_prompt=passage_prompt,
             query_max_length=config.max_query_length, passage_max_length=config.max_passage_length,
         )  # fmt: skip

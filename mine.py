@@ -77,7 +77,7 @@ def mine(config: MineConfig) -> None:
     accelerator = start(config.fp16, config.bf16)
     encoder = load_encoder(
         config.model_name_or_path, pooling=config.sentence_pooling_method, cache_dir=config.cache_dir,
-        trust_remote_code=config.trust_remote_code,
+        trust_remote_code=config.trust_remote_code, attention=config.attention,
     ).to(accelerator.device)  # fmt: skip
     num_scored = sum(row.get("neg_scores") is not None for row in rows)
     if num_scored:

@@ -49,9 +49,9 @@ from bge_core.loss import LossConfig, training_loss
 from bge_core.metrics import per_query_metrics
 from bge_core.model import Encoder, load_encoder
 from bge_core.optim import build_optimizer, learning_rate_schedule
-from bge_core.packing import Tokens
 from bge_core.runlog import append_metrics, memory_mb
 from bge_core.step import LossFunction, StepSettings, forward_backward
+from bge_core.tokens import Tokens
 
 logger = logging.getLogger(__name__)
 STOPPED_BY_SIGNAL = 75  # EX_TEMPFAIL: try again
@@ -155,6 +155,7 @@ def train(config: TrainConfig, at_end: ExitStack) -> int:
         loss_config=loss_config(config),
         cross_device=config.negatives_cross_device,
         chunk_size=config.sub_batch_size,
+        max_tokens=config.max_tokens,
         scaler=scaler,
         autocast=accelerator.autocast,
         guide=guide.to(accelerator.device) if guide else None,
@@ -360,6 +361,8 @@ def build_encoder(config: TrainConfig, name: str) -> Encoder:
         cache_dir=config.cache_dir,
         token=config.token,
         trust_remote_code=config.trust_remote_code,
+        attention=config.attention,
+        attention_dropout=config.attention_dropout,
     )
     encoder.freeze(position_embeddings=config.fix_position_embedding)
     if config.gradient_checkpointing:

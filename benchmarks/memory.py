@@ -98,8 +98,8 @@ def measure_step(encoder_name: str, file: str, batch_size: int, chunk_size: int 
     )
     optimizer = build_optimizer(encoder, 1e-5, 0.0, (0.9, 0.999), 1e-8)
     (batch,) = data[0]
-    examples, _, _ = next(data.examples(0))
-    forward_backward(encoder, [data.collate(examples[:2], 2)], settings)
+    examples, _ = next(data.examples(0))
+    forward_backward(encoder, [data.collate(examples[:2], [(2, sum(len(e.passages) for e in examples[:2]))])], settings)
     optimizer.step()  # its state exists from now on
     before, started = resident_mb(), time.perf_counter()
     forward_backward(encoder, [batch], settings)

@@ -237,8 +237,13 @@ def train_ours(
                 else None
             )
             examples.append(Example(number, row["query"], passages, [*map(text_id, passages)], known_ids, scores))
+        first = step * options.batch_size
+        counts = [
+            (per_rank, sum(1 + len(data.rows[n]["neg"][: options.group_size - 1]) for n in range(i, i + per_rank)))
+            for i in range(first, first + options.batch_size, per_rank)
+        ]
         optimizer.zero_grad()
-        shares = forward_backward(model, [data.collate(examples, options.batch_size)], settings)
+        shares = forward_backward(model, [data.collate(examples, counts)], settings)
         if step == 0:
             gradients = {name: p.grad.double() for name, p in encoder.backbone.named_parameters() if p.grad is not None}
             result["grad_norm"] = math.sqrt(sum(float((g * g).sum()) for g in gradients.values()))

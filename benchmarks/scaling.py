@@ -213,7 +213,7 @@ def make_encoder() -> Any:
 def make_batch(num_queries: int, num_processes: int, seed: int = 0) -> Any:
     """Random tokens; every text of its kind has the same length, so that nothing is padded."""
     from bge_core.data import Batch
-    from bge_core.packing import Tokens
+    from bge_core.tokens import Tokens
 
     generator = torch.Generator().manual_seed(seed)
     lengths = [QUERY_TOKENS] * num_queries + [PASSAGE_TOKENS] * (num_queries * GROUP)
@@ -222,7 +222,7 @@ def make_batch(num_queries: int, num_processes: int, seed: int = 0) -> Any:
     own = torch.arange(num_queries * GROUP).reshape(num_queries, GROUP)
     return Batch(
         tokens=Tokens(ids, lengths), own_BG=own, passage_id_R=passage_ids, excluded_BX=passage_ids[own[:, :1]],
-        teacher_BG=None, num_global_rows=num_queries * num_processes, max_texts=num_queries * (1 + GROUP),
+        teacher_BG=None, rank_counts=[(num_queries, num_queries * GROUP)] * num_processes,
         rows=list(range(num_queries)),
     )  # fmt: skip
 

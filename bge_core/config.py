@@ -58,6 +58,10 @@ def _two_placeholders(name: str, value: str) -> str:
     return value
 
 
+Attention = Literal["auto", "padded", "sdpa", "varlen", "flash", "flex"]
+_ATTENTION = "How attention is computed without padding: auto takes the fastest that works; padded: as stock models."
+
+
 @dataclass
 class PrepareConfig:
     """Raw question/answer files -> train.jsonl, test.jsonl, corpus.jsonl."""
@@ -100,7 +104,9 @@ class MineConfig:
     )
     query_max_len: int = _flag(512, "Longest query in tokens.")
     passage_max_len: int = _flag(512, "Longest candidate in tokens.")
-    batch_size: int = _flag(64, "Texts per encoding batch.")
+    max_tokens: int = _flag(8192, "At most this many tokens per encoding batch.")
+    batch_size: int | None = _flag(None, "At most this many texts per encoding batch.")
+    attention: Attention = _flag("auto", _ATTENTION)
     fp16: bool = _flag(False, "Encode in float16 (GPU).")
     bf16: bool = _flag(False, "Encode in bfloat16.")
     seed: int = _flag(42, "Seed of the sampling.")
@@ -108,7 +114,7 @@ class MineConfig:
     trust_remote_code: bool = _flag(False, "Run model code that comes with the checkpoint.")
 
     def __post_init__(self) -> None:
-        for name in ("negative_number", "batch_size", "query_max_len", "passage_max_len"):
+        for name in ("negative_number", "max_tokens", "query_max_len", "passage_max_len"):
             _need(getattr(self, name) > 0, name, getattr(self, name), "use a number above 0")
         _need(not (self.fp16 and self.bf16), "fp16", True, "cannot go with --bf16: choose one")
         _ = self.sampling_range
@@ -141,6 +147,8 @@ class TrainConfig:
     )
     normalize_embeddings: bool = _flag(True, "Scale vectors to length 1, so that scores are cosines.", "normlized")
     fix_position_embedding: bool = _flag(False, "Freeze the position embeddings.")
+    attention: Attention = _flag("auto", _ATTENTION)
+    attention_dropout: float | None = _flag(None, "Dropout of attention weights. Default: the checkpoint's.")
     # data
     train_group_size: int = _flag(8, "Passages per query: one positive and train_group_size - 1 of its negatives.")
     query_max_len: int = _flag(32, "Longest query in tokens.")
@@ -180,6 +188,7 @@ class TrainConfig:
     sub_batch_size: int | None = _flag(
         None, "GradCache: encode this many texts at a time; memory no longer grows with the batch."
     )
+    max_tokens: int | None = _flag(None, "GradCache: encode texts of at most this many tokens at a time.")
     learning_rate: float = _flag(5e-5, "Peak learning rate of AdamW.")
     lr_scheduler_type: str = _flag("linear", "As in transformers: linear, cosine, constant, constant_with_warmup, ...")
     warmup_ratio: float = _flag(0.0, "Warm-up as a share of all steps.")
@@ -211,7 +220,7 @@ class TrainConfig:
     val_data: str | None = _flag(None, "Evaluation data (query, pos); scored every eval_steps and at the end.")
     val_corpus: str | None = _flag(None, "Corpus to search; default: the distinct pos and neg of val_data.")
     eval_steps: float | None = _flag(None, "Steps between two evaluations, as save_steps. Default: save_steps.")
-    per_device_eval_batch_size: int = _flag(64, "Texts per encoding batch of the evaluation.")
+    per_device_eval_batch_size: int | None = _flag(None, "At most this many texts per batch of the evaluation.")
     metric_for_best_model: str = _flag("MRR@10", "Decides the best checkpoint; larger is better.")
     load_best_model_at_end: bool = _flag(False, "The final model is that of the best evaluation.")
     early_stopping_patience: int | None = _flag(None, "Stop after this many evaluations without a better one.")
@@ -222,15 +231,19 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in (
             "train_group_size", "query_max_len", "passage_max_len", "per_device_train_batch_size", "logging_steps",
-            "per_device_eval_batch_size", "max_example_num_per_dataset", "learning_rate", "temperature",
+            "max_example_num_per_dataset", "learning_rate", "temperature",
             "adam_epsilon", "ddp_timeout",
         ):  # fmt: skip
             _need(getattr(self, name) > 0, name, getattr(self, name), "use a number above 0")
-        for name in ("gradient_accumulation_steps", "sub_batch_size", "save_total_limit", "early_stopping_patience"):
+        for name in (
+            "gradient_accumulation_steps", "sub_batch_size", "max_tokens", "save_total_limit",
+            "early_stopping_patience", "per_device_eval_batch_size",
+        ):  # fmt: skip
             value = getattr(self, name)
             if name == "sub_batch_size" and value is not None and value <= 0:
                 self.sub_batch_size = value = None  # FlagEmbedding's -1: off
             _need(value is None or value > 0, name, value, "use a number above 0")
+        _need(0 <= (self.attention_dropout or 0) < 1, "attention_dropout", self.attention_dropout, "use 0 to below 1")
         for name in ("weight_decay", "max_grad_norm", "warmup_steps", "save_steps", "dataloader_num_workers"):
             _need(getattr(self, name) >= 0, name, getattr(self, name), "use 0 or a number above it")
         _need(
@@ -321,7 +334,9 @@ class EvaluateConfig:
     )
     max_query_length: int = _flag(64, "Longest query in tokens.")
     max_passage_length: int = _flag(512, "Longest passage in tokens.")
-    batch_size: int = _flag(64, "Texts per encoding batch.")
+    max_tokens: int = _flag(8192, "At most this many tokens per encoding batch.")
+    batch_size: int | None = _flag(None, "At most this many texts per encoding batch.")
+    attention: Attention = _flag("auto", _ATTENTION)
     fp16: bool = _flag(False, "Encode in float16 (GPU).")
     bf16: bool = _flag(False, "Encode in bfloat16.")
     output_dir: str | None = _flag(None, "Where metrics.json, per_query.jsonl, run.<model>.trec and manifest.json go.")
@@ -330,7 +345,7 @@ class EvaluateConfig:
     trust_remote_code: bool = _flag(False, "Run model code that comes with the checkpoint.")
 
     def __post_init__(self) -> None:
-        for name in ("k", "batch_size", "max_query_length", "max_passage_length"):
+        for name in ("k", "max_tokens", "max_query_length", "max_passage_length"):
             _need(getattr(self, name) > 0, name, getattr(self, name), "use a number above 0")
         _need(not (self.fp16 and self.bf16), "fp16", True, "cannot go with --bf16: choose one")
 

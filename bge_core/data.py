@@ -22,7 +22,7 @@ from torch import Tensor
 
 from bge_core import UserError, records
 from bge_core.config import TrainConfig
-from bge_core.packing import Tokens, tokenize
+from bge_core.tokens import Tokens, tokenize
 
 _FEATURES = datasets.Features(
     {
@@ -58,8 +58,7 @@ class Batch:
         passage_id_R: hash of each passage's normalized text.
         excluded_BX: hashes that are never a negative of a query: its positives and itself; -1 is padding.
         teacher_BG: teacher scores of `own_BG`, or None.
-        num_global_rows: queries of this micro-batch on all ranks.
-        max_texts: texts of the rank that has the most of them: it sets the number of chunks of every rank.
+        rank_counts: (queries, passages) of this micro-batch on each rank.
         rows: the B numbers of the rows.
         guide_tokens: the same texts for the guide encoder, if there is one.
     """
@@ -69,8 +68,7 @@ class Batch:
     passage_id_R: Tensor
     excluded_BX: Tensor
     teacher_BG: Tensor | None
-    num_global_rows: int
-    max_texts: int
+    rank_counts: list[tuple[int, int]]
     rows: list[int]
     guide_tokens: Tokens | None = None
 
@@ -78,6 +76,11 @@ class Batch:
     def num_queries(self) -> int:
         """B."""
         return len(self.rows)
+
+    @property
+    def num_global_rows(self) -> int:
+        """M, the queries of all ranks."""
+        return sum(queries for queries, _ in self.rank_counts)
 
 
 @dataclass(frozen=True)
@@ -247,8 +250,8 @@ class TrainingData(torch.utils.data.Dataset[list[Batch]]):
         self.__dict__.update(state)
         self._epoch = lru_cache(maxsize=1)(self.plan.epoch)
 
-    def examples(self, step: int) -> Iterator[tuple[list[Example], int, int]]:
-        """This rank's examples of each micro-batch of a step, the rows on all ranks, the texts of the fullest rank."""
+    def examples(self, step: int) -> Iterator[tuple[list[Example], list[tuple[int, int]]]]:
+        """This rank's examples of each micro-batch of a step, and (queries, passages) of every rank."""
         epoch, micro_batches = self.plan.locate(step)
         for row_numbers in self._epoch(epoch)[micro_batches]:
             chosen = [
@@ -256,8 +259,8 @@ class TrainingData(torch.utils.data.Dataset[list[Batch]]):
                 for row, record in zip(row_numbers.tolist(), self._records(row_numbers), strict=True)
             ]
             hands = deal([self._cost(example) for example in chosen], self.world_size)
-            max_texts = max(sum(1 + len(chosen[i].passages) for i in hand) for hand in hands)
-            yield [chosen[i] for i in hands[self.rank]], len(chosen), max_texts
+            counts = [(len(hand), sum(len(chosen[i].passages) for i in hand)) for hand in hands]
+            yield [chosen[i] for i in hands[self.rank]], counts
 
     def _records(self, row_numbers: np.ndarray) -> list[dict[str, Any]]:
         columns = self.rows[row_numbers]
@@ -271,8 +274,8 @@ class TrainingData(torch.utils.data.Dataset[list[Batch]]):
     def __getitem__(self, step: int) -> list[Batch]:
         return [self.collate(*micro_batch) for micro_batch in self.examples(step)]
 
-    def collate(self, examples: list[Example], num_global_rows: int, max_texts: int = 0) -> Batch:
-        """Tokenize and number the columns; see `Batch` for the numbers (max_texts 0: those of this rank)."""
+    def collate(self, examples: Sequence[Example], rank_counts: list[tuple[int, int]]) -> Batch:
+        """Tokenize and number the columns."""
         queries = [example.query for example in examples]
         passages = [passage for example in examples for passage in example.passages]
         tokens = self._tokenize(self.tokenizer, queries, passages, self.passage_max_len)
@@ -285,8 +288,7 @@ class TrainingData(torch.utils.data.Dataset[list[Batch]]):
             passage_id_R=torch.tensor([i for example in examples for i in example.passage_ids], dtype=torch.int64),
             excluded_BX=_padded([example.known_ids for example in examples], -1),
             teacher_BG=_padded(teachers, 0.0) if self.config.knowledge_distillation else None,
-            num_global_rows=num_global_rows,
-            max_texts=max(max_texts, len(tokens)),
+            rank_counts=rank_counts,
             rows=[example.row for example in examples],
             guide_tokens=self._tokenize(self.guide[0], queries, passages, self.guide[1]) if self.guide else None,
         )

@@ -1,12 +1,13 @@
-"""Texts -> vectors in input order: sorted by length, dealt to the ranks by whole batches.
+"""Texts -> vectors in input order: block by block, sorted by length, packed to a budget of tokens, dealt to the ranks.
 
 Batches are a pure function of the texts: which process computes one, and how many processes there are, does not change
-a single bit of a vector.
+a single bit of a vector. One block of texts is held at a time, tokenized while the model works on the one before, so
+memory does not grow with the number of texts; the vectors may go straight into a memory-mapped file.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -15,10 +16,11 @@ from tqdm import tqdm
 from bge_core import UserError
 from bge_core.distributed import is_sharded, sum_over_ranks, world
 from bge_core.model import Encoder
-from bge_core.packing import Tokens, bucket_texts, tokenize
+from bge_core.tokens import Tokens, tokenize
 from bge_core.watchdog import beat
 
-_TOKENIZE_AT_ONCE = 4096
+BLOCK = 16_384  # texts that are tokenized and sorted together
+MAX_TOKENS = 8192
 
 
 def encode(
@@ -27,9 +29,11 @@ def encode(
     *,
     prompt: str = "",
     max_length: int = 512,
-    batch_size: int = 64,
+    batch_size: int | None = None,
+    max_tokens: int = MAX_TOKENS,
     precision: str = "no",
     description: str = "encode",
+    output: np.ndarray | None = None,
 ) -> np.ndarray:
     """Vectors of all texts, on every rank.
 
@@ -38,57 +42,86 @@ def encode(
         texts: n strings; an empty one is fine.
         prompt: put before each text.
         max_length: longest text in tokens, cut to what the backbone takes.
-        batch_size: texts per batch.
+        batch_size: at most so many texts in a batch; None: any number.
+        max_tokens: at most so many tokens in a batch (one text may be longer).
         precision: "fp16" or "bf16" autocast, or "no".
         description: of the progress bar.
+        output: (n, D) float32 or float16 to write into, a memory map for example; None: a new float32 array.
 
     Returns:
-        (n, D) float32, in input order, of length 1 where the encoder normalizes.
+        (n, D), in input order, of length 1 where the encoder normalizes: `output`, if it was given.
 
     Raises:
         UserError: a vector is not finite; the text is named.
     """
-    rank, world_size = world()
+    shape = (len(texts), encoder.embedding_size)
+    result = np.empty(shape, dtype=np.float32) if output is None else output
+    if result.shape != shape:
+        raise UserError(f"output has the shape {result.shape}; {len(texts)} vectors of this model need {shape}")
     max_length = min(max_length, encoder.max_positions)
-    tokens: list[list[int]] = []
-    for start in range(0, len(texts), _TOKENIZE_AT_ONCE):
-        part = [prompt + text for text in texts[start : start + _TOKENIZE_AT_ONCE]]
-        tokens += tokenize(encoder.tokenizer, part, max_length)
-    order = sorted(range(len(texts)), key=lambda i: -len(tokens[i]))  # longest first: memory fails early
-    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    blocks = [slice(start, start + BLOCK) for start in range(0, len(texts), BLOCK)]
 
-    device, was_training = encoder.device, encoder.training
+    def token_lists(block: slice) -> list[list[int]]:
+        return tokenize(encoder.tokenizer, [prompt + text for text in texts[block]], max_length)
+
+    num_broken, first_broken, was_training = 0, 0, encoder.training
     half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision)
-    vector_SD = torch.zeros((len(texts), encoder.embedding_size), dtype=torch.float32)
-    encoder.eval()
-    turns = [batches[i : i + world_size] for i in range(0, len(batches), world_size)]
+    autocast = torch.autocast(encoder.device.type, half) if half else nullcontext()
     # disable=None: no bar where stderr is not a terminal
-    bar = tqdm(
-        total=sum(map(len, batches[rank::world_size])),
-        desc=description,
-        unit="text",
-        disable=None if rank == 0 and len(texts) > 1000 else True,
-    )
-    sharded = is_sharded(encoder)
+    quiet = True if world()[0] or len(texts) <= 1000 else None
+    bar = tqdm(total=len(texts), desc=description, unit="text", disable=quiet)
     # no_grad where in shards: they must not come back from an evaluation as tensors that no gradient may use
-    without_graph = torch.no_grad() if sharded else torch.inference_mode()
-    with without_graph, torch.autocast(device.type, half) if half else nullcontext(), bar:
-        for turn in turns:
-            beat()
-            batch = turn[rank] if rank < len(turn) else []
-            num_runs = max(len(bucket_texts([len(tokens[i]) for i in of_rank])) for of_rank in turn) if sharded else 1
-            texts_tokens = replace(Tokens.from_lists([tokens[i] for i in batch]), num_runs=num_runs)
-            vectors = encoder(texts_tokens.to(device))
-            vector_SD[batch] = vectors.to("cpu", torch.float32)
-            bar.update(len(batch))
+    without_graph = torch.no_grad() if is_sharded(encoder) else torch.inference_mode()
+    encoder.eval()
+    with ThreadPoolExecutor(1) as pool, without_graph, autocast, bar:
+        ahead = [pool.submit(token_lists, block) for block in blocks[:1]]
+        for i, block in enumerate(blocks):
+            tokens = ahead.pop().result()
+            ahead += [pool.submit(token_lists, after) for after in blocks[i + 1 : i + 2]]
+            vectors = _encode_block(encoder, tokens, batch_size, max_tokens, bar)
+            broken = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
+            if len(broken) and not num_broken:
+                first_broken = block.start + int(broken[0])
+            num_broken += len(broken)
+            result[block] = vectors
     encoder.train(was_training)
-    if world_size > 1:  # rows of other ranks are zero here; NCCL sums on the device only
-        for block in vector_SD.split(65536):
-            block.copy_(sum_over_ranks(block.to(device)))
-    result = vector_SD.numpy()
-    bad = np.flatnonzero(~np.isfinite(result).all(axis=1))
-    if len(bad):
+    if num_broken:
         raise UserError(
-            f"the model gives NaN for {len(bad)} of {len(texts)} texts, first {texts[bad[0]][:60]!r}: is it broken?"
+            f"the model gives NaN for {num_broken} of {len(texts)} texts, first {texts[first_broken][:60]!r}: "
+            "is it broken?"
         )
     return result
+
+
+def _encode_block(
+    encoder: Encoder, texts: list[list[int]], batch_size: int | None, max_tokens: int, bar: tqdm
+) -> np.ndarray:
+    """Vectors of some texts, on every rank."""
+    rank, world_size = world()
+    batches = list(plan_batches([len(text) for text in texts], batch_size, max_tokens))
+    vector_SD = torch.zeros((len(texts), encoder.embedding_size), dtype=torch.float32)
+    for first in range(0, len(batches), world_size):  # a turn: every rank runs the model once, if only on nothing
+        beat()
+        turn = batches[first : first + world_size]
+        batch = turn[rank] if rank < len(turn) else []
+        if batch or is_sharded(encoder):
+            vectors = encoder(Tokens.from_lists([texts[i] for i in batch]).to(encoder.device))
+            vector_SD[batch] = vectors.to("cpu", torch.float32)
+        bar.update(sum(map(len, turn)))
+    if world_size > 1:  # rows of other ranks are zero here; NCCL sums on the device only
+        vector_SD = sum_over_ranks(vector_SD.to(encoder.device)).cpu()
+    return vector_SD.numpy()
+
+
+def plan_batches(lengths: Sequence[int], batch_size: int | None, max_tokens: int) -> Iterator[list[int]]:
+    """Positions of the texts of each batch, longest texts first (so that memory fails early, if it does)."""
+    batch: list[int] = []
+    num_tokens = 0
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if batch and (len(batch) == batch_size or num_tokens + lengths[i] > max_tokens):
+            yield batch
+            batch, num_tokens = [], 0
+        batch.append(i)
+        num_tokens += lengths[i]
+    if batch:
+        yield batch

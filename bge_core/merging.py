@@ -78,9 +78,9 @@ def mix_models(
     _refuse_model_type(model_type)
     if output_path is not None:
         merge_folders(model_names_or_paths, weights, output_path, overwrite=overwrite, **hub)
-        return load_encoder(output_path, **hub).backbone
+        return load_encoder(output_path, attention="padded", **hub).backbone
     checkpoints = open_checkpoints(model_names_or_paths, weights, **hub)
-    backbone = load_encoder(model_names_or_paths[0], **hub).backbone
+    backbone = load_encoder(model_names_or_paths[0], attention="padded", **hub).backbone
     names = merged_names(checkpoints)
     if not any(name.startswith("pooler.") for name in names):
         backbone.pooler = None
@@ -289,7 +289,7 @@ def open_checkpoint(name: str, **hub: Any) -> Checkpoint:
         with torch.device("meta"):
             backbone = AutoModel.from_config(config, trust_remote_code=hub.get("trust_remote_code"))
     except (OSError, ValueError, KeyError):
-        load_encoder(name, **hub)  # says what is wrong, as in every other stage
+        load_encoder(name, attention="padded", **hub)  # says what is wrong, as in every other stage
         raise
     names = set(backbone.state_dict())
     access = {key: hub.get(key) for key in ("cache_dir", "token")}
@@ -307,7 +307,7 @@ def open_checkpoint(name: str, **hub: Any) -> Checkpoint:
             if own in names or not read().is_floating_point():  # position ids, which older versions stored
                 tensors[own] = read
     if any(key not in tensors and not key.startswith("pooler.") for key in names):
-        state = load_encoder(name, **hub).backbone.state_dict()
+        state = load_encoder(name, attention="padded", **hub).backbone.state_dict()
         tensors = {key: functools.partial(state.__getitem__, key) for key in state}
     return Checkpoint(name, backbone, tokenizer, read_settings(name, **access), files, tensors)
 

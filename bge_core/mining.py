@@ -162,7 +162,7 @@ def mine(
     # One vector for each distinct query as it is encoded, for rows may repeat it.
     asked = [_first_stated(row.get("prompt"), query_instruction) + row["query"] for row in rows]
     places = {text: place for place, text in enumerate(dict.fromkeys(asked))}
-    shared = partial(encode, encoder, batch_size=config.batch_size, precision=precision)
+    shared = partial(encode, encoder, batch_size=config.batch_size, max_tokens=config.max_tokens, precision=precision)
     query_vectors = shared(list(places), max_length=config.query_max_len, description="encode queries")
     pool_vectors = shared(
         pool, prompt=passage_instruction, max_length=config.passage_max_len, description="encode candidates"

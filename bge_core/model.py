@@ -5,11 +5,12 @@
 A saved folder opens in transformers, in sentence-transformers (which would silently use mean pooling without the files
 that state otherwise) and in FlagEmbedding, and gives the same vectors.
 
-Shapes: T tokens of all texts, S texts, L longest text of a padded bucket, D embedding size.
+Shapes: T tokens of all texts, S texts, L longest text of a padded rectangle, D embedding size.
 """
 
 import json
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -18,11 +19,12 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoTokenizer
 from transformers.utils import cached_file
 
-from bge_core import UserError
-from bge_core.packing import Tokens, pad_buckets
+from bge_core import UserError, packing
+from bge_core.config import Attention
+from bge_core.tokens import Tokens, pad_buckets
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +36,7 @@ _POOLING_FLAGS = {
     "pooling_mode_mean_tokens": "mean",
     "pooling_mode_lasttoken": "last_token",
 }
+PACKING_BOUND = 1e-4  # of the largest entry, value or gradient, in float32
 _POOLING_NAMES = {"cls": "cls", "mean": "mean", "lasttoken": "last_token"}
 
 
@@ -62,15 +65,21 @@ class Encoder(nn.Module):
         backbone: a transformers encoder whose output has `last_hidden_state`.
         tokenizer: its fast tokenizer.
         settings: pooling and normalize must be stated.
+        attention: the kernel to pack with (packing.py), or "padded".
     """
 
-    def __init__(self, backbone: Any, tokenizer: Any, settings: EncoderSettings) -> None:
+    def __init__(
+        self, backbone: Any, tokenizer: Any, settings: EncoderSettings, attention: Attention = "padded"
+    ) -> None:
         super().__init__()
         if settings.pooling not in POOLINGS:
             raise UserError(f"pooling {settings.pooling!r}: use one of {', '.join(POOLINGS)}")
         self.backbone = backbone
         self.tokenizer = tokenizer
         self.settings = settings
+        self.attention = attention
+        if attention != "padded":
+            packing.enable(backbone)
 
     @property
     def device(self) -> torch.device:
@@ -86,8 +95,7 @@ class Encoder(nn.Module):
     def max_positions(self) -> int:
         """Longest text in tokens that the backbone takes."""
         limit = getattr(self.backbone.config, "max_position_embeddings", None) or 1 << 30
-        offset = self.backbone.config.pad_token_id + 1 if "roberta" in self.backbone.config.model_type else 0
-        return int(limit - offset)
+        return int(limit - first_position(self.backbone))
 
     def freeze(self, *, position_embeddings: bool = False) -> None:
         """Switch off the gradient of what gets none (BERT's pooler) and, on request, of the position embeddings."""
@@ -104,17 +112,29 @@ class Encoder(nn.Module):
         Returns:
             (S, D), float32 or wider, of length 1 where `settings.normalize`.
         """
-        rectangles = list(pad_buckets(tokens, self.tokenizer.pad_token_id))
-        dummy_11 = torch.full((1, 1), self.tokenizer.pad_token_id, device=self.device)
-        nothing: list[int] = []
-        rectangles += [(nothing, dummy_11, torch.ones_like(dummy_11))] * (tokens.num_runs - len(rectangles))
-        positions, pooled = [], []
-        for bucket, id_sL, mask_sL in rectangles:
-            hidden_sLD = self.backbone(input_ids=id_sL, attention_mask=mask_sL).last_hidden_state
-            positions += bucket
-            pooled.append(pool(hidden_sLD, mask_sL, self.settings.pooling)[: len(bucket)])
-        vector_SD = torch.cat(pooled)[torch.tensor(positions, device=self.device).argsort()]
+        if not len(tokens):
+            return self(Tokens(tokens.input_id_T.new_full((1,), self.tokenizer.pad_token_id), [1]))[:0]
+        token_vectors = self._padded if self.attention == "padded" else self._packed
+        hidden_TD, order = token_vectors(tokens)
+        vector_SD = pool(hidden_TD, [tokens.lengths[i] for i in order], self.settings.pooling)
+        vector_SD = vector_SD[torch.tensor(order).argsort().to(vector_SD.device, non_blocking=True)]
         return F.normalize(vector_SD, dim=-1) if self.settings.normalize else vector_SD
+
+    def _packed(self, tokens: Tokens) -> tuple[Tensor, list[int]]:
+        return packing.packed_hidden(
+            self.backbone, tokens, first_position=first_position(self.backbone), attention=self.attention
+        )
+
+    def _padded(self, tokens: Tokens) -> tuple[Tensor, list[int]]:
+        """As `packed_hidden`, on padded rectangles."""
+        # Where FSDP made a module of shards of this one, every rank has to run the layers equally often: once.
+        max_waste = 1.0 if hasattr(self, "unshard") else 0.125
+        parts, order = [], []
+        for bucket, id_sL, mask_sL in pad_buckets(tokens, self.tokenizer.pad_token_id, max_waste):
+            hidden_sLD = self.backbone(input_ids=id_sL, attention_mask=mask_sL).last_hidden_state
+            parts.append(hidden_sLD[mask_sL.bool()])
+            order += bucket
+        return torch.cat(parts), order
 
     def save(self, folder: str | Path, weights: dict[str, Tensor] | None = None) -> None:
         """Write weights, tokenizer and the files that sentence-transformers reads into an existing or new folder.
@@ -144,19 +164,24 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
         raise OSError(str(error)) from None
 
 
-def pool(hidden_sLD: Tensor, mask_sL: Tensor, pooling: Pooling | None) -> Tensor:
-    """One vector a text from right-padded token vectors, in float32 or wider; (s, D).
+def first_position(backbone: Any) -> int:
+    """The number of a text's first position: RoBERTa and its kin keep the first ones for padding."""
+    return int(backbone.config.pad_token_id + 1) if "roberta" in backbone.config.model_type else 0
 
-    cls: the first token. mean: sum of the real tokens / their number. last_token: the last real token.
+
+def pool(hidden_TD: Tensor, lengths: Sequence[int], pooling: Pooling | None) -> Tensor:
+    """One vector a text from the token vectors of S texts in one row, in float32 or wider; (S, D).
+
+    cls: the first token. mean: sum of the tokens / their number. last_token: the last one.
     """
-    hidden_sLD = hidden_sLD.to(torch.promote_types(hidden_sLD.dtype, torch.float32))
-    if pooling == "cls":
-        return hidden_sLD[:, 0]
+    hidden_TD = hidden_TD.to(torch.promote_types(hidden_TD.dtype, torch.float32))
+    length_S = torch.tensor(lengths)
     if pooling == "mean":
-        weight_sL1 = mask_sL.to(hidden_sLD.dtype)[:, :, None]
-        return (hidden_sLD * weight_sL1).sum(dim=1) / weight_sL1.sum(dim=1)
-    last_s = mask_sL.sum(dim=1) - 1
-    return hidden_sLD[torch.arange(len(last_s), device=last_s.device), last_s]
+        text_T = torch.arange(len(lengths)).repeat_interleave(length_S).to(hidden_TD.device, non_blocking=True)
+        sum_SD = hidden_TD.new_zeros((len(lengths), hidden_TD.shape[1])).index_add(0, text_T, hidden_TD)
+        return sum_SD / length_S[:, None].to(hidden_TD.device, non_blocking=True)
+    chosen_S = length_S.cumsum(0) - (length_S if pooling == "cls" else 1)
+    return hidden_TD[chosen_S.to(hidden_TD.device, non_blocking=True)]
 
 
 def load_encoder(
@@ -169,6 +194,8 @@ def load_encoder(
     token: str | None = None,
     trust_remote_code: bool = False,
     dtype: torch.dtype = torch.float32,
+    attention: Attention = "auto",
+    attention_dropout: float | None = None,
 ) -> Encoder:
     """Load a hub model or a folder.
 
@@ -177,6 +204,8 @@ def load_encoder(
         pooling: None: what the checkpoint's sentence-transformers files say, else cls. A contradiction is warned of.
         normalize: None: what those files say, else True.
         dtype: of the weights; float32 master weights unless told otherwise, whatever the checkpoint was saved in.
+        attention: how a batch is computed, see packing.py. A model that packed texts change is padded, with a warning.
+        attention_dropout: of the attention weights in training; None: what the checkpoint says.
 
     Returns:
         The encoder, on the CPU, in eval mode.
@@ -191,7 +220,10 @@ def load_encoder(
     if not folder.exists() and (str(name).startswith((".", "/", "~")) or str(name).count("/") > 1):
         raise UserError(f"{name}: no such folder")
     try:
-        backbone, info = AutoModel.from_pretrained(name, dtype=dtype, output_loading_info=True, **hub)
+        config = AutoConfig.from_pretrained(name, **hub)
+        if attention_dropout is not None:
+            set_attention_dropout(config, attention_dropout)
+        backbone, info = AutoModel.from_pretrained(name, config=config, dtype=dtype, output_loading_info=True, **hub)
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_name or name, use_fast=True, **hub)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         if isinstance(error, OSError) and error.errno is not None and not folder.is_dir():
@@ -212,7 +244,32 @@ def load_encoder(
         pooling=pooling or stored.pooling or "cls",
         normalize=normalize if normalize is not None else stored.normalize if stored.normalize is not None else True,
     )
-    return Encoder(backbone, tokenizer, settings).eval()
+    if attention != "padded":
+        attention = packed_or_padded(name, backbone, attention)
+    return Encoder(backbone, tokenizer, settings, attention).eval()
+
+
+def set_attention_dropout(config: Any, dropout: float) -> None:
+    """Set the dropout of attention weights, whatever the model calls it. UserError where it has none."""
+    found = [name for name in ("attention_probs_dropout_prob", "attention_dropout") if hasattr(config, name)]
+    if not found:
+        raise UserError(f"--attention_dropout: a {config.model_type} model has none")
+    for name in found:
+        setattr(config, name, dropout)
+
+
+def packed_or_padded(name: str | Path, backbone: Any, attention: Attention) -> Attention:
+    """`attention` if the model computes the same on a packed row as on single texts, else "padded", with a warning."""
+    start = first_position(backbone)
+    limit = getattr(backbone.config, "max_position_embeddings", None) or 8192
+    error = packing.packing_error(backbone, int(limit - start), first_position=start)
+    if error < (PACKING_BOUND if next(backbone.parameters()).dtype.itemsize >= 4 else 0.03):
+        return attention
+    logger.warning(
+        "%s: on texts in one row a %s computes otherwise than on single ones (by %.2g of the largest value): "
+        "batches are padded", name, type(backbone).__name__, error,
+    )  # fmt: skip
+    return "padded"
 
 
 def _refuse_missing_weights(name: str | Path, backbone: Any, info: dict[str, Any]) -> None:

@@ -23,7 +23,7 @@ from torch import nn
 
 from bge_core import UserError
 from bge_core.config import TrainConfig
-from bge_core.data import Batch, TrainingData
+from bge_core.data import Batch, Example, TrainingData
 from bge_core.loss import LossConfig, rows_per_block
 from bge_core.runlog import available_memory_mb, memory_mb, reset_peak_memory
 from bge_core.step import StepSettings, forward_backward
@@ -142,19 +142,19 @@ class Measurement:
     peak_mb: float
 
 
-def held_at_once(batch: Batch, chunk_size: int | None) -> int:
+def held_at_once(batch: Batch, settings: StepSettings) -> int:
     """Tokens whose activations exist together: of the whole micro-batch, or of the largest GradCache chunk."""
-    return max(sum(part.lengths) for part in batch.tokens.split(chunk_size or max(1, len(batch.tokens))))
+    return max(sum(part.lengths) for part in batch.tokens.split(settings.chunk_size, settings.max_tokens))
 
 
-def scan(data: TrainingData, chunk_size: int | None, gather: Gather) -> tuple[list[list[MicroBatch]], float]:
+def scan(data: TrainingData, settings: StepSettings, gather: Gather) -> tuple[list[list[MicroBatch]], float]:
     """The micro-batches of a sample of the run's steps, spread evenly over it, and the mean seconds to load a step."""
     rows_per_step = data.config.per_device_train_batch_size * data.plan.accumulation
     count = max(8, min(SAMPLED_STEPS, SAMPLED_ROWS // rows_per_step))
     steps = sorted({round(step) for step in np.linspace(0, data.num_steps - 1, count)})
     begin = time.perf_counter()
     sizes = [
-        [(sum(batch.tokens.lengths), held_at_once(batch, chunk_size)) for batch in micro_batches]
+        [(sum(batch.tokens.lengths), held_at_once(batch, settings)) for batch in micro_batches]
         for micro_batches in map(data.__getitem__, steps)
     ]
     seconds = (time.perf_counter() - begin) / len(steps)
@@ -192,9 +192,13 @@ def measure_steps(
     largest = max(micro_batches, key=lambda micro: (micro.held, micro.tokens))
     accumulates = data.plan.accumulation > 1
 
+    def part_of(examples: Sequence[Example], share: float) -> Batch:
+        """A micro-batch of a share of this rank's examples, one at least."""
+        part = examples[: max(1, round(share * len(examples)))]
+        return data.collate(part, gather((len(part), sum(len(example.passages) for example in part))))
+
     def compute(micro: MicroBatch, share: float, lead: Sequence[Batch] = ()) -> Measurement:
-        examples, num_rows, max_texts = list(data.examples(micro.step))[micro.index]
-        batch = data.collate(examples[: max(1, round(share * len(examples)))], num_rows, max_texts)
+        batch = part_of(list(data.examples(micro.step))[micro.index][0], share)
         reset_peak_memory()
         begin = time.perf_counter()
         try:
@@ -210,15 +214,14 @@ def measure_steps(
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         mine = (
-            batch.num_queries, sum(batch.tokens.lengths), held_at_once(batch, settings.chunk_size),
+            batch.num_queries, sum(batch.tokens.lengths), held_at_once(batch, settings),
             time.perf_counter() - begin, memory_mb(),
         )  # fmt: skip
         return Measurement(*map(max, zip(*gather(mine), strict=True)))
 
     single = [compute(largest, 0.0) for _ in range(3)]
     overhead = statistics.fmean(m.seconds for m in single[1:]) if accumulates else 0.0
-    first, total, _ = next(data.examples(largest.step))
-    lead = [data.collate(first[:1], total)] if accumulates else []
+    lead = [part_of(next(data.examples(largest.step))[0], 0.0)] if accumulates else []
 
     def micro_step(micro: MicroBatch, share: float = 1.0) -> Measurement:
         measured = compute(micro, share, lead)
@@ -262,7 +265,7 @@ def plan_run(
     batch_size, group_size = config.per_device_train_batch_size, config.train_group_size
     # no loss scaling: a step that it skips would be no measurement
     plain = replace(settings, scaler=torch.amp.GradScaler(enabled=False))
-    sample, load_seconds = scan(data, settings.chunk_size, gather)
+    sample, load_seconds = scan(data, settings, gather)
     single, measured = measure_steps(data, sample, model, optimizer, plain, limit_mb, gather)
     whole = measured[2:]
 
@@ -289,7 +292,7 @@ def plan_run(
         return loss_bytes(rows, rows * num_together * group_size, embedding_size, settings.loss_config) / MB
 
     def memory_at(rows: int) -> float:
-        held = rows * tokens_per_row if settings.chunk_size is None else min(rows * tokens_per_row, largest_held)
+        held = rows * tokens_per_row if settings.plain else min(rows * tokens_per_row, largest_held)
         return line.at(held) + loss_mb(rows) - loss_mb(batch_size)
 
     trainable = [p for p in model.parameters() if p.requires_grad]

@@ -11,9 +11,9 @@ from bge_core import records
 from bge_core.config import TrainConfig
 from bge_core.data import TrainingData
 from bge_core.model import Encoder
-from bge_core.packing import tokenize
 from bge_core.records import atomic_path
 from bge_core.runlog import read_metrics
+from bge_core.tokens import tokenize
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: bool = False) -> str:
@@ -234,8 +234,9 @@ def one_line(values: Mapping[str, Any]) -> str:
 
 def describe_batch(data: TrainingData, config: TrainConfig) -> str:
     """The first micro-batch of this process, decoded: what the model reads, what is cut, what is masked and why."""
-    examples, num_rows, _ = next(data.examples(0))
+    examples, rank_counts = next(data.examples(0))
     decode = functools.partial(data.tokenizer.decode, skip_special_tokens=False)
+    num_rows = sum(queries for queries, _ in rank_counts)
     lines = [f"first micro-batch: {len(examples)} of {num_rows} queries are this process's"]
 
     def shown(kind: str, text: str, limit: int) -> str:

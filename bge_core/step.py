@@ -19,7 +19,7 @@ Shapes: B queries and R passages of this rank's micro-batch, S = B + R texts, D 
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from bge_core.data import Batch
 from bge_core.distributed import gather_counts, gather_rows, is_sharded, sync_only_if, unwrap, world
 from bge_core.loss import LossConfig, LossInput, LossOutput, training_loss
-from bge_core.packing import Tokens, bucket_texts
+from bge_core.tokens import Tokens
 
 LossFunction = Callable[[LossInput, LossConfig], LossOutput]
 
@@ -40,7 +40,7 @@ class StepSettings:
     Args:
         loss, loss_config: what is learned.
         cross_device: passages of every rank are candidates.
-        chunk_size: texts encoded at a time with GradCache; None: all at once, graph kept.
+        chunk_size, max_tokens: texts and tokens encoded at a time with GradCache; both None: all, graph kept.
         scaler: loss scaling for fp16; a disabled one otherwise.
         autocast: makes the context in which the model runs.
         guide: a frozen encoder whose vectors the loss sees, too.
@@ -50,9 +50,15 @@ class StepSettings:
     loss_config: LossConfig = field(default_factory=LossConfig)
     cross_device: bool = False
     chunk_size: int | None = None
+    max_tokens: int | None = None
     scaler: Any = field(default_factory=lambda: torch.amp.GradScaler(enabled=False))
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
     guide: nn.Module | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Everything at once, without GradCache."""
+        return self.chunk_size is None and self.max_tokens is None
 
 
 def forward_backward(model: nn.Module, micro_batches: Sequence[Batch], settings: StepSettings) -> dict[str, Tensor]:
@@ -67,17 +73,15 @@ def forward_backward(model: nn.Module, micro_batches: Sequence[Batch], settings:
         This rank's share of the loss ("loss") and of each metric: summed over ranks, the means over all M rows.
     """
     device = next(model.parameters()).device
-    sharded = is_sharded(model)
     num_total_rows = sum(batch.num_global_rows for batch in micro_batches)
     shares: dict[str, Tensor] = {}
     for k, batch in enumerate(micro_batches):
         share = batch.num_queries / num_total_rows
-        # Every rank runs equally many chunks, and of shards each layer equally often.
-        chunks = batch.tokens.to(device).split(settings.chunk_size or max(1, batch.max_texts), batch.max_texts)
-        if sharded:
-            chunks = _run_equally_often(chunks, device)
+        chunks = batch.tokens.to(device).split(settings.chunk_size, settings.max_tokens)
+        if is_sharded(model):
+            chunks += [Tokens(batch.tokens.input_id_T.new_empty(0), [])] * _missing_chunks(len(chunks), device)
         is_last = k == len(micro_batches) - 1
-        if settings.chunk_size is None:
+        if settings.plain:
             output = _plain(model, chunks[0], batch, share, settings, is_last)
         else:
             output = _cached(model, chunks, batch, share, settings, is_last)
@@ -87,10 +91,10 @@ def forward_backward(model: nn.Module, micro_batches: Sequence[Batch], settings:
     return shares
 
 
-def _run_equally_often(chunks: list[Tokens], device: torch.device) -> list[Tokens]:
-    """The chunks with the number of backbone runs of the rank that needs most for each."""
-    counts = gather_counts(*(len(bucket_texts(chunk.lengths)) for chunk in chunks), device=device)
-    return [replace(chunk, num_runs=max(1, *of_ranks)) for chunk, of_ranks in zip(chunks, counts, strict=True)]
+def _missing_chunks(num_chunks: int, device: torch.device) -> int:
+    """How many empty ones a rank adds: where weights lie in shards, every rank has to run the layers equally often."""
+    (counts,) = gather_counts(num_chunks, device=device)
+    return max(counts) - num_chunks
 
 
 def _plain(
@@ -140,7 +144,7 @@ def guide_vectors(batch: Batch, settings: StepSettings, device: torch.device) ->
     assert batch.guide_tokens is not None
     tokens = batch.guide_tokens.to(device)
     with settings.autocast():
-        return torch.cat([settings.guide(chunk) for chunk in tokens.split(settings.chunk_size or max(1, len(tokens)))])
+        return torch.cat([settings.guide(chunk) for chunk in tokens.split(settings.chunk_size, settings.max_tokens)])
 
 
 def loss_input(vector_SD: Tensor, batch: Batch, cross_device: bool, guide_SE: Tensor | None = None) -> LossInput:
@@ -154,7 +158,7 @@ def loss_input(vector_SD: Tensor, batch: Batch, cross_device: bool, guide_SE: Te
     guide_candidate_NE = None if guide_SE is None else guide_SE[len(query_BD) :]
     rank, world_size = world()
     if cross_device and world_size > 1:
-        query_counts, passage_counts = gather_counts(len(query_BD), len(passage_RD), device=device)
+        query_counts, passage_counts = map(list, zip(*batch.rank_counts, strict=True))
         all_query_MD = gather_rows(query_BD, query_counts)
         candidate_ND = gather_rows(passage_RD, passage_counts)
         candidate_id_N = gather_rows(passage_id_R, passage_counts)

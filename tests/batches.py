@@ -19,7 +19,7 @@ from torch import Tensor
 from bge_core.data import Batch
 from bge_core.loss import LossConfig
 from bge_core.model import Encoder, load_encoder
-from bge_core.packing import Tokens
+from bge_core.tokens import Tokens
 
 MODES: dict[str, dict[str, Any]] = {
     "info_nce": {},
@@ -81,8 +81,8 @@ def make_rows(seed: int, group_sizes: Sequence[int], texts: Sequence[int] = rang
     return tuple(rows)
 
 
-def rank_batch(rows: Sequence[TextRow], num_global_rows: int, *, teacher: bool, max_texts: int = 0) -> Batch:
-    """One rank's micro-batch, as `TrainingData.collate` makes it."""
+def rank_batch(rows: Sequence[TextRow], of_ranks: Sequence[Sequence[TextRow]] | None = None, *, teacher: bool) -> Batch:
+    """One rank's micro-batch, as `TrainingData.collate` makes it; `of_ranks`: the rows of every rank (default: one)."""
     queries = [row.query for row in rows]
     passages = [text for row in rows for text in row.passages]
     most_passages = max((len(row.passages) for row in rows), default=0)
@@ -99,8 +99,7 @@ def rank_batch(rows: Sequence[TextRow], num_global_rows: int, *, teacher: bool, 
         passage_id_R=torch.tensor([text_id_of(text) for text in passages], dtype=torch.int64),
         excluded_BX=torch.tensor(known, dtype=torch.int64).reshape(len(rows), most_known),
         teacher_BG=torch.tensor(scores, dtype=torch.float64).reshape(len(rows), most_passages) if teacher else None,
-        num_global_rows=num_global_rows,
-        max_texts=max(max_texts, len(queries) + len(passages)),
+        rank_counts=[(len(part), sum(len(row.passages) for row in part)) for part in of_ranks or [rows]],
         rows=[row.number for row in rows],
     )
 

@@ -137,9 +137,8 @@ class Rank:
     def batches(self, micro_batches: Sequence[Sequence[TextRow]], loss: str) -> list[Batch]:
         """This rank's micro-batches; the guide's tokens are those of the encoder."""
         teacher = "distillation" in MODES.get(loss, {})
-        batches = [
-            rank_batch(rows_of(self.rank, self.world_size, rows), len(rows), teacher=teacher) for rows in micro_batches
-        ]
+        dealt = [[rows_of(rank, self.world_size, rows) for rank in range(self.world_size)] for rows in micro_batches]
+        batches = [rank_batch(of_ranks[self.rank], of_ranks, teacher=teacher) for of_ranks in dealt]
         return [replace(batch, guide_tokens=batch.tokens) for batch in batches] if loss == "gist" else batches
 
     def settings(self, loss: str, dtype: str, chunk: int | None, block_size: int, **options: Any) -> StepSettings:

@@ -245,7 +245,7 @@ def test_collate_numbers_the_columns(training_file: Path, tiny_bert: Path) -> No
         Example(3, "一二三四五六", ["甲", "乙", "甲乙甲乙甲乙甲乙甲乙"], [11, 12, 13], [11, 21], [1.0, 2.0, 3.0]),
         Example(5, "二", ["丙"], [14], [14, 15, 22], [4.0]),
     ]
-    batch = data.collate(examples, 9)
+    batch = data.collate(examples, [(2, 4), (7, 21)])
     assert batch.rows == [3, 5] and batch.num_queries == 2 and batch.num_global_rows == 9
     assert batch.tokens.lengths == [5, 3, 3, 3, 8, 3], "queries first; each cut to its limit, special tokens included"
     cls, sep = data.tokenizer.cls_token_id, data.tokenizer.sep_token_id
@@ -258,13 +258,15 @@ def test_collate_numbers_the_columns(training_file: Path, tiny_bert: Path) -> No
 
 def test_collate_keeps_wide_ids_whole(training_file: Path, tiny_bert: Path) -> None:
     wide = 2**63 - 2
-    batch = make_data(training_file, tiny_bert).collate([Example(0, "问", ["答"], [wide], [wide, wide - 1], None)], 1)
+    batch = make_data(training_file, tiny_bert).collate(
+        [Example(0, "问", ["答"], [wide], [wide, wide - 1], None)], [(1, 1)]
+    )
     assert batch.passage_id_R.tolist() == [wide] and batch.excluded_BX.tolist() == [[wide, wide - 1]]
     assert batch.passage_id_R.dtype == batch.excluded_BX.dtype == batch.own_BG.dtype == torch.int64
 
 
 def test_a_rank_without_rows_has_an_empty_batch(training_file: Path, tiny_bert: Path) -> None:
-    batch = make_data(training_file, tiny_bert, knowledge_distillation=True).collate([], 1)
+    batch = make_data(training_file, tiny_bert, knowledge_distillation=True).collate([], [(1, 2), (0, 0)])
     assert batch.num_queries == 0 and len(batch.tokens) == 0 and batch.num_global_rows == 1
     assert batch.own_BG.shape == batch.excluded_BX.shape == (0, 0) and batch.passage_id_R.shape == (0,)
 
@@ -283,13 +285,15 @@ def test_ranks_together_have_the_rows_of_one_process(accumulation: int, training
         assert len(ranks[0]) == len(alone) == 4 // accumulation
         for step in range(len(alone)):
             of_ranks = [list(rank.examples(step)) for rank in ranks]
-            for k, (examples, num_rows, _) in enumerate(alone.examples(step)):
+            for k, (examples, (count,)) in enumerate(alone.examples(step)):
                 dealt = [example for of_rank in of_ranks for example in of_rank[k][0]]
-                assert {of_rank[k][1] for of_rank in of_ranks} == {num_rows} == {12}
                 assert sorted(dealt, key=lambda e: e.row) == sorted(examples, key=lambda e: e.row)
                 assert {len(of_rank[k][0]) for of_rank in of_ranks} == {size}
-                texts = [sum(1 + len(example.passages) for example in of_rank[k][0]) for of_rank in of_ranks]
-                assert {of_rank[k][2] for of_rank in of_ranks} == {max(texts)}
+                counts = [(size, sum(len(e.passages) for e in of_rank[k][0])) for of_rank in of_ranks]
+                assert all(of_rank[k][1] == counts for of_rank in of_ranks)
+                assert (
+                    tuple(map(sum, zip(*counts, strict=True))) == count == (12, sum(len(e.passages) for e in examples))
+                )
 
 
 def test_a_short_last_batch_is_dealt_over_the_ranks(training_file: Path, tiny_bert: Path) -> None:
@@ -320,7 +324,7 @@ def test_a_step_does_not_depend_on_what_was_read_before(training_file: Path, tin
 def test_epochs_choose_other_passages(training_file: Path, tiny_bert: Path) -> None:
     data = make_data(training_file, tiny_bert, num_train_epochs=2.0)
     chosen = [
-        {e.row: e.passages for s in steps for es, _, _ in data.examples(s) for e in es}
+        {e.row: e.passages for s in steps for es, _ in data.examples(s) for e in es}
         for steps in (range(6), range(6, 12))
     ]
     assert chosen[0].keys() == chosen[1].keys() and chosen[0] != chosen[1]
@@ -384,7 +388,7 @@ def test_optional_fields_and_unknown_keys(tmp_path: Path, tiny_bert: Path) -> No
         {"query": "三", "pos": ["答"], "neg": [], "prompt": "行：", "pos_scores": [1], "neg_scores": []},
     ]
     data = make_data(write(tmp_path / "train.jsonl", *rows), tiny_bert, query_instruction_for_retrieval="指：")
-    examples = sorted((e for es, _, _ in data.examples(0) for e in es), key=lambda e: e.row)
+    examples = sorted((e for es, _ in data.examples(0) for e in es), key=lambda e: e.row)
     assert [(e.query, e.passages) for e in examples] == [("指：一", ["答"]), ("指：二", ["答"]), ("行：三", ["答"])]
 
 

@@ -87,7 +87,7 @@ def test_two_ranks_give_the_gradient_of_the_global_batch(
     if case.cross_device:
         encoder = load(tiny_bert, DTYPES[dtype])
         has_teacher = "distillation" in MODES[case.mode]
-        whole = [rank_batch(pool, len(pool), teacher=has_teacher) for pool in case.pools()]
+        whole = [rank_batch(pool, teacher=has_teacher) for pool in case.pools()]
         settings = StepSettings(loss_config=LossConfig(**MODES[case.mode]), chunk_size=case.chunk_size)
         alone_shares = forward_backward(encoder, whole, settings)
         assert_same_gradients(got, gradients_of(encoder), rtol)
@@ -104,7 +104,7 @@ def test_a_loss_over_all_queries_is_exact_on_two_ranks(
 ) -> None:
     case = QUERY_CASES[name]
     encoder = load(tiny_bert, DTYPES[dtype])
-    whole = [rank_batch(pool, len(pool), teacher=False) for pool in case.pools()]
+    whole = [rank_batch(pool, teacher=False) for pool in case.pools()]
     shares = forward_backward(encoder, whole, StepSettings(**case.settings))
     want = gradients_of(encoder)
     (got_shares, digest, got), (_, other_digest, _) = of_both(two_ranks, f"step/{name}/{dtype}")

@@ -9,7 +9,7 @@ import torch
 from bge_core import UserError
 from bge_core.encode import encode
 from bge_core.model import Encoder, load_encoder
-from bge_core.packing import Tokens
+from bge_core.tokens import Tokens
 
 TEXTS = [
     "信用卡怎么申请？",

@@ -17,7 +17,7 @@ from transformers import AutoModel, AutoTokenizer, XLMRobertaConfig, XLMRobertaM
 
 from bge_core import UserError
 from bge_core.model import POOLINGS, Encoder, EncoderSettings, load_encoder, pool, read_settings
-from bge_core.packing import Tokens, tokenize
+from bge_core.tokens import Tokens, tokenize
 
 TEXTS = ["信用卡怎么申请？", "loan", "快递" * 15, "退款，退款", "", "a b c d e f g", "退款，退款"]
 
@@ -70,12 +70,11 @@ def test_buckets_equal_one_padded_batch_and_single_texts(
 
 
 def test_pooling_by_hand() -> None:
-    hidden_sLD = torch.tensor([[[1.0, 2.0], [3.0, 6.0], [100.0, 100.0]], [[4.0, 0.0], [5.0, 0.0], [6.0, 3.0]]])
-    mask_sL = torch.tensor([[1, 1, 0], [1, 1, 1]])
-    assert pool(hidden_sLD, mask_sL, "cls").tolist() == [[1, 2], [4, 0]]
-    assert pool(hidden_sLD, mask_sL, "mean").tolist() == [[2, 4], [5, 1]]
-    assert pool(hidden_sLD, mask_sL, "last_token").tolist() == [[3, 6], [6, 3]]
-    assert pool(hidden_sLD.bfloat16(), mask_sL, "mean").dtype == torch.float32
+    hidden_TD = torch.tensor([[1.0, 2.0], [3.0, 6.0], [4.0, 0.0], [5.0, 0.0], [6.0, 3.0]])
+    assert pool(hidden_TD, [2, 3], "cls").tolist() == [[1, 2], [4, 0]]
+    assert pool(hidden_TD, [2, 3], "mean").tolist() == [[2, 4], [5, 1]]
+    assert pool(hidden_TD, [2, 3], "last_token").tolist() == [[3, 6], [6, 3]]
+    assert pool(hidden_TD.bfloat16(), [2, 3], "mean").dtype == torch.float32
 
 
 def test_no_text_takes_part_in_the_backward(tiny_bert: Path) -> None:

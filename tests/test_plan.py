@@ -13,8 +13,9 @@ from runs import Row, run
 
 from bge_core import plan, runlog
 from bge_core.data import Batch
-from bge_core.packing import Tokens
 from bge_core.plan import Line, fit_line, memory_line
+from bge_core.step import StepSettings
+from bge_core.tokens import Tokens
 
 SETTINGS: Row = {
     "num_train_epochs": 2, "gradient_accumulation_steps": 2, "save_steps": 0.3, "save_total_limit": 1, "plan": True,
@@ -94,8 +95,10 @@ def test_the_largest_of_many() -> None:
 def test_tokens_held_at_once() -> None:
     nothing = torch.empty(0)
     tokens = Tokens(torch.zeros(14, dtype=torch.int64), [2, 3, 1, 7, 1])
-    batch = Batch(tokens, nothing, nothing, nothing, None, 2, 4, [0, 1])
-    assert [plan.held_at_once(batch, size) for size in (None, 1, 2, 3)] == [14, 7, 8, 8]
+    batch = Batch(tokens, nothing, nothing, nothing, None, [(2, 3)], [0, 1])
+    held = [plan.held_at_once(batch, StepSettings(chunk_size=size)) for size in (None, 1, 2, 3)]
+    assert held == [14, 7, 8, 8]
+    assert [plan.held_at_once(batch, StepSettings(max_tokens=budget)) for budget in (1, 5, 8)] == [7, 7, 8]
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux can")

@@ -42,7 +42,7 @@ def truth(folder: Path, mode: str, pools: tuple[tuple[TextRow, ...], ...]) -> tu
 def run_step(
     encoder: Encoder, micro_batches: tuple[tuple[TextRow, ...], ...], mode: str, **settings: object
 ) -> tuple[dict[str, float], Gradients]:
-    batches = [rank_batch(rows, len(rows), teacher="distillation" in MODES[mode]) for rows in micro_batches]
+    batches = [rank_batch(rows, teacher="distillation" in MODES[mode]) for rows in micro_batches]
     shares = forward_backward(encoder, batches, StepSettings(loss_config=LossConfig(**MODES[mode]), **settings))
     return {name: value.item() for name, value in shares.items()}, gradients_of(encoder)
 
@@ -87,7 +87,7 @@ def test_accumulation_weighs_every_row_alike(
 def test_gradients_add_to_what_is_there(encoders: dict[str, Encoder]) -> None:
     encoder, rows = encoders["float64"], make_rows(1, (3, 2))
     _, once = run_step(encoder, (rows,), "info_nce")
-    batches = [rank_batch(rows, len(rows), teacher=False)]
+    batches = [rank_batch(rows, teacher=False)]
     for chunk_size in (None, 2):
         forward_backward(encoder, batches, StepSettings(chunk_size=chunk_size))
     assert_same_gradients(gradients_of(encoder), {name: 2 * gradient for name, gradient in once.items()}, 1e-9)
@@ -131,7 +131,7 @@ def test_a_rank_without_rows_has_a_gradient_of_zero(
 ) -> None:
     """As in a last micro-batch of one row on two ranks, when passages stay on their rank."""
     settings = StepSettings(loss_config=LossConfig(**MODES[mode]), chunk_size=chunk_size)
-    batch = rank_batch((), 1, teacher="distillation" in MODES[mode])
+    batch = rank_batch((), [(), make_rows(0, (1,))], teacher="distillation" in MODES[mode])
     encoders["float64"].zero_grad()
     shares = forward_backward(encoders["float64"], [batch], settings)
     assert all(float(gradient.abs().max()) == 0.0 for gradient in gradients_of(encoders["float64"]).values())
@@ -152,7 +152,7 @@ def graphs_kept(encoder: Encoder, pools: tuple[tuple[TextRow, ...], ...], chunk_
     """The same chunks with all their graphs alive: what GradCache must reproduce."""
     num_rows = sum(map(len, pools))
     for pool in pools:
-        batch = rank_batch(pool, len(pool), teacher=False)
+        batch = rank_batch(pool, teacher=False)
         texts = [list(text) for text in batch.tokens.texts()]
         chunks = [texts[i : i + chunk_size] for i in range(0, len(texts), chunk_size)]
         vector_SD = torch.cat([encoder(type(batch.tokens).from_lists(chunk)) for chunk in chunks])
@@ -212,7 +212,7 @@ def test_a_loss_of_the_users_own_sees_representations_only(
         (encode_one(encoder, row.query).dot(encode_one(encoder, row.passages[0])) * 3.0 / len(rows)).backward()
     want = gradients_of(encoder)
     settings = StepSettings(product_loss, LossConfig(args={"weight": 3.0}), chunk_size=chunk_size)
-    shares = forward_backward(encoder, [rank_batch(rows, len(rows), teacher=False)], settings)
+    shares = forward_backward(encoder, [rank_batch(rows, teacher=False)], settings)
     assert_same_gradients(gradients_of(encoder), want, 1e-9)
     assert shares["weight"].item() == pytest.approx(3.0)
     assert seen[0].row_offset == 0 and torch.equal(seen[0].all_query_MD, seen[0].query_BD)
@@ -229,6 +229,6 @@ def test_the_loss_runs_in_float32_under_autocast(encoders: dict[str, Encoder]) -
 
     for chunk_size in (None, 2):
         settings = StepSettings(spy, chunk_size=chunk_size, autocast=lambda: torch.autocast("cpu", torch.bfloat16))
-        forward_backward(encoders["float32"], [rank_batch(make_rows(1, (2, 2)), 2, teacher=False)], settings)
+        forward_backward(encoders["float32"], [rank_batch(make_rows(1, (2, 2)), teacher=False)], settings)
         encoders["float32"].zero_grad()
     assert types == [(torch.float32, torch.float32, False)] * 2

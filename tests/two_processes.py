@@ -134,8 +134,7 @@ def rank_batches(case: StepCase, rank: int) -> list[Batch]:
     teacher = "distillation" in MODES[case.mode]
     batches = []
     for both in case.micro_batches():
-        most = max(sum(1 + len(row.passages) for row in rows) for rows in both)
-        batches.append(rank_batch(both[rank], sum(map(len, both)), teacher=teacher, max_texts=most))
+        batches.append(rank_batch(both[rank], both, teacher=teacher))
     return batches
 
 

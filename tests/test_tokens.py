@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from bge_core.packing import Tokens, pad_buckets, tokenize
+from bge_core.tokens import Tokens, pad_buckets, tokenize
 
 texts_of_tokens = st.lists(st.lists(st.integers(1, 99), min_size=1, max_size=40), max_size=30)
 
@@ -28,7 +28,7 @@ def test_no_text_at_all() -> None:
     tokens = Tokens.from_lists([])
     assert len(tokens) == 0 and tokens.input_id_T.dtype == torch.int64
     assert [len(chunk) for chunk in tokens.split(3)] == [0]
-    assert [len(chunk) for chunk in tokens.split(3, most_texts=7)] == [0, 0, 0]
+    assert [len(chunk) for chunk in tokens.split()] == [0]
     assert list(pad_buckets(tokens, 0)) == []
 
 
@@ -39,6 +39,19 @@ def test_chunks_are_the_texts_in_order(texts: list[list[int]], size: int) -> Non
     assert [len(chunk) for chunk in chunks[:-1]] == [size] * (len(chunks) - 1)
     assert len(chunks) == max(1, -(-len(texts) // size))
     assert all(sum(chunk.lengths) == len(chunk.input_id_T) for chunk in chunks)
+
+
+@given(texts_of_tokens, st.integers(1, 8) | st.none(), st.integers(1, 60) | st.none())
+def test_chunks_keep_to_both_limits_and_are_as_full_as_they_can_be(
+    texts: list[list[int]], max_texts: int | None, max_tokens: int | None
+) -> None:
+    chunks = Tokens.from_lists(texts).split(max_texts, max_tokens)
+    assert [text for chunk in chunks for text in as_lists(chunk)] == texts
+    most, budget = max_texts or 10**9, max_tokens or 10**9
+    for chunk, after in zip(chunks, [*chunks[1:], None], strict=True):
+        assert len(chunk) <= most and (len(chunk) <= 1 or sum(chunk.lengths) <= budget)
+        if after is not None:
+            assert len(chunk) == most or sum(chunk.lengths) + after.lengths[0] > budget
 
 
 @given(texts_of_tokens, st.sampled_from([0.0, 0.125, 0.5, 1.0]))
