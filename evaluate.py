@@ -18,8 +18,9 @@ import torch
 
 from bge_core import records
 from bge_core.config import EvaluateConfig, as_dict, run_stage
-from bge_core.distributed import start, world
+from bge_core.distributed import world
 from bge_core.evaluation import Ranking, RetrievalTask, bge_instruction, evaluate_encoder, load_task
+from bge_core.launch import start
 from bge_core.model import Encoder, load_encoder
 from bge_core.report import compare_models
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from bge_core import UserError, mining, records
 from bge_core.config import MineConfig, as_dict, run_stage
-from bge_core.distributed import start
+from bge_core.launch import start
 from bge_core.mining import Mined
 from bge_core.model import load_encoder
 from bge_core.records import Row

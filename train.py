@@ -37,19 +37,18 @@ from bge_core.distributed import (
     is_sharded,
     load_optimizer,
     on_main,
-    resolve_sharding,
-    start,
     sum_over_ranks,
     whole_copy,
     world,
     wrap,
 )
 from bge_core.evaluation import evaluate_encoder, load_task
+from bge_core.launch import resolve_sharding, start, tracker_options
 from bge_core.loss import LossConfig, training_loss
 from bge_core.metrics import per_query_metrics
 from bge_core.model import Encoder, load_encoder
 from bge_core.optim import build_optimizer, learning_rate_schedule
-from bge_core.runlog import append_metrics, memory_mb
+from bge_core.runlog import append_metrics
 from bge_core.step import LossFunction, StepSettings, forward_backward
 from bge_core.tokens import Tokens
 
@@ -163,8 +162,8 @@ def train(config: TrainConfig, at_end: ExitStack) -> int:
     num_steps = data.num_steps
     num_warmup = config.warmup_steps or math.ceil(config.warmup_ratio * num_steps)
     lr_at = learning_rate_schedule(config.lr_scheduler_type, config.learning_rate, num_warmup, num_steps)
-    save_every = interval(config.save_steps, num_steps)
-    eval_every = interval(config.eval_steps or config.save_steps, num_steps)
+    save_every = plan.interval(config.save_steps, num_steps)
+    eval_every = plan.interval(config.eval_steps or config.save_steps, num_steps)
     evaluation = {
         "batch_size": config.per_device_eval_batch_size, "precision": accelerator.mixed_precision,
         "query_prompt": encoder.settings.query_prompt, "passage_prompt": encoder.settings.passage_prompt,
@@ -257,12 +256,12 @@ def train(config: TrainConfig, at_end: ExitStack) -> int:
         if means.pop("save_failed"):
             saver.wait()  # raises the reason
         if not math.isfinite(means["loss"]):
-            raise not_finite(output_dir, step, rank, data, micro_batches)
+            raise report.not_finite(output_dir, step, rank, data, micro_batches)
 
         scaler.unscale_(optimizer)
         grad_norm = clip_gradients(encoder.parameters(), config.max_grad_norm)
         if not math.isfinite(grad_norm) and not scaler.is_enabled():
-            raise not_finite(output_dir, step, rank, data, micro_batches)
+            raise report.not_finite(output_dir, step, rank, data, micro_batches)
         scale = scaler.get_scale()
         scaler.step(optimizer)
         scaler.update()
@@ -275,7 +274,7 @@ def train(config: TrainConfig, at_end: ExitStack) -> int:
         bar.update()
         if step % config.logging_steps == 0 or step == num_steps:
             seconds, clock = time.perf_counter() - clock, time.perf_counter()
-            logged = summarize(window, seconds) | {"lr": optimizer.param_groups[0]["lr"], "grad_norm": grad_norm}
+            logged = report.summarize(window, seconds) | {"lr": optimizer.param_groups[0]["lr"], "grad_norm": grad_norm}
             if not math.isfinite(grad_norm):  # a skipped step; JSON has no infinity
                 logged["grad_norm"] = None
             if scaler.is_enabled():
@@ -425,20 +424,6 @@ def load_loss(spec: str) -> LossFunction:
     return function  # type: ignore[no-any-return]
 
 
-def tracker_options(config: TrainConfig) -> dict[str, Any]:
-    """Accelerator's arguments for the tracker. UserError where its package is missing."""
-    if config.report_to == "none":
-        return {}
-    if importlib.util.find_spec(config.report_to) is None:
-        raise UserError(f'--report_to {config.report_to}: is not installed; pip install -e ".[{config.report_to}]"')
-    return {"log_with": config.report_to, "project_dir": config.output_dir}
-
-
-def interval(steps: float, num_steps: int) -> int:
-    """transformers' rule: below 1 a share of all steps, rounded up; 0 never."""
-    return math.ceil(steps * num_steps) if 0 < steps < 1 else int(steps)
-
-
 def settle(model: torch.nn.Module, world_size: int) -> None:
     """Two throw-away passes: DDP orders its buckets anew after the first, which changes sums in the last bit.
 
@@ -447,26 +432,6 @@ def settle(model: torch.nn.Module, world_size: int) -> None:
     for _ in range(2 if world_size > 1 else 0):
         model(Tokens(torch.zeros(1, dtype=torch.int64, device=next(model.parameters()).device), [1])).sum().backward()
         model.zero_grad(set_to_none=True)
-
-
-def summarize(window: dict[str, float], seconds: float) -> dict[str, float]:
-    """Means over the steps since the last log, and what the run did per second."""
-    steps = window["steps"]
-    rates = {f"{name}_per_second": round(window[name] / seconds, 2) for name in ("queries", "tokens")}
-    means = {name: value / steps for name, value in window.items() if name not in ("queries", "tokens", "steps")}
-    return means | rates | {"memory_mb": round(memory_mb(), 1)}
-
-
-def not_finite(output_dir: Path, step: int, rank: int, data: TrainingData, micro_batches: Sequence[Any]) -> UserError:
-    """Write the rows of a batch whose loss or gradient is NaN or infinite; say what to try."""
-    file = output_dir / f"not_finite-step{step}-rank{rank}.jsonl"
-    records.write_jsonl(file, ({"row": row} | data.rows[row] for batch in micro_batches for row in batch.rows))
-    return UserError(
-        f"step {step}: the loss or its gradient is NaN or infinite; nothing was updated. "
-        f"The rows of this batch are in {file}.\n"
-        "Try a smaller --learning_rate, --warmup_ratio 0.1, --bf16 instead of --fp16, and look at those rows; "
-        "--resume_from_checkpoint latest goes on from the last checkpoint."
-    )
 
 
 if __name__ == "__main__":

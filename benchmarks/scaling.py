@@ -118,15 +118,15 @@ def loss_operations(shape: Shape, work: Work) -> int:
 
 
 def gather_bytes(shape: Shape, work: Work) -> tuple[int, int]:
-    """Received by a process: forward (W-1) (4 (B + R) D + 8 R + 16), backward (W-1) 4 R D.
+    """Received by a process: forward (W-1) (4 (B + R) D + 8 R), backward (W-1) 4 R D.
 
-    Float32 vectors, int64 ids, two int64 counts; backward has the candidates alone, for no built-in loss learns from
+    Float32 vectors, int64 ids; backward has the candidates alone, for no built-in loss learns from
     other queries' vectors.
     """
     if not work.cross_device:
         return 0, 0
     others, passages = work.processes - 1, work.queries * work.group
-    forward = 4 * (work.queries + passages) * shape.hidden + 8 * passages + 16
+    forward = 4 * (work.queries + passages) * shape.hidden + 8 * passages
     return others * forward, others * 4 * passages * shape.hidden
 
 
@@ -379,7 +379,8 @@ def measure_step() -> float:
 
 def worker() -> int:
     """What one of W processes does; rank 0 prints one JSON line."""
-    from bge_core.distributed import start, world
+    from bge_core.distributed import world
+    from bge_core.launch import start
 
     start()
     torch.manual_seed(0)

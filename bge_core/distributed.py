@@ -1,4 +1,4 @@
-"""The process group: start-up checks, gather with gradient, the wrapped model. Written once, right for any number.
+"""The process group: gather with gradient, the wrapped model. Written once, right for any number of processes.
 
 Why the gather needs a gradient. With queries dealt to W ranks and every passage a candidate of every query,
 
@@ -12,20 +12,15 @@ FSDP2 is `fully_shard`, called here on every device: Accelerate supplies device,
 CPU it would ignore its own FSDP plugin and give DDP).
 """
 
-import atexit
 import inspect
-import logging
 import math
-import os
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -33,107 +28,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from bge_core import UserError
-from bge_core.watchdog import beat, launcher_store
+from bge_core.watchdog import beat
 
-logger = logging.getLogger(__name__)
 T = TypeVar("T")
-
-
-def resolve_precision(fp16: bool, bf16: bool, *, cuda: bool) -> str:
-    """The mixed precision that will be used: "fp16", "bf16" or "no".
-
-    Order: the flag, else Accelerate's environment, else none. `accelerate launch` always exports "no", which therefore
-    counts as not set. fp16 without a GPU becomes "no" with a warning.
-
-    Raises:
-        UserError: the flag and Accelerate's environment name different half precisions.
-    """
-    flag = "fp16" if fp16 else "bf16" if bf16 else "no"
-    launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
-    if flag != "no" and launcher not in ("no", flag):
-        raise UserError(f"--{flag}, but accelerate launch was told --mixed_precision {launcher}: choose one")
-    precision = flag if flag != "no" else launcher
-    if precision not in ("no", "fp16", "bf16"):
-        raise UserError(f"--mixed_precision {precision}: is not supported; use fp16, bf16 or no")
-    if precision == "fp16" and not cuda:
-        logger.warning("fp16 needs a GPU; this run uses float32 (--bf16 works on CPUs, too)")
-        return "no"
-    return precision
-
-
-def resolve_sharding(fsdp: bool) -> bool:
-    """Whether the weights lie in shards (FSDP2): by the flag, or by `accelerate launch` with an FSDP configuration.
-
-    To be asked before `start`. One process has nothing to shard: off, with a warning.
-
-    Raises:
-        UserError: the launcher was told FSDP version 1.
-    """
-    launcher = _is_true("ACCELERATE_USE_FSDP")
-    if launcher and os.environ.get("FSDP_VERSION", "1") != "2":
-        raise UserError(
-            "accelerate launch was told fsdp_version 1, which was never run here: write `fsdp_version: 2`, as in "
-            "configs/accelerate/fsdp2.yaml"
-        )
-    if launcher and _is_true("FSDP_OFFLOAD_PARAMS"):
-        logger.warning("fsdp_offload_params is not supported: shards stay on the GPU")
-    if (fsdp or launcher) and int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        logger.warning("FSDP needs several processes; this run has one, and its weights stay whole")
-        return False
-    return fsdp or launcher
-
-
-def _is_true(variable: str) -> bool:
-    return os.environ.get(variable, "").lower() in ("1", "true", "yes")
-
-
-def start(fp16: bool = False, bf16: bool = False, timeout: float = 1800.0, **kwargs: Any) -> Accelerator:
-    """Accelerate's device, precision and process group, checked against what the launcher promised.
-
-    Args:
-        fp16, bf16: the user's flags.
-        timeout: seconds after which a collective that some rank does not join is an error.
-        kwargs: for Accelerator.
-
-    Raises:
-        UserError: the launcher started W processes, but they did not find each other (each would train alone); or it
-            was told to use DeepSpeed.
-    """
-    if _is_true("ACCELERATE_USE_DEEPSPEED"):
-        raise UserError(
-            "accelerate launch was told to use DeepSpeed, which was never run here: use DDP "
-            "(configs/accelerate/one_node_8gpu.yaml) or FSDP2 (configs/accelerate/fsdp2.yaml)"
-        )
-    os.environ.pop("ACCELERATE_USE_FSDP", None)  # its plugin would change the loss scaling and the saving
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    cuda = torch.cuda.is_available()
-    mps = world_size == 1 and torch.backends.mps.is_available()
-    precision = resolve_precision(fp16, bf16, cuda=cuda)
-    group = InitProcessGroupKwargs(timeout=timedelta(seconds=timeout))
-    if world_size > 1 and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0 and not dist.is_initialized():
-        # After a restart the launcher's store still holds the addresses of the dead: waiting for them would not end.
-        store, rank = launcher_store("group"), int(os.environ["RANK"])
-        backend = "nccl" if cuda else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=group.timeout)
-    accelerator = Accelerator(cpu=not (cuda or mps), mixed_precision=precision, kwargs_handlers=[group], **kwargs)
-    atexit.register(_leave, dist.group.WORLD)
-    if accelerator.num_processes != world_size:
-        raise UserError(
-            f"the launcher started {world_size} processes, but {accelerator.num_processes} joined; start with\n"
-            f"  torchrun --nproc_per_node {world_size} train.py ...    or\n"
-            f"  accelerate launch --config_file configs/accelerate/<one of the files> train.py ..."
-        )
-    return accelerator
-
-
-def _leave(group: dist.ProcessGroup | None) -> None:
-    """A process that ends with gloo's threads running can abort; also when an error ends it.
-
-    Holding the group until then keeps DDP from ending it: DDP joins gloo's thread with Python's lock in its hand, for
-    which that thread waits, to free the last collective's tensor (torch 2.13, one run in forty).
-    """
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def world() -> tuple[int, int]:

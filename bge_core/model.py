@@ -10,7 +10,9 @@ Shapes: T tokens of all texts, S texts, L longest text of a padded rectangle, D 
 
 import json
 import logging
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -262,7 +264,7 @@ def packed_or_padded(name: str | Path, backbone: Any, attention: Attention) -> A
     """`attention` if the model computes the same on a packed row as on single texts, else "padded", with a warning."""
     start = first_position(backbone)
     limit = getattr(backbone.config, "max_position_embeddings", None) or 8192
-    error = packing.packing_error(backbone, int(limit - start), first_position=start)
+    error = packing_error(backbone, int(limit - start), first_position=start)
     if error < (PACKING_BOUND if next(backbone.parameters()).dtype.itemsize >= 4 else 0.03):
         return attention
     logger.warning(
@@ -270,6 +272,69 @@ def packed_or_padded(name: str | Path, backbone: Any, attention: Attention) -> A
         "batches are padded", name, type(backbone).__name__, error,
     )  # fmt: skip
     return "padded"
+
+
+def packing_error(backbone: Any, max_length: int, *, first_position: int = 0) -> float:
+    """How far a model run on one row is from the same model run on each text alone, as transformers does it.
+
+    In eval mode, on texts of 1 token, 3 tokens, more than every window of the config, and the longest, in two orders;
+    token vectors and gradients of the first layer. The first layers of each kind of attention stand for all.
+
+    Returns:
+        The largest difference relative to the largest entry; infinity where the model does not run like that.
+    """
+    windows = [w for w in _config_values(backbone.config, ("sliding_window", "local_attention")) if w]
+    longest = min(max_length, 8192)
+    lengths = list(dict.fromkeys(min(n, longest) for n in (1, 3, 3 + max(windows, default=60), longest)))
+    generator = torch.Generator().manual_seed(0)
+    device = next(backbone.parameters()).device
+    ids = [torch.randint(10, backbone.config.vocab_size, (n,), generator=generator).to(device) for n in lengths]
+    was_training, stock = backbone.training, backbone.config._attn_implementation
+    with torch.inference_mode(False), torch.enable_grad(), _first_layers(backbone) as layer:
+        inputs = [p for p in layer.parameters() if p.requires_grad and p.dim() > 1]
+        try:
+            backbone.eval()
+            alone = [backbone(input_ids=text[None]).last_hidden_state[0] for text in ids]
+            weights = [torch.randn(h.shape, generator=generator).to(h) for h in alone]
+            want = _value_and_gradient(alone, weights, inputs)
+            packing.enable(backbone)
+            error = 0.0
+            for step in (1, -1):
+                tokens = Tokens(torch.cat(ids[::step]), [len(text) for text in ids[::step]])
+                hidden_TD, order = packing.packed_hidden(backbone, tokens, first_position=first_position)
+                parts = dict(zip(order, hidden_TD.split([tokens.lengths[i] for i in order]), strict=True))
+                got = _value_and_gradient([parts[i] for i in range(len(ids))][::step], weights, inputs)
+                error = max(error, *(packing.relative_error(a, b) for a, b in zip(got, want, strict=True)))
+            return error
+        except Exception as problem:  # another author's model: it may raise anything
+            logger.debug("packing failed: %r", problem)
+            return math.inf
+        finally:
+            backbone.config._attn_implementation = stock
+            backbone.train(was_training)
+
+
+def _value_and_gradient(vectors: list[Tensor], weights: list[Tensor], inputs: list[nn.Parameter]) -> list[Tensor]:
+    loss = sum((vector * weight).sum() for vector, weight in zip(vectors, weights, strict=True))
+    return [*(vector.detach() for vector in vectors), *torch.autograd.grad(loss, inputs)]  # type: ignore[arg-type]
+
+
+def _config_values(config: Any, names: Sequence[str]) -> list[int]:
+    return [value for name in names if isinstance(value := getattr(config, name, None), int)]
+
+
+@contextmanager
+def _first_layers(backbone: Any) -> Iterator[nn.Module]:
+    """For a while the model has only as many layers as show each kind of attention; the first of them is given."""
+    lists = [(owner, name, layers) for owner in backbone.modules() for name, layers in owner.named_children()
+             if isinstance(layers, nn.ModuleList)]  # fmt: skip
+    owner, name, layers = max(lists, key=lambda found: sum(p.numel() for p in found[2].parameters()))
+    kinds = list(getattr(backbone.config, "layer_types", None) or ["full_attention"])
+    setattr(owner, name, layers[: 1 + max(kinds.index(kind) for kind in set(kinds))])
+    try:
+        yield layers[0]
+    finally:
+        setattr(owner, name, layers)
 
 
 def _refuse_missing_weights(name: str | Path, backbone: Any, info: dict[str, Any]) -> None:

@@ -25,9 +25,7 @@ Shapes: T tokens of all texts, S texts, s texts of one length L, H heads, d size
 import functools
 import importlib.util
 import logging
-import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, groupby
 from typing import Any
@@ -342,70 +340,4 @@ def kernel_error(
 
 def relative_error(got: Tensor, want: Tensor) -> float:
     """Largest difference / largest entry."""
-    return float((got.double() - want.double()).abs().max() / want.double().abs().max().clamp(min=1e-30))
-
-
-# --- does a model bear it? --------------------------------------------------------------------------------------------
-
-
-def packing_error(backbone: Any, max_length: int, *, first_position: int = 0) -> float:
-    """How far a model run on one row is from the same model run on each text alone, as transformers does it.
-
-    In eval mode, on texts of 1 token, 3 tokens, more than every window of the config, and the longest, in two orders;
-    token vectors and gradients of the first layer. The first layers of each kind of attention stand for all.
-
-    Returns:
-        The largest difference relative to the largest entry; infinity where the model does not run like that.
-    """
-    windows = [w for w in _config_values(backbone.config, ("sliding_window", "local_attention")) if w]
-    longest = min(max_length, 8192)
-    lengths = list(dict.fromkeys(min(n, longest) for n in (1, 3, 3 + max(windows, default=60), longest)))
-    generator = torch.Generator().manual_seed(0)
-    device = next(backbone.parameters()).device
-    ids = [torch.randint(10, backbone.config.vocab_size, (n,), generator=generator).to(device) for n in lengths]
-    was_training, stock = backbone.training, backbone.config._attn_implementation
-    with torch.inference_mode(False), torch.enable_grad(), _first_layers(backbone) as layer:
-        inputs = [p for p in layer.parameters() if p.requires_grad and p.dim() > 1]
-        try:
-            backbone.eval()
-            alone = [backbone(input_ids=text[None]).last_hidden_state[0] for text in ids]
-            weights = [torch.randn(h.shape, generator=generator).to(h) for h in alone]
-            want = _value_and_gradient(alone, weights, inputs)
-            enable(backbone)
-            error = 0.0
-            for step in (1, -1):
-                tokens = Tokens(torch.cat(ids[::step]), [len(text) for text in ids[::step]])
-                hidden_TD, order = packed_hidden(backbone, tokens, first_position=first_position)
-                parts = dict(zip(order, hidden_TD.split([tokens.lengths[i] for i in order]), strict=True))
-                got = _value_and_gradient([parts[i] for i in range(len(ids))][::step], weights, inputs)
-                error = max(error, *(relative_error(a, b) for a, b in zip(got, want, strict=True)))
-            return error
-        except Exception as problem:  # another author's model: it may raise anything
-            logger.debug("packing failed: %r", problem)
-            return math.inf
-        finally:
-            backbone.config._attn_implementation = stock
-            backbone.train(was_training)
-
-
-def _value_and_gradient(vectors: list[Tensor], weights: list[Tensor], inputs: list[nn.Parameter]) -> list[Tensor]:
-    loss = sum((vector * weight).sum() for vector, weight in zip(vectors, weights, strict=True))
-    return [*(vector.detach() for vector in vectors), *torch.autograd.grad(loss, inputs)]  # type: ignore[arg-type]
-
-
-def _config_values(config: Any, names: Sequence[str]) -> list[int]:
-    return [value for name in names if isinstance(value := getattr(config, name, None), int)]
-
-
-@contextmanager
-def _first_layers(backbone: Any) -> Iterator[nn.Module]:
-    """For a while the model has only as many layers as show each kind of attention; the first of them is given."""
-    lists = [(owner, name, layers) for owner in backbone.modules() for name, layers in owner.named_children()
-             if isinstance(layers, nn.ModuleList)]  # fmt: skip
-    owner, name, layers = max(lists, key=lambda found: sum(p.numel() for p in found[2].parameters()))
-    kinds = list(getattr(backbone.config, "layer_types", None) or ["full_attention"])
-    setattr(owner, name, layers[: 1 + max(kinds.index(kind) for kind in set(kinds))])
-    try:
-        yield layers[0]
-    finally:
-        setattr(owner, name, layers)
+    return float((got.detach().double() - want.double()).abs().max() / want.double().abs().max().clamp(min=1e-30))

@@ -73,6 +73,11 @@ def memory_line(points: Sequence[tuple[float, float]]) -> Line:
     return fit_line([half, largest])
 
 
+def interval(steps: float, num_steps: int) -> int:
+    """transformers' rule: below 1 a share of all steps, rounded up; 0 never."""
+    return math.ceil(steps * num_steps) if 0 < steps < 1 else int(steps)
+
+
 def checkpoint_steps(num_steps: int, save_every: int, limit: int | None) -> tuple[list[int], list[int]]:
     """(steps at which a checkpoint is written, those that are left at the end); `save_every` 0: none."""
     written = list(range(save_every, num_steps + 1, save_every)) if save_every else []

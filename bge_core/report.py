@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bge_core import records
+from bge_core import UserError, records
 from bge_core.config import TrainConfig
 from bge_core.data import TrainingData
 from bge_core.model import Encoder
 from bge_core.records import atomic_path
-from bge_core.runlog import read_metrics
+from bge_core.runlog import memory_mb, read_metrics
 from bge_core.tokens import tokenize
 
 
@@ -259,3 +259,23 @@ def describe_batch(data: TrainingData, config: TrainConfig) -> str:
                     )
                     lines.append(f"  masked   passage of row {other.row} {why}: {passage}")
     return "\n".join(lines)
+
+
+def summarize(window: dict[str, float], seconds: float) -> dict[str, float]:
+    """Means over the steps since the last log, and what the run did per second."""
+    steps = window["steps"]
+    rates = {f"{name}_per_second": round(window[name] / seconds, 2) for name in ("queries", "tokens")}
+    means = {name: value / steps for name, value in window.items() if name not in ("queries", "tokens", "steps")}
+    return means | rates | {"memory_mb": round(memory_mb(), 1)}
+
+
+def not_finite(output_dir: Path, step: int, rank: int, data: TrainingData, micro_batches: Sequence[Any]) -> UserError:
+    """Write the rows of a batch whose loss or gradient is NaN or infinite; say what to try."""
+    file = output_dir / f"not_finite-step{step}-rank{rank}.jsonl"
+    records.write_jsonl(file, ({"row": row} | data.rows[row] for batch in micro_batches for row in batch.rows))
+    return UserError(
+        f"step {step}: the loss or its gradient is NaN or infinite; nothing was updated. "
+        f"The rows of this batch are in {file}.\n"
+        "Try a smaller --learning_rate, --warmup_ratio 0.1, --bf16 instead of --fp16, and look at those rows; "
+        "--resume_from_checkpoint latest goes on from the last checkpoint."
+    )

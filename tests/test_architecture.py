@@ -12,12 +12,12 @@ from conftest import ROOT
 
 LEVELS = {
     "config": 0, "records": 0, "metrics": 0, "runlog": 0, "watchdog": 0, "tokens": 0,
-    "loss": 1, "packing": 1, "distributed": 1, "search": 1, "optim": 1,
+    "loss": 1, "packing": 1, "launch": 1, "distributed": 1, "search": 1, "optim": 1,
     "model": 2, "data": 2,
     "encode": 3, "step": 3, "checkpoint": 3,
     "mining": 4, "merging": 4, "evaluation": 4, "report": 4, "plan": 4,
 }  # fmt: skip
-TALKS_TO_THE_GROUP = {"distributed", "watchdog", "encode", "step", "checkpoint"}
+TALKS_TO_THE_GROUP = {"launch", "distributed", "watchdog", "encode", "step", "checkpoint"}
 CORE = [
     "train.py", "bge_core/step.py", "bge_core/loss.py", "bge_core/distributed.py", "bge_core/packing.py",
     "bge_core/data.py",

@@ -10,8 +10,9 @@ from batches import MODES, assert_same_gradients, gradients_of, load, rank_batch
 from two_processes import ALL_REDUCE_CASES, DTYPES, ENCODE_CASES, PROMPT, QUERY_CASES, STEP_CASES
 
 from bge_core import UserError
-from bge_core.distributed import gather_objects, on_main, resolve_precision, sum_over_ranks, unwrap, world, wrap
+from bge_core.distributed import gather_objects, on_main, sum_over_ranks, unwrap, world, wrap
 from bge_core.encode import encode
+from bge_core.launch import resolve_precision
 from bge_core.loss import LossConfig
 from bge_core.step import StepSettings, forward_backward
 

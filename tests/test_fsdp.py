@@ -18,8 +18,9 @@ from torch.distributed.tensor import DTensor
 from two_processes import DTYPES, ENCODE_CASES, EVEN, PROMPT, UNEVEN, StepCase, forward_backward_of, rank_batches
 
 from bge_core import UserError
-from bge_core.distributed import clip_gradients, resolve_sharding, start, sum_over_ranks, unwrap, wrap
+from bge_core.distributed import clip_gradients, sum_over_ranks, unwrap, wrap
 from bge_core.encode import encode
+from bge_core.launch import resolve_sharding, start
 from bge_core.model import Encoder
 
 ONE_WITHOUT = ((3, 2), (1, 1))

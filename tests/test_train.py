@@ -20,7 +20,7 @@ import torch
 from runs import Row, read_lines, read_steps, run
 from tiny_model import make_tiny_bert
 
-import bge_core.distributed
+import bge_core.launch
 import train
 from bge_core import UserError
 from bge_core.data import BatchPlan
@@ -475,7 +475,7 @@ def my_loss(x, cfg):
 
 def use_cpu_scaler() -> None:
     """Give the run what Accelerate gives on a GPU with fp16."""
-    start = bge_core.distributed.start
+    start = bge_core.launch.start
 
     def start_with_scaler(*args: Any, **kwargs: Any) -> Any:
         accelerator = start(*args, **kwargs)
@@ -819,7 +819,7 @@ def test_processes_that_did_not_find_each_other(
     monkeypatch: pytest.MonkeyPatch, tiny_bert: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """What a plain Accelerator does under torchrun without a GPU: two runs that both believe to be the first."""
-    real = bge_core.distributed.Accelerator
+    real = bge_core.launch.Accelerator
 
     def alone(*args: Any, **kwargs: Any) -> Any:
         with pytest.MonkeyPatch.context() as inner:
@@ -827,7 +827,7 @@ def test_processes_that_did_not_find_each_other(
             return real(*args, **kwargs)
 
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(bge_core.distributed, "Accelerator", alone)
+    monkeypatch.setattr(bge_core.launch, "Accelerator", alone)
     code = run(tiny_bert, data, tmp_path / "out", max_steps=1)
     assert_refused(
         capsys, code, "started 2 processes, but 1 joined", "torchrun --nproc_per_node 2 train.py", "accelerate launch"
@@ -836,7 +836,7 @@ def test_processes_that_did_not_find_each_other(
 
 
 def test_precision_of_flag_and_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
-    resolve = bge_core.distributed.resolve_precision
+    resolve = bge_core.launch.resolve_precision
     for launcher, flag, want in (
         (None, "no", "no"), ("no", "bf16", "bf16"), ("no", "fp16", "fp16"), ("bf16", "no", "bf16"), ("fp16", "no", "fp16"),
         ("bf16", "bf16", "bf16"),

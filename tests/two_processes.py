@@ -29,13 +29,13 @@ from bge_core.distributed import (
     gather_objects,
     gather_rows,
     on_main,
-    start,
     sum_over_ranks,
     unwrap,
     world,
     wrap,
 )
 from bge_core.encode import encode
+from bge_core.launch import start
 from bge_core.loss import LossConfig, LossInput, LossOutput
 from bge_core.step import StepSettings, forward_backward
 
