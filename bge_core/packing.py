@@ -137,7 +137,8 @@ def packed_hidden(
     hidden_1TD = backbone(
         input_ids=torch.cat([texts[i] for i in order])[None],
         position_ids=position_T[None],
-        attention_mask=_ready_mask(device),
+        # Four dimensions tell transformers that the mask is made: it makes none of T x T.
+        attention_mask=torch.ones((1, 1, 1, 1), dtype=torch.bool, device=device),
         packed=packed,
         **({"use_cache": False} if hasattr(backbone.config, "use_cache") else {}),
     ).last_hidden_state
@@ -146,11 +147,6 @@ def packed_hidden(
 
 def _int32(values: Sequence[int], device: torch.device) -> Tensor:
     return torch.tensor(values, dtype=torch.int32).to(device, non_blocking=True)
-
-
-def _ready_mask(device: torch.device) -> Tensor:
-    """Four dimensions tell transformers that the mask is made: it makes none of T x T."""
-    return torch.ones((1, 1, 1, 1), dtype=torch.bool, device=device)
 
 
 def packed_attention(
