@@ -8,6 +8,7 @@ memory does not grow with the number of texts; the vectors may go straight into 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +16,6 @@ from tqdm import tqdm
 
 from bge_core import UserError
 from bge_core.distributed import is_sharded, sum_over_ranks, world
-from bge_core.model import Encoder
 from bge_core.tokens import Tokens, tokenize
 from bge_core.watchdog import beat
 
@@ -24,7 +24,7 @@ MAX_TOKENS = 8192
 
 
 def encode(
-    encoder: Encoder,
+    encoder: Any,
     texts: Sequence[str],
     *,
     prompt: str = "",
@@ -38,7 +38,7 @@ def encode(
     """Vectors of all texts, on every rank.
 
     Args:
-        encoder: on the device to use; its mode (train or eval) is restored.
+        encoder: a model.Encoder on the device to use; its mode (train or eval) is restored.
         texts: n strings; an empty one is fine.
         prompt: put before each text.
         max_length: longest text in tokens, cut to what the backbone takes.
@@ -94,7 +94,7 @@ def encode(
 
 
 def _encode_block(
-    encoder: Encoder, texts: list[list[int]], batch_size: int | None, max_tokens: int, bar: tqdm
+    encoder: Any, texts: list[list[int]], batch_size: int | None, max_tokens: int, bar: tqdm
 ) -> np.ndarray:
     """Vectors of some texts, on every rank."""
     rank, world_size = world()

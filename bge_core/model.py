@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
@@ -26,6 +27,7 @@ from transformers.utils import cached_file
 
 from bge_core import UserError, packing
 from bge_core.config import Attention
+from bge_core.encode import encode
 from bge_core.tokens import Tokens, pad_buckets
 
 logger = logging.getLogger(__name__)
@@ -137,6 +139,10 @@ class Encoder(nn.Module):
             parts.append(hidden_sLD[mask_sL.bool()])
             order += bucket
         return torch.cat(parts), order
+
+    def encode(self, texts: Sequence[str], **options: Any) -> np.ndarray:
+        """Vectors (n, D) of texts, as they are; a prompt, half precision and more: see `encode.encode`."""
+        return encode(self, texts, **options)
 
     def save(self, folder: str | Path, weights: dict[str, Tensor] | None = None) -> None:
         """Write weights, tokenizer and the files that sentence-transformers reads into an existing or new folder.

@@ -13,9 +13,10 @@ from conftest import ROOT
 LEVELS = {
     "config": 0, "records": 0, "metrics": 0, "runlog": 0, "watchdog": 0, "tokens": 0,
     "loss": 1, "packing": 1, "launch": 1, "distributed": 1, "search": 1, "optim": 1,
-    "model": 2, "data": 2,
-    "encode": 3, "step": 3, "checkpoint": 3,
-    "mining": 4, "merging": 4, "evaluation": 4, "report": 4, "plan": 4,
+    "encode": 2, "data": 2,
+    "model": 3, "step": 3,
+    "checkpoint": 4,
+    "mining": 5, "merging": 5, "evaluation": 5, "report": 5, "plan": 5,
 }  # fmt: skip
 TALKS_TO_THE_GROUP = {"launch", "distributed", "watchdog", "encode", "step", "checkpoint"}
 CORE = [
@@ -130,7 +131,7 @@ def test_modules_stay_small() -> None:
     lines = {file.name: num_code_lines(file) for file in MODULES}
     assert {name: count for name, count in lines.items() if count > 400} == {}
     assert sum(num_code_lines(ROOT / file) for file in CORE) <= 1200
-    assert sum(lines.values()) + sum(num_code_lines(script) for script in SCRIPTS if script.exists()) <= 4500
+    assert sum(lines.values()) + sum(num_code_lines(script) for script in SCRIPTS if script.exists()) <= 4700
 
 
 IMPORT_ALL = """

@@ -1,13 +1,17 @@
 """Texts to vectors: in input order, the same for every batch size, never silently NaN. Two ranks: test_distributed."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
+import bge_core.encode as encode_module
 from bge_core import UserError
-from bge_core.encode import encode
+from bge_core.encode import encode, plan_batches
 from bge_core.model import Encoder, load_encoder
 from bge_core.tokens import Tokens
 
@@ -49,6 +53,41 @@ def test_vectors_are_in_input_order(encoder: Encoder) -> None:
 def test_the_batch_size_hardly_matters(batch_size: int, encoder: Encoder) -> None:
     want = encode(encoder, TEXTS, batch_size=8)
     assert abs(encode(encoder, TEXTS, batch_size=batch_size) - want).max() < 1e-6
+
+
+@pytest.mark.parametrize("max_tokens", [1, 30, 10**6])
+def test_the_budget_of_tokens_hardly_matters(max_tokens: int, encoder: Encoder) -> None:
+    assert abs(encode(encoder, TEXTS, max_tokens=max_tokens) - encode(encoder, TEXTS)).max() < 1e-6
+
+
+@given(st.lists(st.integers(1, 40), max_size=50), st.integers(1, 8) | st.none(), st.integers(1, 100))
+def test_batches_keep_to_both_limits(lengths: list[int], batch_size: int | None, max_tokens: int) -> None:
+    batches = list(plan_batches(lengths, batch_size, max_tokens))
+    order = [i for batch in batches for i in batch]
+    assert sorted(order) == list(range(len(lengths)))
+    assert [lengths[i] for i in order] == sorted(lengths, reverse=True)
+    for batch, after in zip(batches, [*batches, []][1:], strict=True):
+        num_tokens = sum(lengths[i] for i in batch)
+        assert len(batch) == 1 or (num_tokens <= max_tokens and len(batch) <= (batch_size or 50))
+        if after:
+            assert len(batch) == batch_size or num_tokens + lengths[after[0]] > max_tokens
+
+
+def test_blocks_are_put_together_in_order(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    want = encode(encoder, TEXTS)
+    monkeypatch.setattr(encode_module, "BLOCK", 4)
+    assert abs(encode(encoder, TEXTS) - want).max() < 1e-6
+    assert abs(encoder.encode(TEXTS, prompt="问题：") - encode(encoder, TEXTS, prompt="问题：")).max() == 0
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_vectors_go_into_a_memory_map(dtype: Any, encoder: Encoder, tmp_path: Path) -> None:
+    output = np.lib.format.open_memmap(tmp_path / "vectors.npy", "w+", dtype, (len(TEXTS), 32))
+    assert encode(encoder, TEXTS, output=output) is output
+    output.flush()
+    np.testing.assert_allclose(np.load(tmp_path / "vectors.npy"), encode(encoder, TEXTS), atol=1e-3)
+    with pytest.raises(UserError, match=r"output has the shape \(27, 32\); 3 vectors of this model need \(3, 32\)"):
+        encode(encoder, TEXTS[:3], output=output)
 
 
 def test_no_texts(encoder: Encoder) -> None:
