@@ -29,6 +29,7 @@ import transformers
 from tqdm import tqdm
 
 from bge_core import UserError, checkpoint, plan, records, report, watchdog
+from bge_core.batch import Tokens
 from bge_core.config import TrainConfig, as_dict, changed_fields, run_stage
 from bge_core.data import TrainingData
 from bge_core.distributed import (
@@ -50,7 +51,6 @@ from bge_core.model import Encoder, load_encoder
 from bge_core.optim import build_optimizer, learning_rate_schedule
 from bge_core.runlog import append_metrics
 from bge_core.step import LossFunction, StepSettings, forward_backward
-from bge_core.tokens import Tokens
 
 logger = logging.getLogger(__name__)
 STOPPED_BY_SIGNAL = 75  # EX_TEMPFAIL: try again

@@ -212,8 +212,7 @@ def make_encoder() -> Any:
 
 def make_batch(num_queries: int, num_processes: int, seed: int = 0) -> Any:
     """Random tokens; every text of its kind has the same length, so that nothing is padded."""
-    from bge_core.data import Batch
-    from bge_core.tokens import Tokens
+    from bge_core.batch import Batch, Tokens
 
     generator = torch.Generator().manual_seed(seed)
     lengths = [QUERY_TOKENS] * num_queries + [PASSAGE_TOKENS] * (num_queries * GROUP)

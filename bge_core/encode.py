@@ -15,8 +15,8 @@ import torch
 from tqdm import tqdm
 
 from bge_core import UserError
+from bge_core.batch import Tokens, tokenize
 from bge_core.distributed import is_sharded, sum_over_ranks, world
-from bge_core.tokens import Tokens, tokenize
 from bge_core.watchdog import beat
 
 BLOCK = 16_384  # texts that are tokenized and sorted together

@@ -26,9 +26,9 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer
 from transformers.utils import cached_file
 
 from bge_core import UserError, packing
+from bge_core.batch import Tokens, pad_buckets
 from bge_core.config import Attention
 from bge_core.encode import encode
-from bge_core.tokens import Tokens, pad_buckets
 
 logger = logging.getLogger(__name__)
 

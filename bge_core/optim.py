@@ -18,7 +18,8 @@ def build_optimizer(
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=epsilon)
+    fused = all(p.device.type in ("cpu", "cuda", "mps") for p in parameters)
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=epsilon, fused=fused)
 
 
 def learning_rate_schedule(

@@ -37,8 +37,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from bge_core.batch import Tokens
 from bge_core.config import Attention
-from bge_core.tokens import Tokens
 
 logger = logging.getLogger(__name__)
 

@@ -22,8 +22,9 @@ import torch
 from torch import nn
 
 from bge_core import UserError
+from bge_core.batch import Batch
 from bge_core.config import TrainConfig
-from bge_core.data import Batch, Example, TrainingData
+from bge_core.data import Example, TrainingData
 from bge_core.loss import LossConfig, rows_per_block
 from bge_core.runlog import available_memory_mb, memory_mb, reset_peak_memory
 from bge_core.step import StepSettings, forward_backward

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from bge_core import UserError, records
+from bge_core.batch import tokenize
 from bge_core.config import TrainConfig
 from bge_core.data import TrainingData
 from bge_core.model import Encoder
 from bge_core.records import atomic_path
 from bge_core.runlog import memory_mb, read_metrics
-from bge_core.tokens import tokenize
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: bool = False) -> str:

@@ -25,10 +25,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bge_core.data import Batch
+from bge_core.batch import Batch, Tokens
 from bge_core.distributed import gather_counts, gather_rows, is_sharded, sync_only_if, unwrap, world
 from bge_core.loss import LossConfig, LossInput, LossOutput, training_loss
-from bge_core.tokens import Tokens
 
 LossFunction = Callable[[LossInput, LossConfig], LossOutput]
 

@@ -16,10 +16,9 @@ import reference
 import torch
 from torch import Tensor
 
-from bge_core.data import Batch
+from bge_core.batch import Batch, Tokens
 from bge_core.loss import LossConfig
 from bge_core.model import Encoder, load_encoder
-from bge_core.tokens import Tokens
 
 MODES: dict[str, dict[str, Any]] = {
     "info_nce": {},

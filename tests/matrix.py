@@ -46,7 +46,7 @@ from tiny_model import make_tiny_bert
 from transformers.utils import logging as transformers_logging
 
 import bge_core
-from bge_core.data import Batch
+from bge_core.batch import Batch
 from bge_core.distributed import unwrap, wrap
 from bge_core.loss import LossConfig
 from bge_core.model import Encoder

@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT
 
 LEVELS = {
-    "config": 0, "records": 0, "metrics": 0, "runlog": 0, "watchdog": 0, "tokens": 0,
+    "config": 0, "records": 0, "metrics": 0, "runlog": 0, "watchdog": 0, "batch": 0,
     "loss": 1, "packing": 1, "launch": 1, "distributed": 1, "search": 1, "optim": 1,
     "encode": 2, "data": 2,
     "model": 3, "step": 3,

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from bge_core import UserError
+from bge_core.batch import Batch
 from bge_core.config import TrainConfig
-from bge_core.data import Batch, BatchPlan, Example, TrainingData, choose_example, deal, instructed, list_files
+from bge_core.data import BatchPlan, Example, TrainingData, choose_example, deal, instructed, list_files
 from bge_core.records import text_id, write_jsonl
 
 

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 import bge_core.encode as encode_module
 from bge_core import UserError
+from bge_core.batch import Tokens
 from bge_core.encode import encode, plan_batches
 from bge_core.model import Encoder, load_encoder
-from bge_core.tokens import Tokens
 
 TEXTS = [
     "信用卡怎么申请？",

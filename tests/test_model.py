@@ -16,8 +16,8 @@ from torch import Tensor
 from transformers import AutoModel, AutoTokenizer, XLMRobertaConfig, XLMRobertaModel
 
 from bge_core import UserError
+from bge_core.batch import Tokens, tokenize
 from bge_core.model import POOLINGS, Encoder, EncoderSettings, load_encoder, pool, read_settings
-from bge_core.tokens import Tokens, tokenize
 
 TEXTS = ["信用卡怎么申请？", "loan", "快递" * 15, "退款，退款", "", "a b c d e f g", "退款，退款"]
 

@@ -25,9 +25,9 @@ from transformers import (
 
 from bge_core import model as model_module
 from bge_core import packing
+from bge_core.batch import Tokens
 from bge_core.model import first_position, load_encoder, packed_or_padded, packing_error, set_attention_dropout
 from bge_core.packing import KERNELS, Packed, Rule, kernel_error, packed_hidden, usable_kernels
-from bge_core.tokens import Tokens
 
 SIZES: dict[str, Any] = {
     "vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48,

@@ -12,10 +12,9 @@ import torch
 from runs import Row, run
 
 from bge_core import plan, runlog
-from bge_core.data import Batch
+from bge_core.batch import Batch, Tokens
 from bge_core.plan import Line, fit_line, memory_line
 from bge_core.step import StepSettings
-from bge_core.tokens import Tokens
 
 SETTINGS: Row = {
     "num_train_epochs": 2, "gradient_accumulation_steps": 2, "save_steps": 0.3, "save_total_limit": 1, "plan": True,

@@ -23,7 +23,7 @@ from batches import MODES, Gradients, TextRow, gradients_of, load, make_rows, ra
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 from bge_core import UserError
-from bge_core.data import Batch
+from bge_core.batch import Batch
 from bge_core.distributed import (
     gather_counts,
     gather_objects,

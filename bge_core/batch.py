@@ -1,8 +1,11 @@
-"""Texts as token ids, all of a batch in one row; chunks of it, and padded rectangles where a model needs them.
+"""A micro-batch: its texts as token ids in one row, and which passage belongs to which query.
 
     input_id_T    [ 101 2769 102 | 101 791 1921 102 | 101 102 ]        lengths  [3, 4, 2]
 
-Shapes: T tokens of all texts, S texts, L longest text of a bucket.
+Padded rectangles are made for models that need them, and nowhere else.
+
+Shapes: T tokens of all texts, S texts, L longest text of a bucket; of one rank's micro-batch: B queries, R passages,
+G most passages of a query, X most known positives of a query.
 """
 
 import math
@@ -54,6 +57,41 @@ class Tokens:
         return [
             Tokens(ids, part) for ids, part in zip(self.input_id_T.split([sum(p) for p in parts]), parts, strict=True)
         ]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One rank's micro-batch.
+
+    Args:
+        tokens: the B queries, then the R passages.
+        own_BG: columns (of this rank's R passages) of each query's passages, the positive first, -1 where fewer.
+        passage_id_R: hash of each passage's normalized text.
+        excluded_BX: hashes that are never a negative of a query: its positives and itself; -1 is padding.
+        teacher_BG: teacher scores of `own_BG`, or None.
+        rank_counts: (queries, passages) of this micro-batch on each rank.
+        rows: the B numbers of the rows.
+        guide_tokens: the same texts for the guide encoder, if there is one.
+    """
+
+    tokens: Tokens
+    own_BG: Tensor
+    passage_id_R: Tensor
+    excluded_BX: Tensor
+    teacher_BG: Tensor | None
+    rank_counts: list[tuple[int, int]]
+    rows: list[int]
+    guide_tokens: Tokens | None = None
+
+    @property
+    def num_queries(self) -> int:
+        """B."""
+        return len(self.rows)
+
+    @property
+    def num_global_rows(self) -> int:
+        """M, the queries of all ranks."""
+        return sum(queries for queries, _ in self.rank_counts)
 
 
 def tokenize(tokenizer: Any, texts: Sequence[str], max_length: int) -> list[list[int]]:

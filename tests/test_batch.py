@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from bge_core.tokens import Tokens, pad_buckets, tokenize
+from bge_core.batch import Tokens, pad_buckets, tokenize
 
 texts_of_tokens = st.lists(st.lists(st.integers(1, 99), min_size=1, max_size=40), max_size=30)
 
