@@ -88,6 +88,25 @@ def test_a_resumed_run_is_the_unbroken_one(unbroken: Path, tmp_path: Path, resum
     assert runs.manifest(folder)["status"] == "finished"
 
 
+@pytest.mark.parametrize("number", [2, 4])
+def test_many_processes_resume_to_the_same_bits(
+    number: int, tiny_bert_dropout: Path, data: Path, tmp_path: Path
+) -> None:
+    """Dropout on, and in an epoch's last micro-batch of 2 rows two of four ranks have none."""
+    changes = {"per_device_train_batch_size": 4 // number, "negatives_cross_device": True, "dataloader_num_workers": 0}
+
+    def processes(folder: Path, **more: Any) -> None:
+        words = runs.flags(tiny_bert_dropout, data, folder, val_data=data, **SETTINGS | changes | more)
+        log = tmp_path / f"{folder.name}.log"
+        codes = runs.finish(runs.start_many(number, words, log))
+        assert codes == [0] * number, [file.read_text(encoding="utf-8") for file in tmp_path.glob(f"{log.name}*")]
+
+    processes(tmp_path / "unbroken")
+    folder = runs.copy_run(tmp_path / "unbroken", tmp_path / "run", "checkpoint-6")
+    processes(folder, resume_from_checkpoint="latest")
+    assert_same_run(folder, tmp_path / "unbroken")
+
+
 def test_a_resumed_run_may_log_and_work_otherwise(unbroken: Path, tmp_path: Path, resume: Callable[..., int]) -> None:
     folder = runs.copy_run(unbroken, tmp_path / "run", "checkpoint-6")
     assert resume(folder, dataloader_num_workers=0, logging_steps=1, save_steps=0, val_data=None, eval_steps=None) == 0
