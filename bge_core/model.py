@@ -334,6 +334,9 @@ def _first_layers(backbone: Any) -> Iterator[nn.Module]:
     """For a while the model has only as many layers as show each kind of attention; the first of them is given."""
     lists = [(owner, name, layers) for owner in backbone.modules() for name, layers in owner.named_children()
              if isinstance(layers, nn.ModuleList)]  # fmt: skip
+    if not lists:  # nothing to leave out
+        yield backbone
+        return
     owner, name, layers = max(lists, key=lambda found: sum(p.numel() for p in found[2].parameters()))
     kinds = list(getattr(backbone.config, "layer_types", None) or ["full_attention"])
     setattr(owner, name, layers[: 1 + max(kinds.index(kind) for kind in set(kinds))])
