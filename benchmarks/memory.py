@@ -6,7 +6,9 @@ Every measurement is a process of its own. Memory is the peak resident size of t
 inputs and their gradients, for a training step both in all and beyond model and optimizer. Times are ratios: both ways
 are measured in turn, five pairs, and the median ratio with the smallest and the largest is printed. The loss runs on
 random unit vectors; a step runs forward_backward on the question/answer pairs of --data, repeated with other numbers
-behind them where the batch wants more.
+behind them where the batch wants more. Encoding writes 10,000 and 1,000,000 texts of one token into a memory-mapped
+file, with a small random model; its memory is the peak of the process's anonymous pages (those of the file are not
+among them).
 
     benchmarks/results/memory.json, memory.md
 """
@@ -20,19 +22,24 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from transformers import AutoTokenizer, BertConfig, BertModel
 
 from bge_core import records
 from bge_core.config import TrainConfig
 from bge_core.data import TrainingData
+from bge_core.encode import encode
 from bge_core.loss import LossConfig, LossInput, training_loss
-from bge_core.model import load_encoder
+from bge_core.model import Encoder, EncoderSettings, load_encoder
 from bge_core.optim import build_optimizer
 from bge_core.report import text_table
 from bge_core.step import StepSettings, forward_backward
@@ -80,6 +87,51 @@ def measure_loss(rows: int, candidates: int, size: int, block_size: int | None) 
     seconds = time.perf_counter() - started
     gradients_mb = (rows + candidates) * size * 4 / 2**20
     return {"loss": loss.item(), "seconds": seconds, "extra_mb": peak_mb() - before - gradients_mb}
+
+
+def anonymous_mb() -> float:
+    """What this process holds now that is no page of a file."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon:")) / 2**10
+
+
+class ShortTexts(Sequence[str]):
+    """`count` texts of one character, made when they are asked for."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, which: Any) -> Any:
+        if isinstance(which, slice):
+            return [self[i] for i in range(*which.indices(self.count))]
+        return chr(0x4E00 + which % 5000)
+
+
+def measure_encode(encoder_name: str, num_texts: int) -> dict[str, Any]:
+    """Encode short texts into a float16 memory map."""
+    tokenizer = AutoTokenizer.from_pretrained(encoder_name)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    backbone = BertModel(BertConfig(vocab_size=len(tokenizer), **sizes), add_pooling_layer=False)
+    encoder = Encoder(backbone, tokenizer, EncoderSettings(pooling="mean", normalize=True), "padded").eval()
+    peak, ended = [0.0], threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(0.02):
+            peak[0] = max(peak[0], anonymous_mb())
+
+    encode(encoder, ["一"] * 100)  # the libraries' own memory
+    with tempfile.TemporaryDirectory() as folder:
+        output = np.lib.format.open_memmap(f"{folder}/vectors.npy", "w+", np.float16, (num_texts, 32))
+        before, started = anonymous_mb(), time.perf_counter()
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        encode(encoder, ShortTexts(num_texts), output=output)
+        ended.set()
+        watcher.join()
+    return {"extra_mb": peak[0] - before, "peak_mb": peak[0], "seconds": time.perf_counter() - started}
 
 
 def measure_step(encoder_name: str, file: str, batch_size: int, chunk_size: int | None, bf16: bool) -> dict[str, Any]:
@@ -159,7 +211,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.child:
         arguments = json.loads(args.child)
-        print(json.dumps({"loss": measure_loss, "step": measure_step}[arguments.pop("kind")](**arguments)))
+        kinds = {"loss": measure_loss, "step": measure_step, "encode": measure_encode}
+        print(json.dumps(kinds[arguments.pop("kind")](**arguments)))
         return
     os.environ["OMP_NUM_THREADS"] = str(args.threads)
     results: dict[str, Any] = {
@@ -202,6 +255,11 @@ def main() -> None:
     rows.append(["whole memory of that batch / plain batch 32", f"{cached[1]['peak_mb'] / plain['peak_mb']:.2f}"])
     per_token = [m["seconds"] / m["tokens"] for m in (cached[1], plain)]
     rows.append(["time per token of that batch / plain batch 32", f"{per_token[0] / per_token[1]:.2f}"])
+
+    few, many = (child("encode", encoder_name=args.encoder, num_texts=n) for n in (10_000, 1_000_000))
+    results["encode_memory"] = {"10000": few, "1000000": many}
+    text = f"{few['extra_mb']:.0f} MB / {many['extra_mb']:.0f} MB"
+    rows.append(["encoding 10,000 / 1,000,000 short texts, memory beyond the model", text])
 
     records.write_json(ROOT / "benchmarks/results/memory.json", results)
     table = text_table(["what", "measured"], rows, left=True)

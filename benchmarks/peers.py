@@ -1,4 +1,4 @@
-"""Side by side with FlagEmbedding 1.4.2 and sentence-transformers 6.2: training speed, activation memory, encoding.
+"""Side by side with FlagEmbedding 1.4.2, sentence-transformers 6.2 and LM_Cocktail 0.0.4, stage by stage.
 
     python benchmarks/peers.py --peers-python outputs/peers/bin/python --data path/to/cmrc [--what train2] [--pairs 5]
 
@@ -6,16 +6,23 @@ Every measurement is a process of its own; a peer's and ours take turns, on the 
 precision (float32), and the median ratio of the pairs is given with the smallest and the largest.
 
     train2, train8  batch 32, group size 2 and 8, query 64 and passage 128 tokens, the checkpoint's dropout, AdamW, mean
-                    pooling as the encoder was made with; --steps updates after one that warms up. Rows: CMRC's training
-                    questions, each with random sentences of the corpus as negatives.
-    encode          --texts sentences of the CMRC corpus, at most 128 tokens
+                    pooling as the encoder was made with; --steps updates after --warm-up of them (train8: --steps 1
+                    --warm-up 0, as a step of the peers takes two minutes). Rows: CMRC's training questions, each with
+                    random sentences of the corpus as negatives.
+    encode          --texts sentences of the corpus, at most 128 tokens; the call alone
+    mine            15 negatives from ranks 2 to 200 for the training questions; the whole process, cold
+    evaluate        three models (the encoder under three names) on the test questions at k = 100; the whole process
+    merge           two models of bge-large's shape (1.3 GB each, random weights), 0.5 and 0.5; the whole process
 
 The peers as their documentation has it, with what was fastest for them here: FlagEmbedding's runner; the trainer of
 sentence-transformers with MultipleNegativesRankingLoss; both pad to the longest text of a batch (packing needs
-flash-attn, which needs a GPU). Both encode sorted by length at batch size 32, their fastest here.
+flash-attn, which needs a GPU). Both encode sorted by length at batch size 32, their fastest here. The miner left
+FlagEmbedding's package after 1.2: --miner is 1.2.11's source, run with 1.4.2's model. For mine and evaluate the corpus
+is the positives and random sentences, --passages in all.
 
 Activation memory is the peak of the process less what it held before the first step and less gradients and AdamW's two
-moments (12 bytes a parameter), the same for all three. Writes benchmarks/results/peers.jsonl (a line for each ratio).
+moments (12 bytes a parameter), the same for all three. Private memory is the peak of a process's anonymous pages.
+Appends to benchmarks/results/peers.jsonl (a line for each ratio) and draws the last line of each as peers.png.
 """
 
 import argparse
@@ -23,11 +30,13 @@ import json
 import os
 import platform
 import random
+import re
 import resource
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from datetime import date
 from pathlib import Path
@@ -35,19 +44,26 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 BATCH_SIZE, QUERY_LENGTH, PASSAGE_LENGTH, LEARNING_RATE = 32, 64, 128, 2e-5
-NAMES = {"ours": "bge-core", "flagembedding": "FlagEmbedding", "sentence_transformers": "sentence-transformers"}
+NAMES = {
+    "ours": "bge-core",
+    "flagembedding": "FlagEmbedding",
+    "sentence_transformers": "sentence-transformers",
+    "lm_cocktail": "LM_Cocktail",
+}
 Result = dict[str, Any]
 
 
 class Clock:
     """Ends of steps, and what the process held before the first."""
 
-    def __init__(self) -> None:
-        self.ends: list[float] = []
+    def __init__(self, warm_up: int) -> None:
+        self.warm_up, self.ends = warm_up, list[float]()
         self.held_mb = 0.0
 
     def begin(self) -> None:
         """Model and data are there."""
+        if not self.warm_up:
+            self.ends.append(time.perf_counter())
         self.held_mb = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
     def step(self) -> None:
@@ -55,7 +71,7 @@ class Clock:
         self.ends.append(time.perf_counter())
 
     def result(self, num_parameters: int) -> Result:
-        """Queries per second after the first step, and the memory of activations."""
+        """Queries per second after the warm-up, and the memory of activations."""
         peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
         seconds = (self.ends[-1] - self.ends[0]) / (len(self.ends) - 1)
         states_mb = 12 * num_parameters / 2**20
@@ -84,7 +100,7 @@ def train_ours(job: Result, folder: str) -> Result:
     import train
     from bge_core import watchdog
 
-    clock, encoders = Clock(), []
+    clock, encoders, begun = Clock(job["warm_up"]), [], []
     step_begins, step_ends, build = watchdog.step_begins, watchdog.step_ends, train.build_encoder
 
     def build_encoder(*args: Any) -> Any:
@@ -92,7 +108,8 @@ def train_ours(job: Result, folder: str) -> Result:
         return encoders[-1]
 
     def begins() -> None:
-        if not clock.ends:
+        if not begun:
+            begun.append(True)
             clock.begin()
         step_begins()
 
@@ -103,9 +120,10 @@ def train_ours(job: Result, folder: str) -> Result:
     train.build_encoder, watchdog.step_begins, watchdog.step_ends = build_encoder, begins, ends  # type: ignore[assignment]
     code = train.main([
         "--model_name_or_path", job["model"], "--train_data", job["rows"], "--output_dir", f"{folder}/run",
-        "--max_steps", str(job["steps"] + 1), "--per_device_train_batch_size", str(BATCH_SIZE), "--train_group_size",
-        str(job["group"]), "--query_max_len", str(QUERY_LENGTH), "--passage_max_len", str(PASSAGE_LENGTH),
-        "--learning_rate", str(LEARNING_RATE), "--save_steps", "0", "--sentence_pooling_method", "mean",
+        "--max_steps", str(job["steps"] + job["warm_up"]), "--per_device_train_batch_size", str(BATCH_SIZE),
+        "--train_group_size", str(job["group"]), "--query_max_len", str(QUERY_LENGTH), "--passage_max_len",
+        str(PASSAGE_LENGTH), "--learning_rate", str(LEARNING_RATE), "--save_steps", "0", "--sentence_pooling_method",
+        "mean",
     ])  # fmt: skip
     assert code == 0
     return clock.result(sum(p.numel() for p in encoders[0].parameters()))
@@ -127,12 +145,12 @@ def train_flagembedding(job: Result, folder: str) -> Result:
             passage_max_len=PASSAGE_LENGTH, cache_path=f"{folder}/cache",
         ),
         training_args=EncoderOnlyEmbedderTrainingArguments(
-            output_dir=f"{folder}/run", max_steps=job["steps"] + 1, per_device_train_batch_size=BATCH_SIZE,
+            output_dir=f"{folder}/run", max_steps=job["steps"] + job["warm_up"], per_device_train_batch_size=BATCH_SIZE,
             learning_rate=LEARNING_RATE, temperature=0.02, sentence_pooling_method="mean", normalize_embeddings=True,
             save_strategy="no", report_to="none", use_cpu=True,
         ),
     )  # fmt: skip
-    clock = Clock()
+    clock = Clock(job["warm_up"])
     runner.trainer.add_callback(callback_of(clock))
     runner.trainer.train()
     return clock.result(sum(p.numel() for p in runner.model.parameters()))
@@ -155,11 +173,11 @@ def train_sentence_transformers(job: Result, folder: str) -> Result:
         columns[f"negative_{i}"] = [row["neg"][i] for row in rows]
     model = SentenceTransformer(job["model"], device="cpu")
     model.max_seq_length = PASSAGE_LENGTH
-    clock = Clock()
+    clock = Clock(job["warm_up"])
     trainer = SentenceTransformerTrainer(
         model=model,
         args=SentenceTransformerTrainingArguments(
-            output_dir=f"{folder}/run", max_steps=job["steps"] + 1, per_device_train_batch_size=BATCH_SIZE,
+            output_dir=f"{folder}/run", max_steps=job["steps"] + job["warm_up"], per_device_train_batch_size=BATCH_SIZE,
             learning_rate=LEARNING_RATE, save_strategy="no", report_to="none", use_cpu=True,
         ),
         train_dataset=Dataset.from_dict(columns),
@@ -203,7 +221,96 @@ def encode(job: Result, folder: str) -> Result:
     return {"texts_per_second": len(texts) / seconds, "check": [round(float(x), 4) for x in vectors[0][:4]]}
 
 
+def mine_flagembedding(job: Result, folder: str) -> None:
+    """hn_mine.py of 1.2.11, with 1.4.2's model."""
+    import importlib.util
+
+    from FlagEmbedding import FlagModel
+
+    file = Path(job["miner"]) / "FlagEmbedding/baai_general_embedding/finetune/hn_mine.py"
+    spec = importlib.util.spec_from_file_location("their_hn_mine", file)
+    assert spec is not None and spec.loader is not None
+    miner = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(miner)
+    model = FlagModel(
+        job["model"], use_fp16=False, devices="cpu", pooling_method="mean", query_max_length=QUERY_LENGTH,
+        passage_max_length=PASSAGE_LENGTH,
+    )  # fmt: skip
+    encode_texts, encode_queries = model.encode, model.encode_queries
+    model.encode = lambda texts, batch_size: encode_texts(texts, batch_size=32)
+    model.encode_queries = lambda texts, batch_size: encode_queries(texts, batch_size=32)
+    miner.find_knn_neg(model, job["questions"], job["corpus"], f"{folder}/mined.jsonl", [2, 200], 15, False)
+
+
+def evaluate_sentence_transformers(job: Result, folder: str) -> None:
+    """InformationRetrievalEvaluator, a model after the other."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.evaluation import (  # type: ignore[import-not-found]
+        InformationRetrievalEvaluator,
+    )
+
+    with open(job["questions"], encoding="utf-8") as lines:
+        rows = [json.loads(line) for line in lines]
+    with open(job["corpus"], encoding="utf-8") as lines:
+        corpus = {str(i): json.loads(line)["text"] for i, line in enumerate(lines)}
+    places = {text: i for i, text in corpus.items()}
+    queries = {str(i): row["query"] for i, row in enumerate(rows)}
+    relevant = {str(i): {places[text] for text in row["pos"]} for i, row in enumerate(rows)}
+    for name in job["models"]:
+        model = SentenceTransformer(name, device="cpu")
+        model.max_seq_length = PASSAGE_LENGTH
+        evaluator = InformationRetrievalEvaluator(
+            queries, corpus, relevant, batch_size=32, mrr_at_k=[10, 100], ndcg_at_k=[10, 100],
+            accuracy_at_k=[1, 10, 100], precision_recall_at_k=[1, 10, 100], map_at_k=[100], show_progress_bar=False,
+        )  # fmt: skip
+        print(name, evaluator(model), file=sys.stderr)
+
+
+def merge_lm_cocktail(job: Result, folder: str) -> None:
+    """mix_models, which writes the folder."""
+    from LM_Cocktail import mix_models  # type: ignore[import-not-found]
+
+    mix_models(job["models"], "encoder", [0.5, 0.5], output_path=f"{folder}/merged")
+
+
 TRAIN = {"ours": train_ours, "flagembedding": train_flagembedding, "sentence_transformers": train_sentence_transformers}
+STAGES = {
+    "mine": ("flagembedding", mine_flagembedding),
+    "evaluate": ("sentence_transformers", evaluate_sentence_transformers),
+    "merge": ("lm_cocktail", merge_lm_cocktail),
+}
+
+
+def command_of(python: str, job: Result, folder: str) -> list[str]:
+    """What runs a job: this file, or for our side of a stage its script."""
+    if job["side"] != "ours" or job["kind"] not in STAGES:
+        return [python, str(Path(__file__).resolve()), "--child", json.dumps(job)]
+    if job["kind"] == "mine":
+        words = [
+            "mine.py", "--model_name_or_path", job["model"], "--input_file", job["questions"], "--candidate_pool",
+            job["corpus"], "--output_file", f"{folder}/mined.jsonl", "--range_for_sampling", "2-200",
+            "--negative_number", "15", "--query_max_len", str(QUERY_LENGTH), "--passage_max_len", str(PASSAGE_LENGTH),
+        ]  # fmt: skip
+    elif job["kind"] == "evaluate":
+        words = [
+            "evaluate.py", "--encoder", *job["models"], "--val_data", job["questions"], "--corpus", job["corpus"],
+            "--k", "100", "--max_query_length", str(QUERY_LENGTH), "--max_passage_length", str(PASSAGE_LENGTH),
+        ]  # fmt: skip
+    else:
+        words = ["merge.py", "--models", *job["models"], "--weights", "0.5", "0.5", "--output_path", f"{folder}/merged"]
+    return [python, str(ROOT / words[0]), *words[1:]]
+
+
+def watch_private(pid: int, peak_mb: list[float]) -> None:
+    """Keep the peak of a process's anonymous pages, until it ends."""
+    try:
+        while True:
+            lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+            held = next(int(line.split()[1]) for line in lines if line.startswith("Anonymous:"))
+            peak_mb[0] = max(peak_mb[0], held / 2**10)
+            time.sleep(0.05)
+    except (OSError, StopIteration):
+        return
 
 
 def measure(python: str, job: Result, threads: int) -> Result:
@@ -212,12 +319,21 @@ def measure(python: str, job: Result, threads: int) -> Result:
         "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "true",
         "PYTHONPATH": str(ROOT) if job["side"] == "ours" else "", "CUDA_VISIBLE_DEVICES": "",
     }  # fmt: skip
-    words = [python, str(Path(__file__).resolve()), "--child", json.dumps(job)]
-    done = subprocess.run(words, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{job}\n{done.stderr[-4000:]}")
-    result: Result = json.loads(done.stdout.splitlines()[-1])
-    print(job["side"], job["kind"], job.get("group", ""), result, file=sys.stderr, flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        words, peak_mb, started = command_of(python, job, folder), [0.0], time.perf_counter()
+        with tempfile.TemporaryFile("w+") as errors:
+            process = subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True)
+            watcher = threading.Thread(target=watch_private, args=(process.pid, peak_mb))
+            watcher.start()
+            out, _ = process.communicate()
+            seconds = time.perf_counter() - started
+            watcher.join()
+            errors.seek(0)
+            if process.returncode:
+                raise SystemExit(f"{job}\n{errors.read()[-4000:]}")
+    stage = {"seconds": round(seconds, 2), "private_mb": round(peak_mb[0], 1)}
+    result: Result = stage if job["kind"] in STAGES else json.loads(out.splitlines()[-1])
+    print(job["side"], job["kind"], result, file=sys.stderr, flush=True)
     return result
 
 
@@ -241,53 +357,136 @@ def read_texts(source: Path) -> list[str]:
         return [json.loads(line)["text"] for line in lines]
 
 
+def write_task(source: Path, folder: Path, questions: str, passages: int) -> Result:
+    """The questions, and a corpus of their positives and random sentences."""
+    rows = [json.loads(line) for line in (source / questions).read_text(encoding="utf-8").splitlines()]
+    texts = list(dict.fromkeys(text for row in rows for text in row["pos"]))
+    others = sorted(set(read_texts(source)) - set(texts))
+    texts += random.Random(0).sample(others, min(len(others), max(0, passages - len(texts))))
+    for name, lines in (("questions", rows), ("corpus", [{"text": text} for text in texts])):
+        with open(folder / f"{name}.jsonl", "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    return {"questions": f"{folder}/questions.jsonl", "corpus": f"{folder}/corpus.jsonl", "num_passages": len(texts)}
+
+
+def write_large_models(encoder: Path, folder: Path) -> list[str]:
+    """Two models of bge-large's shape with random weights."""
+    import torch
+    from transformers import AutoTokenizer, BertConfig, BertModel
+
+    shape = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
+    names = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        names.append(f"{folder}/large-{seed}")
+        BertModel(BertConfig(vocab_size=21_128, **shape)).save_pretrained(names[-1])
+        AutoTokenizer.from_pretrained(encoder).save_pretrained(names[-1])
+    return names
+
+
+def prepare_job(what: str, args: argparse.Namespace, folder: Path) -> Result:
+    """Write what both sides read."""
+    job: Result = {"kind": what, "model": str(Path(args.encoder).resolve())}
+    if what in ("train2", "train8"):
+        write_rows(args.data, folder / "train.jsonl")
+        settings = {"group": int(what[5:]), "steps": args.steps, "warm_up": args.warm_up}
+        return job | {"rows": f"{folder}/train.jsonl"} | settings
+    if what == "encode":
+        texts = random.Random(0).sample(read_texts(args.data), args.texts)
+        (folder / "texts.json").write_text(json.dumps(texts, ensure_ascii=False), encoding="utf-8")
+        return job | {"rows": f"{folder}/texts.json"}
+    if what == "merge":
+        return job | {"models": write_large_models(args.encoder, folder)}
+    job |= write_task(args.data, folder, "train.jsonl" if what == "mine" else "test.jsonl", args.passages)
+    models = [folder / name for name in ("one", "two", "three")]
+    for name in models:
+        name.symlink_to(job["model"])
+    return job | {"models": list(map(str, models)), "miner": str(Path(args.miner).resolve())}
+
+
+def plot(file: Path) -> None:
+    """The last ratio of each kind and peer, a bar with its range."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    lines = {(line["what"], line["peer"]): line for line in map(json.loads, file.read_text().splitlines())}
+    numbers = [list(map(float, re.findall(r"[\d.]+", line["speed_ratio"]))) for line in lines.values()]
+    figure, axes = plt.subplots(figsize=(8, 0.5 * len(lines) + 1.2), layout="constrained")
+    names = [f"{what}\n{peer}" for what, peer in lines]
+    errors = [[middle - low for middle, low, _ in numbers], [high - middle for middle, _, high in numbers]]
+    bars = axes.barh(names, [middle for middle, _, _ in numbers], xerr=errors, color="#4c78a8", capsize=3)
+    axes.bar_label(bars, [f"{middle:.2f}" for middle, _, _ in numbers], label_type="center", color="white")
+    axes.axvline(1, color="black", linewidth=1)
+    axes.set_xlabel("times as fast as the peer (median of the pairs, smallest and largest)")
+    axes.invert_yaxis()
+    figure.savefig(file.with_suffix(".png"), dpi=120)
+
+
 def main() -> None:
     """All pairs, or with --child one job."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peers-python", help="python of the environment of benchmarks/requirements.txt")
     parser.add_argument("--data", type=Path, help="CMRC 2018: train.jsonl, corpus.jsonl")
     parser.add_argument("--encoder", default="outputs/encoder")
-    parser.add_argument("--what", nargs="+", default=["train2", "train8", "encode"])
+    parser.add_argument("--what", nargs="+", default=["train2", "train8", "encode", *STAGES])
     parser.add_argument("--against", nargs="+", default=["flagembedding", "sentence_transformers"])
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--warm-up", type=int, default=1, choices=[0, 1], help="steps before those that count")
     parser.add_argument("--texts", type=int, default=2000)
+    parser.add_argument("--passages", type=int, default=13_728, help="of the corpus of mine and evaluate")
+    parser.add_argument("--miner", default="outputs/FlagEmbedding-1.2.11", help="unpacked source distribution")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--child")
     args = parser.parse_args()
     if args.child:
         job = json.loads(args.child)
         with tempfile.TemporaryDirectory() as folder:
-            result = encode(job, folder) if job["kind"] == "encode" else TRAIN[job["side"]](job, folder)
-        print(json.dumps(result))
+            if job["kind"] in STAGES:
+                STAGES[job["kind"]][1](job, folder)
+            else:
+                result = encode(job, folder) if job["kind"] == "encode" else TRAIN[job["side"]](job, folder)
+                print(json.dumps(result))
         return
     facts = {
         "machine": f"{platform.machine()}, {os.cpu_count()} cores", "threads": args.threads, "date": str(date.today()),
         "command": " ".join(["python", "benchmarks/peers.py", *sys.argv[1:]]),
     }  # fmt: skip
-    with tempfile.TemporaryDirectory() as folder, open(ROOT / "benchmarks/results/peers.jsonl", "a") as out:
-        write_rows(args.data, Path(f"{folder}/train.jsonl"))
-        texts = random.Random(0).sample(read_texts(args.data), args.texts)
-        Path(f"{folder}/texts.json").write_text(json.dumps(texts, ensure_ascii=False), encoding="utf-8")
-        for what in args.what:
-            job: Result = {"kind": what, "model": str(Path(args.encoder).resolve()), "rows": f"{folder}/texts.json"}
-            if what != "encode":
-                job |= {"rows": f"{folder}/train.jsonl", "group": int(what[5:]), "steps": args.steps}
-            for peer in args.against:
+    results = ROOT / "benchmarks/results/peers.jsonl"
+    for what in args.what:
+        with tempfile.TemporaryDirectory() as folder:
+            job = prepare_job(what, args, Path(folder))
+            for peer in [STAGES[what][0]] if what in STAGES else args.against:
                 pairs = []
                 for number in range(args.pairs):
                     sides = ["ours", peer] if number % 2 == 0 else [peer, "ours"]
                     pythons = {"ours": sys.executable, peer: args.peers_python}
                     pairs.append({side: measure(pythons[side], job | {"side": side}, args.threads) for side in sides})
-                speed = "texts_per_second" if what == "encode" else "queries_per_second"
-                ratios = [pair["ours"][speed] / pair[peer][speed] for pair in pairs]
-                line = {"what": what, "peer": NAMES[peer], "speed_ratio": spread(ratios), "pairs": pairs} | facts
-                if what != "encode":
-                    memory = [pair["ours"]["activation_mb"] / pair[peer]["activation_mb"] for pair in pairs]
-                    line["activation_memory_ratio"] = spread(memory)
-                out.write(json.dumps(line) + "\n")
-                out.flush()
-                print({key: value for key, value in line.items() if key != "pairs"})
+                line = {"what": what, "peer": NAMES[peer]} | ratios_of(pairs, peer) | {"pairs": pairs} | facts
+                if "num_passages" in job:
+                    line["passages"] = job["num_passages"]
+                with open(results, "a", encoding="utf-8") as out:
+                    out.write(json.dumps(line) + "\n")
+                print({key: value for key, value in line.items() if key != "pairs"}, flush=True)
+    plot(results)
+
+
+def ratios_of(pairs: list[Result], peer: str) -> Result:
+    """Speed: how many times as fast as the peer; memory: ours over theirs."""
+    keys, ratios = pairs[0]["ours"], {}
+    for key in ("queries_per_second", "texts_per_second"):
+        if key in keys:
+            ratios["speed_ratio"] = spread([pair["ours"][key] / pair[peer][key] for pair in pairs])
+    if "seconds" in keys:
+        ratios["speed_ratio"] = spread([pair[peer]["seconds"] / pair["ours"]["seconds"] for pair in pairs])
+    for key in ("activation_mb", "private_mb"):
+        if key in keys:
+            ratios[key.replace("_mb", "_memory_ratio")] = spread(
+                [pair["ours"][key] / pair[peer][key] for pair in pairs]
+            )
+    return ratios
 
 
 if __name__ == "__main__":

@@ -246,12 +246,8 @@ class TrainConfig:
         _need(0 <= (self.attention_dropout or 0) < 1, "attention_dropout", self.attention_dropout, "use 0 to below 1")
         for name in ("weight_decay", "max_grad_norm", "warmup_steps", "save_steps", "dataloader_num_workers"):
             _need(getattr(self, name) >= 0, name, getattr(self, name), "use 0 or a number above it")
-        _need(
-            self.max_steps > 0 or self.num_train_epochs > 0,
-            "num_train_epochs",
-            self.num_train_epochs,
-            "use a number above 0",
-        )
+        epochs = self.num_train_epochs
+        _need(self.max_steps > 0 or epochs > 0, "num_train_epochs", epochs, "use a number above 0")
         _need((self.loss_block_size or 0) >= 0, "loss_block_size", self.loss_block_size, "use 0 or a number above it")
         _need(
             self.guide_encoder is None or self.loss is not None, "guide_encoder", self.guide_encoder,
@@ -259,19 +255,11 @@ class TrainConfig:
         )  # fmt: skip
         _need(0 <= self.warmup_ratio <= 1, "warmup_ratio", self.warmup_ratio, "use a share from 0 to 1")
         _need(not (self.fp16 and self.bf16), "fp16", True, "cannot go with --bf16: choose one")
-        _need(
-            self.use_mrl == bool(self.mrl_dims),
-            "mrl_dims",
-            self.mrl_dims,
-            "go with --use_mrl, as --use_mrl --mrl_dims 256 512",
-        )
+        remedy = "go with --use_mrl, as --use_mrl --mrl_dims 256 512"
+        _need(self.use_mrl == bool(self.mrl_dims), "mrl_dims", self.mrl_dims, remedy)
         _need(all(dim > 0 for dim in self.mrl_dims), "mrl_dims", self.mrl_dims, "use numbers above 0")
-        _need(
-            self.report_to in ("none", "tensorboard", "wandb"),
-            "report_to",
-            self.report_to,
-            "use tensorboard, wandb or none",
-        )
+        known = self.report_to in ("none", "tensorboard", "wandb")
+        _need(known, "report_to", self.report_to, "use tensorboard, wandb or none")
         _need(
             self.negatives_cross_device <= self.use_inbatch_neg, "negatives_cross_device", True,
             "needs in-batch negatives: drop --use_inbatch_neg False",

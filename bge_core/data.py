@@ -104,7 +104,7 @@ class BatchPlan:
         return epoch, slice(within * self.accumulation, (within + 1) * self.accumulation)
 
 
-def deal(costs: Sequence[int], num_ranks: int) -> list[list[int]]:
+def deal(costs: Sequence[float], num_ranks: int) -> list[list[int]]:
     """Deal positions 0..n-1 to ranks, by falling cost to and fro: counts differ by at most one, costs little.
 
     Returns:
@@ -203,6 +203,9 @@ class TrainingData(torch.utils.data.Dataset[list[Batch]]):
         self.num_steps = (
             config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * self.plan.steps_per_epoch)
         )
+        sample = self.rows[: min(len(self.rows), 100)]
+        texts = [*sample["query"], *(positives[0] for positives in sample["pos"])]
+        self.tokens_per_char = sum(map(len, tokenize(tokenizer, texts, max_positions))) / max(1, sum(map(len, texts)))
         self._epoch = lru_cache(maxsize=1)(self.plan.epoch)
 
     def __len__(self) -> int:
@@ -231,10 +234,10 @@ class TrainingData(torch.utils.data.Dataset[list[Batch]]):
         columns = self.rows[row_numbers]
         return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
-    def _cost(self, example: Example) -> int:
-        """About the number of tokens: characters, cut at the length limits."""
-        passages = sum(min(len(passage), self.passage_max_len) for passage in example.passages)
-        return min(len(example.query), self.query_max_len) + passages
+    def _cost(self, example: Example) -> float:
+        """About the number of tokens, from the characters: tokenizing other ranks' rows would cost every rank all."""
+        passages = sum(min(len(text) * self.tokens_per_char, self.passage_max_len) for text in example.passages)
+        return min(len(example.query) * self.tokens_per_char, self.query_max_len) + passages
 
     def __getitem__(self, step: int) -> list[Batch]:
         return [self.collate(*micro_batch) for micro_batch in self.examples(step)]

@@ -16,6 +16,7 @@ import os
 import random
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from itertools import combinations
@@ -228,21 +229,25 @@ def merge_folders(
     refuse_output(output_path, models, overwrite)
     checkpoints = open_checkpoints(models, weights, **hub)
     settings, names, first = merged_settings(checkpoints), merged_names(checkpoints), checkpoints[0]
-    sha256 = functools.cache(records.sha256)
-    files = [{"path": str(f), "sha256": sha256(f), "model": c.name} for c in checkpoints for f in c.files]
     facts = {
         "models": [c.name for c in checkpoints],
         "weights": [float(w) for w in weights],
         "pooling": settings.pooling,
     }
-    manifest = records.make_manifest("merge", config or facts, [*files, *inputs], **facts)
     try:
-        with _model_folder(Path(output_path)) as temporary:
+        with _model_folder(Path(output_path)) as temporary, ThreadPoolExecutor(1) as hashing:
+            hashes = {file: hashing.submit(records.sha256, file) for c in checkpoints for file in c.files}
             temporary.mkdir()
             like = {name: torch.empty_like(first.tensors[name](), device="meta") for name in names}
             _write_safetensors(temporary / "model.safetensors", like, average(checkpoints, weights, names))
             _save_config_and_tokenizer(temporary, first)
             write_settings(temporary, settings, first.backbone.config.hidden_size)
+            files = [
+                {"path": str(file), "sha256": hashes[file].result(), "model": c.name}
+                for c in checkpoints
+                for file in c.files
+            ]
+            manifest = records.make_manifest("merge", config or facts, [*files, *inputs], **facts)
             records.write_json(temporary / "manifest.json", manifest)
     except OSError as error:
         raise UserError(f"{output_path}: the merged model could not be written: {error}") from None
@@ -297,13 +302,13 @@ def open_checkpoint(name: str, **hub: Any) -> Checkpoint:
     tensors: dict[str, Callable[[], Tensor]] = {}
     for file in files if all(file.suffix == ".safetensors" for file in files) else []:
         try:
-            with safe_open(file, "pt") as stored:
-                keys = list(stored.keys())
+            stored = safe_open(file, "pt")
+            keys = list(stored.keys())
         except SafetensorError as error:
             raise UserError(f"{name}: {file} is not a whole safetensors file ({error}); fetch it again") from None
         for key in keys:
             own = key if key in names else key.removeprefix(f"{backbone.base_model_prefix}.")
-            read = functools.partial(_read_tensor, file, key)
+            read = functools.partial(_read_tensor, stored, key)
             if own in names or not read().is_floating_point():  # position ids, which older versions stored
                 tensors[own] = read
     if any(key not in tensors and not key.startswith("pooler.") for key in names):
@@ -312,10 +317,9 @@ def open_checkpoint(name: str, **hub: Any) -> Checkpoint:
     return Checkpoint(name, backbone, tokenizer, read_settings(name, **access), files, tensors)
 
 
-def _read_tensor(file: Path, key: str) -> Tensor:
-    """Memory-mapped, and opened anew each time, so that the pages are given back with the tensor."""
-    with safe_open(file, "pt") as stored:
-        tensor: Tensor = stored.get_tensor(key)
+def _read_tensor(stored: Any, key: str) -> Tensor:
+    """Memory-mapped: nothing is copied."""
+    tensor: Tensor = stored.get_tensor(key)
     return tensor
 
 
@@ -402,7 +406,7 @@ def average(checkpoints: Sequence[Checkpoint], weights: Sequence[float], names: 
                 term = read().to(torch.float32) * weight
                 total = term if total is None else total.add_(term)
         assert total is not None  # the weights sum to 1
-        if not total.isfinite().all():
+        if not (total.sum().isfinite() or total.isfinite().all()):  # the sum is faster, but may overflow
             raise UserError(f"{models} cannot be merged: {name} would be NaN or infinite; is one of them broken?")
         yield name, total
 

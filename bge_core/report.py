@@ -5,15 +5,17 @@ import math
 import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bge_core import UserError, records
 from bge_core.batch import tokenize
 from bge_core.config import TrainConfig
-from bge_core.data import TrainingData
 from bge_core.model import Encoder
 from bge_core.records import atomic_path
 from bge_core.runlog import memory_mb, read_metrics
+
+if TYPE_CHECKING:  # `datasets` takes half a second to import, which merging and evaluating need not wait for
+    from bge_core.data import TrainingData
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: bool = False) -> str:
@@ -140,7 +142,7 @@ def _cell(value: Any) -> str:
 
 def run_facts(
     config: TrainConfig,
-    data: TrainingData,
+    data: "TrainingData",
     encoder: Encoder,
     precision: str,
     accumulation: int,
@@ -169,7 +171,7 @@ def run_facts(
     }
 
 
-def preflight(config: TrainConfig, data: TrainingData, encoder: Encoder, facts: Mapping[str, Any]) -> list[str]:
+def preflight(config: TrainConfig, data: "TrainingData", encoder: Encoder, facts: Mapping[str, Any]) -> list[str]:
     """The lines before step 1: the facts, the share of texts cut, and a warning for what cannot learn."""
     lines = [
         f"{name + ':':<24}{value!r}" if isinstance(value, str) else f"{name + ':':<24}{value}"
@@ -232,7 +234,7 @@ def one_line(values: Mapping[str, Any]) -> str:
     )
 
 
-def describe_batch(data: TrainingData, config: TrainConfig) -> str:
+def describe_batch(data: "TrainingData", config: TrainConfig) -> str:
     """The first micro-batch of this process, decoded: what the model reads, what is cut, what is masked and why."""
     examples, rank_counts = next(data.examples(0))
     decode = functools.partial(data.tokenizer.decode, skip_special_tokens=False)
@@ -269,7 +271,7 @@ def summarize(window: dict[str, float], seconds: float) -> dict[str, float]:
     return means | rates | {"memory_mb": round(memory_mb(), 1)}
 
 
-def not_finite(output_dir: Path, step: int, rank: int, data: TrainingData, micro_batches: Sequence[Any]) -> UserError:
+def not_finite(output_dir: Path, step: int, rank: int, data: "TrainingData", micro_batches: Sequence[Any]) -> UserError:
     """Write the rows of a batch whose loss or gradient is NaN or infinite; say what to try."""
     file = output_dir / f"not_finite-step{step}-rank{rank}.jsonl"
     records.write_jsonl(file, ({"row": row} | data.rows[row] for batch in micro_batches for row in batch.rows))
