@@ -47,7 +47,7 @@ from bge_core.evaluation import evaluate_encoder, load_task
 from bge_core.launch import resolve_sharding, start, tracker_options
 from bge_core.loss import LossConfig, training_loss
 from bge_core.metrics import per_query_metrics
-from bge_core.model import Encoder, load_encoder
+from bge_core.model import Encoder, compile_layers, load_encoder
 from bge_core.optim import build_optimizer, learning_rate_schedule
 from bge_core.runlog import append_metrics
 from bge_core.step import LossFunction, StepSettings, forward_backward
@@ -325,24 +325,15 @@ def train(config: TrainConfig, at_end: ExitStack) -> int:
         scores = progress["best_scores" if use_best else "scores"]
         if use_best:
             logger.info(
-                "the final model is that of step %d (%s %.4f)",
-                progress["best_step"],
-                config.metric_for_best_model,
+                "the final model is that of step %d (%s %.4f)", progress["best_step"], config.metric_for_best_model,
                 progress["best_value"],
-            )
+            )  # fmt: skip
         report.plot_curves(metrics_file, output_dir / "curves.png")
+        base = {"base model": config.model_name_or_path, "training data": config.train_data}
         report.write_model_card(
-            output_dir,
-            title=config.run_name or output_dir.name,
-            facts={
-                "base model": config.model_name_or_path,
-                "training data": config.train_data,
-                **facts,
-                "settings": changed_fields(config),
-            },
-            scores=scores,
-            prompt=encoder.settings.query_prompt or "",
-        )
+            output_dir, title=config.run_name or output_dir.name, scores=scores, prompt=encoder.settings.query_prompt or "",
+            facts={**base, **facts, "settings": changed_fields(config)},
+        )  # fmt: skip
         skipped = {"skipped_steps": progress["skipped"]}
         records.write_json(output_dir / "manifest.json", manifest | {"status": "finished", "scores": scores, **skipped})
         print(f"model: {output_dir}")
@@ -353,19 +344,16 @@ def train(config: TrainConfig, at_end: ExitStack) -> int:
 def build_encoder(config: TrainConfig, name: str) -> Encoder:
     """The encoder, float32 master weights, with what gets no gradient switched off."""
     encoder = load_encoder(
-        name,
-        pooling=config.sentence_pooling_method,
-        normalize=config.normalize_embeddings,
-        tokenizer_name=config.tokenizer_name,
-        cache_dir=config.cache_dir,
-        token=config.token,
-        trust_remote_code=config.trust_remote_code,
-        attention=config.attention,
+        name, pooling=config.sentence_pooling_method, normalize=config.normalize_embeddings,
+        tokenizer_name=config.tokenizer_name, cache_dir=config.cache_dir, token=config.token,
+        trust_remote_code=config.trust_remote_code, attention=config.attention,
         attention_dropout=config.attention_dropout,
-    )
+    )  # fmt: skip
     encoder.freeze(position_embeddings=config.fix_position_embedding)
     if config.gradient_checkpointing:
         encoder.backbone.gradient_checkpointing_enable({"use_reentrant": False})
+    if config.torch_compile:
+        compile_layers(encoder.backbone)
     return encoder
 
 

@@ -162,7 +162,7 @@ class TrainConfig:
     max_example_num_per_dataset: int = _flag(100_000_000, "At most this many rows of each file, drawn with the seed.")
     same_dataset_within_batch: bool = _flag(False, "All rows of a batch come from the same file.")
     dataloader_drop_last: bool = _flag(False, "Leave out the last, smaller batch of an epoch.")
-    dataloader_num_workers: int = _flag(0, "Processes that tokenize ahead.")
+    dataloader_num_workers: int = _flag(1, "Processes that tokenize ahead; 0: the training process itself.")
     # loss
     temperature: float = _flag(0.02, "Scores are divided by it.")
     negatives_cross_device: bool = _flag(False, "Passages of every process are negatives for every query.")
@@ -201,6 +201,7 @@ class TrainConfig:
     fp16: bool = _flag(False, "float16 autocast with loss scaling (GPU).")
     bf16: bool = _flag(False, "bfloat16 autocast.")
     gradient_checkpointing: bool = _flag(False, "Trade time for activation memory.")
+    torch_compile: bool = _flag(False, "Compile the layers (needs a C++ compiler, on GPUs Triton).")
     fsdp: bool = _flag(False, "FSDP2 instead of DDP: weights, gradients and AdamW's state lie in shards.")
     ddp_timeout: int = _flag(1800, "Seconds that processes wait for one that hangs; then all end, and it is named.")
     seed: int = _flag(42, "Seed of data order, choice of passages and dropout.")

@@ -28,6 +28,7 @@ from transformers.utils import cached_file
 from bge_core import UserError, packing
 from bge_core.batch import Tokens, pad_buckets
 from bge_core.config import Attention
+from bge_core.dropout import replace_dropout
 from bge_core.encode import encode
 
 logger = logging.getLogger(__name__)
@@ -78,6 +79,7 @@ class Encoder(nn.Module):
         super().__init__()
         if settings.pooling not in POOLINGS:
             raise UserError(f"pooling {settings.pooling!r}: use one of {', '.join(POOLINGS)}")
+        replace_dropout(backbone)
         self.backbone = backbone
         self.tokenizer = tokenizer
         self.settings = settings
@@ -119,17 +121,18 @@ class Encoder(nn.Module):
         if not len(tokens):
             return self(Tokens(tokens.input_id_T.new_full((1,), self.tokenizer.pad_token_id), [1]))[:0]
         token_vectors = self._padded if self.attention == "padded" else self._packed
-        hidden_TD, order = token_vectors(tokens)
-        vector_SD = pool(hidden_TD, [tokens.lengths[i] for i in order], self.settings.pooling)
+        hidden_TD, lengths, order = token_vectors(tokens)
+        vector_SD = pool(hidden_TD, lengths, self.settings.pooling)
         vector_SD = vector_SD[torch.tensor(order).argsort().to(vector_SD.device, non_blocking=True)]
         return F.normalize(vector_SD, dim=-1) if self.settings.normalize else vector_SD
 
-    def _packed(self, tokens: Tokens) -> tuple[Tensor, list[int]]:
+    def _packed(self, tokens: Tokens) -> tuple[Tensor, list[int], list[int]]:
         return packing.packed_hidden(
-            self.backbone, tokens, first_position=first_position(self.backbone), attention=self.attention
-        )
+            self.backbone, tokens, first_position=first_position(self.backbone), attention=self.attention,
+            first_only=self.settings.pooling == "cls",
+        )  # fmt: skip
 
-    def _padded(self, tokens: Tokens) -> tuple[Tensor, list[int]]:
+    def _padded(self, tokens: Tokens) -> tuple[Tensor, list[int], list[int]]:
         """As `packed_hidden`, on padded rectangles."""
         # Where FSDP made a module of shards of this one, every rank has to run the layers equally often: once.
         max_waste = 1.0 if hasattr(self, "unshard") else 0.125
@@ -138,7 +141,7 @@ class Encoder(nn.Module):
             hidden_sLD = self.backbone(input_ids=id_sL, attention_mask=mask_sL).last_hidden_state
             parts.append(hidden_sLD[mask_sL.bool()])
             order += bucket
-        return torch.cat(parts), order
+        return torch.cat(parts), [tokens.lengths[i] for i in order], order
 
     def encode(self, texts: Sequence[str], **options: Any) -> np.ndarray:
         """Vectors (n, D) of texts, as they are; a prompt, half precision and more: see `encode.encode`."""
@@ -266,6 +269,16 @@ def set_attention_dropout(config: Any, dropout: float) -> None:
         setattr(config, name, dropout)
 
 
+def compile_layers(backbone: Any) -> None:
+    """Let torch.compile fuse what stands between a layer's matrix products, for any number of tokens.
+
+    Each layer is compiled by itself, around `packed_attention`. The last one is not: it may work on first tokens alone.
+    """
+    _, _, layers = _layers(backbone) or (None, None, nn.ModuleList())
+    for layer in layers[:-1]:
+        layer.compile(dynamic=True)
+
+
 def packed_or_padded(name: str | Path, backbone: Any, attention: Attention) -> Attention:
     """`attention` if the model computes the same on a packed row as on single texts, else "padded", with a warning."""
     start = first_position(backbone)
@@ -283,8 +296,9 @@ def packed_or_padded(name: str | Path, backbone: Any, attention: Attention) -> A
 def packing_error(backbone: Any, max_length: int, *, first_position: int = 0) -> float:
     """How far a model run on one row is from the same model run on each text alone, as transformers does it.
 
-    In eval mode, on texts of 1 token, 3 tokens, more than every window of the config, and the longest, in two orders;
-    token vectors and gradients of the first layer. The first layers of each kind of attention stand for all.
+    In eval mode, on texts of 1 token, 3 tokens, more than every window of the config, and the longest, in two orders,
+    and for the first tokens alone; token vectors and gradients of the first layer. The first layers of each kind of
+    attention stand for all.
 
     Returns:
         The largest difference relative to the largest entry; infinity where the model does not run like that.
@@ -302,14 +316,19 @@ def packing_error(backbone: Any, max_length: int, *, first_position: int = 0) ->
             backbone.eval()
             alone = [backbone(input_ids=text[None]).last_hidden_state[0] for text in ids]
             weights = [torch.randn(h.shape, generator=generator).to(h) for h in alone]
-            want = _value_and_gradient(alone, weights, inputs)
             packing.enable(backbone)
             error = 0.0
-            for step in (1, -1):
+            for step, first_only in ((1, False), (-1, False), (-1, packing.has_bert_layers(backbone))):
                 tokens = Tokens(torch.cat(ids[::step]), [len(text) for text in ids[::step]])
-                hidden_TD, order = packing.packed_hidden(backbone, tokens, first_position=first_position)
-                parts = dict(zip(order, hidden_TD.split([tokens.lengths[i] for i in order]), strict=True))
-                got = _value_and_gradient([parts[i] for i in range(len(ids))][::step], weights, inputs)
+                vectors, num_vectors, order = packing.packed_hidden(
+                    backbone, tokens, first_position=first_position, first_only=first_only
+                )
+                parts = dict(zip(order, vectors.split(num_vectors), strict=True))
+                packed = [parts[i] for i in range(len(ids))][::step]
+                got, want = (
+                    _value_and_gradient([h[:1] if first_only else h for h in hidden], weights, inputs)
+                    for hidden in (packed, alone)
+                )
                 error = max(error, *(packing.relative_error(a, b) for a, b in zip(got, want, strict=True)))
             return error
         except Exception as problem:  # another author's model: it may raise anything
@@ -321,23 +340,30 @@ def packing_error(backbone: Any, max_length: int, *, first_position: int = 0) ->
 
 
 def _value_and_gradient(vectors: list[Tensor], weights: list[Tensor], inputs: list[nn.Parameter]) -> list[Tensor]:
-    loss = sum((vector * weight).sum() for vector, weight in zip(vectors, weights, strict=True))
-    return [*(vector.detach() for vector in vectors), *torch.autograd.grad(loss, inputs)]  # type: ignore[arg-type]
+    loss = sum((vector * weight[: len(vector)]).sum() for vector, weight in zip(vectors, weights, strict=True))
+    gradients = torch.autograd.grad(loss, inputs, retain_graph=True)  # type: ignore[arg-type]
+    return [*(vector.detach() for vector in vectors), *gradients]
 
 
 def _config_values(config: Any, names: Sequence[str]) -> list[int]:
     return [value for name in names if isinstance(value := getattr(config, name, None), int)]
 
 
+def _layers(backbone: Any) -> tuple[nn.Module, str, nn.ModuleList] | None:
+    """The list of the model's layers, and where it hangs; None where there is none."""
+    lists = [(owner, name, layers) for owner in backbone.modules() for name, layers in owner.named_children()
+             if isinstance(layers, nn.ModuleList)]  # fmt: skip
+    return max(lists, key=lambda found: sum(p.numel() for p in found[2].parameters()), default=None)
+
+
 @contextmanager
 def _first_layers(backbone: Any) -> Iterator[nn.Module]:
     """For a while the model has only as many layers as show each kind of attention; the first of them is given."""
-    lists = [(owner, name, layers) for owner in backbone.modules() for name, layers in owner.named_children()
-             if isinstance(layers, nn.ModuleList)]  # fmt: skip
-    if not lists:  # nothing to leave out
+    found = _layers(backbone)
+    if found is None:  # nothing to leave out
         yield backbone
         return
-    owner, name, layers = max(lists, key=lambda found: sum(p.numel() for p in found[2].parameters()))
+    owner, name, layers = found
     kinds = list(getattr(backbone.config, "layer_types", None) or ["full_attention"])
     setattr(owner, name, layers[: 1 + max(kinds.index(kind) for kind in set(kinds))])
     try:

@@ -25,7 +25,8 @@ Shapes: T tokens of all texts, S texts, s texts of one length L, H heads, d size
 import functools
 import importlib.util
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import accumulate, groupby
 from typing import Any
@@ -39,6 +40,7 @@ from transformers.masking_utils import sdpa_mask
 
 from bge_core.batch import Tokens
 from bge_core.config import Attention
+from bge_core.dropout import dropout
 
 logger = logging.getLogger(__name__)
 
@@ -115,8 +117,8 @@ def enable(backbone: Any) -> None:
 
 
 def packed_hidden(
-    backbone: Any, tokens: Tokens, *, first_position: int = 0, attention: Attention = "auto"
-) -> tuple[Tensor, list[int]]:
+    backbone: Any, tokens: Tokens, *, first_position: int = 0, attention: Attention = "auto", first_only: bool = False
+) -> tuple[Tensor, list[int], list[int]]:
     """Run the backbone once on all texts in one row.
 
     Args:
@@ -124,9 +126,11 @@ def packed_hidden(
         tokens: at least one text.
         first_position: number of a text's first position (RoBERTa's is not 0).
         attention: the kernel that is wished for.
+        first_only: only the first token's vector of each text is needed; others may be left out.
 
     Returns:
-        Token vectors (T, D), texts by rising length, and the position in `tokens` of each text in that order.
+        Token vectors, texts by rising length; how many of each text there are (its length, or 1); the position in
+        `tokens` of each text in that order.
     """
     order = sorted(range(len(tokens)), key=tokens.lengths.__getitem__)
     texts, device = tokens.texts(), tokens.input_id_T.device
@@ -134,21 +138,52 @@ def packed_hidden(
     packed = Packed(lengths, _int32([0, *accumulate(lengths)], device), attention)
     start_T = packed.cu_seqlens[:-1].to(torch.int64)[packed.text_T]
     position_T = torch.arange(len(start_T), device=device) - start_T + first_position
-    hidden_1TD = backbone(
-        input_ids=torch.cat([texts[i] for i in order])[None],
-        position_ids=position_T[None],
-        # Four dimensions tell transformers that the mask is made: it makes none of T x T.
-        attention_mask=torch.ones((1, 1, 1, 1), dtype=torch.bool, device=device),
-        packed=packed,
-        **({"use_cache": False} if hasattr(backbone.config, "use_cache") else {}),
-    ).last_hidden_state
-    return hidden_1TD[0], order
+    first_only = first_only and has_bert_layers(backbone)
+    with _last_layer_on_first_tokens(backbone) if first_only else nullcontext():
+        hidden_1TD = backbone(
+            input_ids=torch.cat([texts[i] for i in order])[None],
+            position_ids=position_T[None],
+            # Four dimensions tell transformers that the mask is made: it makes none of T x T.
+            attention_mask=torch.ones((1, 1, 1, 1), dtype=torch.bool, device=device),
+            packed=packed,
+            **({"use_cache": False} if hasattr(backbone.config, "use_cache") else {}),
+        ).last_hidden_state
+    return hidden_1TD[0], [1] * len(lengths) if first_only else lengths, order
 
 
 def _int32(values: Sequence[int], device: torch.device) -> Tensor:
     return torch.tensor(values, dtype=torch.int32).to(device, non_blocking=True)
 
 
+def has_bert_layers(backbone: Any) -> bool:
+    """Whether the model's layers are BERT's, in whose last one work can be saved."""
+    return backbone.config.model_type in ("bert", "roberta", "xlm-roberta") and not backbone.config.is_decoder
+
+
+@contextmanager
+def _last_layer_on_first_tokens(backbone: Any) -> Iterator[None]:
+    """For one call, the last layer of a BERT gives the vectors (1, S, D) of the texts' first tokens alone.
+
+    They need the keys and values of all tokens; queries, output projection, feed-forward network and norms take S rows
+    instead of T. Of the layer's 12 D x D products for every token 2 are left.
+    """
+    layer = backbone.encoder.layer[-1]
+
+    def forward(hidden_1TD: Tensor, *others: Any, packed: Packed, **more: Any) -> Tensor:
+        own, first_1SD = layer.attention.self, hidden_1TD[:, packed.cu_seqlens[:-1]]
+        vectors = own.query(first_1SD), own.key(hidden_1TD), own.value(hidden_1TD)
+        query, key, value = (x[0].unflatten(-1, (-1, own.attention_head_size)).transpose(0, 1) for x in vectors)
+        out_SHd = _sdpa(query, key, value, packed, Rule(own.scaling, dropout=own.dropout.p * own.training))
+        return layer.feed_forward_chunk(layer.attention.output(out_SHd.flatten(1)[None], first_1SD))
+
+    layer.forward = forward
+    try:
+        yield
+    finally:
+        del layer.forward
+
+
+@torch.compiler.disable  # its loop over lengths is another one in every batch
 def packed_attention(
     module: nn.Module,
     query: Tensor,
@@ -195,18 +230,28 @@ def packed_attention(
 
 
 def _sdpa(query: Tensor, key: Tensor, value: Tensor, packed: Packed, rule: Rule) -> Tensor:
-    """A call for all texts of one length: they lie side by side, so none is copied and none is padded."""
+    """A call for all texts of one length: they lie side by side, so none is copied and none is padded.
+
+    The queries may be those of the texts' first tokens alone: (H, S, d) -> (S, H, d).
+    """
     sizes = [length * number for length, number in packed.runs]
+    query_sizes = [number for _, number in packed.runs] if query.shape[1] == len(packed.lengths) else sizes
     parts = []
     for (length, number), *of_run in zip(
-        packed.runs, query.split(sizes, 1), key.split(sizes, 1), value.split(sizes, 1), strict=True
+        packed.runs, query.split(query_sizes, 1), key.split(sizes, 1), value.split(sizes, 1), strict=True
     ):
-        query_sHLd, key_sHLd, value_sHLd = (x.unflatten(1, (number, length)).transpose(0, 1) for x in of_run)
+        query_sHLd, key_sHLd, value_sHLd = (x.unflatten(1, (number, -1)).transpose(0, 1) for x in of_run)
         mask_LL = rule.mask(length, query.device)
-        out_sHLd = F.scaled_dot_product_attention(
-            query_sHLd, key_sHLd, value_sHLd, mask_LL, rule.dropout, rule.causal and mask_LL is None,
-            scale=rule.scale, enable_gqa=key.shape[0] != query.shape[0],
-        )  # fmt: skip
+        grouped = key.shape[0] != query.shape[0]
+        if rule.dropout and not (rule.causal or grouped or mask_LL is not None):
+            # What torch itself does with dropout on a CPU, but with faster random numbers.
+            weight_sHLL = (query_sHLd @ (key_sHLd * rule.scale).mT).softmax(-1)
+            out_sHLd = dropout(weight_sHLL, rule.dropout) @ value_sHLd
+        else:
+            out_sHLd = F.scaled_dot_product_attention(
+                query_sHLd, key_sHLd, value_sHLd, mask_LL, rule.dropout, rule.causal and mask_LL is None,
+                scale=rule.scale, enable_gqa=grouped,
+            )  # fmt: skip
         parts.append(out_sHLd.transpose(1, 2).flatten(0, 1))
     return torch.cat(parts)
 

@@ -1,5 +1,6 @@
 """What a run says: metrics.jsonl (each step once, also after a resume), the tracker, memory."""
 
+import ctypes
 import json
 import os
 import resource
@@ -31,10 +32,12 @@ def memory_mb() -> float:
 
 
 def reset_peak_memory() -> None:
-    """Let `memory_mb` begin anew at what is held now; where only Linux could (no /proc), it goes on."""
+    """Let `memory_mb` begin anew at what is needed now; where only Linux could (no /proc), it goes on."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         return
+    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):  # glibc may hold what was freed
+        libc.malloc_trim(0)
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 

@@ -17,7 +17,7 @@ from transformers import AutoModel, AutoTokenizer, XLMRobertaConfig, XLMRobertaM
 
 from bge_core import UserError
 from bge_core.batch import Tokens, tokenize
-from bge_core.model import POOLINGS, Encoder, EncoderSettings, load_encoder, pool, read_settings
+from bge_core.model import POOLINGS, Encoder, EncoderSettings, compile_layers, load_encoder, pool, read_settings
 
 TEXTS = ["信用卡怎么申请？", "loan", "快递" * 15, "退款，退款", "", "a b c d e f g", "退款，退款"]
 
@@ -341,3 +341,34 @@ def test_roberta_counts_positions_from_behind_its_padding_id(tiny_bert: Path, tm
         got = encoder(Tokens.from_lists(lists))
         singles = [backbone(input_ids=torch.tensor([ids])).last_hidden_state[0] for ids in lists]
     torch.testing.assert_close(got, torch.stack([by_hand(h, "mean", True) for h in singles]), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+def test_compiled_layers_compute_the_same(
+    pooling: Any, tiny_bert_float64: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Traced once, for texts of any number and length; the backend is the one that needs no C++ compiler."""
+    compile_module = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **k: compile_module(self, backend="aot_eager", **k))
+    plain, compiled = (load_encoder(tiny_bert_float64, dtype=torch.float64, pooling=pooling) for _ in range(2))
+    compile_layers(compiled.backbone)
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    graphs = []
+    for texts in (
+        [[2, 5, 9, 3], [2, 3]],
+        [[2, 7, 3], [2, *range(10, 40), 3], [2, 8, 3]],
+        [[2, 3]] * 7,
+        [[2, 4, 3]] * 9,
+    ):
+        gradients = []
+        for encoder in (plain, compiled):
+            encoder.zero_grad()
+            vectors = encoder(Tokens.from_lists(texts))
+            vectors[:, 0].sum().backward()
+            gradients.append([vectors, *(p.grad for p in encoder.parameters() if p.grad is not None)])
+        for got, want in zip(*gradients, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert 0 < graphs[1] == graphs[-1]
+    assert compiled.backbone.state_dict().keys() == plain.backbone.state_dict().keys()

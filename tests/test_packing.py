@@ -78,14 +78,17 @@ def alone(backbone: Any, texts: list[Tensor]) -> list[Tensor]:
     return differentiate(backbone, [backbone(input_ids=text[None]).last_hidden_state[0] for text in texts])
 
 
-def together(backbone: Any, texts: list[Tensor], attention: Any = "auto") -> list[Tensor]:
+def together(backbone: Any, texts: list[Tensor], attention: Any = "auto", *, first_only: bool = False) -> list[Tensor]:
+    """As `alone`, on one row; with `first_only` of the first tokens."""
     stock = backbone.config._attn_implementation
     packing.enable(backbone)
     try:
         tokens = Tokens(torch.cat(texts), [len(text) for text in texts])
-        hidden_TD, order = packed_hidden(backbone, tokens, first_position=first_position(backbone), attention=attention)
-        parts = dict(zip(order, hidden_TD.split([len(texts[i]) for i in order]), strict=True))
-        return differentiate(backbone, [parts[i] for i in range(len(texts))])
+        vectors, counts, order = packed_hidden(
+            backbone, tokens, first_position=first_position(backbone), attention=attention, first_only=first_only
+        )
+        parts = dict(zip(order, vectors.split(counts), strict=True))
+        return differentiate(backbone, [parts[i][: 1 if first_only else None] for i in range(len(texts))])
     finally:
         backbone.config._attn_implementation = stock
 
@@ -105,6 +108,40 @@ def test_a_packed_row_is_every_text_alone(name: str, dtype: torch.dtype, bound: 
     assert_close(together(backbone, texts), alone(backbone, texts), bound)
 
 
+@pytest.mark.parametrize("name", ["bert", "xlm_roberta"])
+@pytest.mark.parametrize("lengths", [LENGTHS, [1, 1, 1], [5]])
+@pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-9), (torch.float32, 3e-5)])
+def test_first_tokens_alone_have_the_same_vectors(
+    name: str, lengths: list[int], dtype: torch.dtype, bound: float
+) -> None:
+    """The last layer of a BERT leaves out the other tokens: value and every parameter's gradient stay."""
+    backbone, texts = make(name, dtype), texts_of(lengths)
+    hidden = [backbone(input_ids=text[None]).last_hidden_state[0, :1] for text in texts]
+    want = differentiate(backbone, hidden)
+    got = together(backbone, texts, first_only=True)
+    assert_close(got, want, bound)
+
+
+@pytest.mark.parametrize("name", ["bert", "xlm_roberta"])
+def test_the_last_layer_works_on_first_tokens(name: str) -> None:
+    backbone, rows = make(name), []
+    layers = backbone.encoder.layer
+    hooks = [layer.output.register_forward_hook(lambda *args: rows.append(args[2].shape[1])) for layer in layers]
+    together(backbone, texts_of(LENGTHS), first_only=True)
+    assert rows == [sum(LENGTHS)] * (len(layers) - 1) + [len(LENGTHS)]
+    for hook in hooks:
+        hook.remove()
+    alone(backbone, texts_of([3]))  # and afterwards the model is the stock one again
+    assert all("forward" not in vars(layer) for layer in layers)
+
+
+def test_a_decoder_keeps_all_tokens() -> None:
+    backbone = make("bert")
+    assert packing.has_bert_layers(backbone) and not packing.has_bert_layers(make("qwen3"))
+    backbone.config.is_decoder = True
+    assert not packing.has_bert_layers(backbone)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_flex_attention_computes_the_same(name: str) -> None:
     """Its backward does not run on a CPU: the values here, the gradients where there is a GPU."""
@@ -113,7 +150,7 @@ def test_flex_attention_computes_the_same(name: str) -> None:
         want = [backbone(input_ids=text[None]).last_hidden_state[0] for text in texts]
         packing.enable(backbone)
         tokens = Tokens(torch.cat(texts), [len(text) for text in texts])
-        hidden_TD, order = packed_hidden(backbone, tokens, first_position=first_position(backbone), attention="flex")
+        hidden_TD, _, order = packed_hidden(backbone, tokens, first_position=first_position(backbone), attention="flex")
     parts = dict(zip(order, hidden_TD.split([len(texts[i]) for i in order]), strict=True))
     assert_close([parts[i] for i in range(len(texts))], want, 3e-5)
 
@@ -127,7 +164,7 @@ def test_neighbours_change_nothing(seed: int) -> None:
 
     def of_first(texts: list[Tensor]) -> Tensor:
         tokens = Tokens(torch.cat(texts), [len(text) for text in texts])
-        hidden_TD, order = packed_hidden(backbone, tokens)
+        hidden_TD, _, order = packed_hidden(backbone, tokens)
         place = next(i for i, text in enumerate(texts) if text is first)
         return hidden_TD.detach().split([len(texts[i]) for i in order])[order.index(place)]
 
@@ -144,6 +181,18 @@ def test_a_caller_who_knows_nothing_gets_the_stock_attention(tiny_bert: Path) ->
     assert torch.equal(got, want)
     packed.save(tiny_bert.parent / "saved_packed")
     assert "bge_packed" not in (tiny_bert.parent / "saved_packed" / "config.json").read_text()
+
+
+def test_the_way_with_dropout_is_the_formula_with_dropped_weights() -> None:
+    """A share too small for 16 bits drops nothing; with all values 1 the mean of a row's sum of weights is 1."""
+    packed = Packed([1, 4, 4, 9], torch.tensor([0, 1, 5, 9, 18], dtype=torch.int32))
+    query, key, value = (torch.randn(2, 18, 8, dtype=torch.float64) for _ in range(3))
+    want, got = (KERNELS["sdpa"](query, key, value, packed, Rule(0.3, dropout=p)) for p in (0.0, 2**-20))
+    assert packing.relative_error(got, want) < 1e-12
+    ones, p = torch.ones(2, 18, 8, dtype=torch.float64), 0.4
+    sums = torch.stack([KERNELS["sdpa"](query, key, ones, packed, Rule(0.3, dropout=p)) for _ in range(4000)])
+    spread = sums.std(0) / 4000**0.5
+    assert ((sums.mean(0) - 1).abs() < 5 * spread + 1e-3).all()
 
 
 def test_dropout_of_attention_is_honoured() -> None:

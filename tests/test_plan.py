@@ -165,7 +165,7 @@ def test_a_plan_adds_up(
     monkeypatch.setattr(plan, "measure_steps", measure_steps)
     monkeypatch.setattr(plan, "memory_mb", lambda: 900.0)
     monkeypatch.setattr(plan, "available_memory_mb", lambda: 2000.0)
-    assert run(tiny_bert, data, tmp_path / "out", sub_batch_size=chunk, **SETTINGS) == 0
+    assert run(tiny_bert, data, tmp_path / "out", sub_batch_size=chunk, dataloader_num_workers=0, **SETTINGS) == 0
     told = told_by(capsys)
     micro_batches = [micro for of_step in seen[0] for micro in of_step]
     tokens, held = [micro.tokens for micro in micro_batches], [micro.held for micro in micro_batches]
