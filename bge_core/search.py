@@ -95,15 +95,16 @@ def exact_search(
         floor = kth - 2 * bound[start : start + len(block)]
         # A query is settled once every row is nominated, or the worst nominee is below the floor.
         settled = (near.min(axis=1) < floor) | (num_nominees == len(corpus))
-        for i in np.flatnonzero(settled):
-            found = nominees[i, near[i] >= floor[i]]
-            exact = _scores(block[i], corpus, found, pair_rows)
-            _keep_best(scores[start + i], rows[start + i], exact, found)
+        exact = _scores(block, corpus, nominees, pair_rows)
+        best = np.lexsort((nominees, -exact))[:, :k]
+        for result, of_nominees, empty in ((scores, exact, -np.inf), (rows, nominees, -1)):
+            found = np.where(settled[:, None], np.take_along_axis(of_nominees, best, axis=1), empty)
+            result[start : start + len(block), : found.shape[1]] = found
         for offset, corpus_block in _blocks(corpus, corpus_rows) if not settled.all() else ():
             for i in np.flatnonzero(~settled):
                 above = np.flatnonzero(corpus_block @ block[i] >= floor[i])
-                exact = _scores(block[i], corpus_block, above, pair_rows)
-                _keep_best(scores[start + i], rows[start + i], exact, above + offset)
+                exact = _scores(block[i : i + 1], corpus_block, above[None], pair_rows)
+                _keep_best(scores[start + i], rows[start + i], exact[0], above + offset)
     return scores, rows
 
 
@@ -135,16 +136,20 @@ def _nominate(
     return near, nominees
 
 
-def _scores(query: np.ndarray, vectors: np.ndarray, rows: np.ndarray, num_rows: int) -> np.ndarray:
-    """The final float32 scores of some rows, `num_rows` at a time.
+def _scores(queries: np.ndarray, vectors: np.ndarray, rows: np.ndarray, num_pairs: int) -> np.ndarray:
+    """The final float32 scores (B, m) of B queries with `rows` (B, m) of the vectors, about `num_pairs` at a time.
 
     float64 holds each product of two float32 numbers exactly, and numpy's sum along a row adds in an order that
     depends on its length only. A matrix product would be faster, but its order depends on the shape.
     """
-    scores = np.empty(len(rows), dtype=np.float32)
-    for start in range(0, len(rows), num_rows):
-        chunk = vectors[rows[start : start + num_rows]].astype(np.float32, copy=False)
-        scores[start : start + num_rows] = np.multiply(chunk, query, dtype=np.float64, order="C").sum(axis=1)
+    scores = np.empty(rows.shape, dtype=np.float32)
+    width = max(1, min(rows.shape[1], num_pairs))
+    height = max(1, num_pairs // width)
+    for top in range(0, len(rows), height):
+        for left in range(0, rows.shape[1], width):
+            part = slice(top, top + height), slice(left, left + width)
+            chosen = vectors[rows[part]].astype(np.float32, copy=False)
+            scores[part] = np.multiply(chosen, queries[part[0], None], dtype=np.float64, order="C").sum(axis=2)
     return scores
 
 
