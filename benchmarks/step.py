@@ -9,7 +9,9 @@ size 2, float32, AdamW, the checkpoint's dropout, dropout's seed 0); what is com
     matmul      time of the step's matrix products alone, forward and both backward, over the whole step: its share of
                 the FLOP/s that they reach (attention's products are not among them)
     dropout     a step with the checkpoint's attention dropout over one with --attention_dropout 0
-    wait        time in which the loop waits for the next batch, over the step
+    first       with CLS pooling, a step whose last layer computes every token over one with the first tokens alone
+    compile     a step over one with --torch_compile (needs a C++ compiler)
+    wait        time in which the loop waits for the next batch, over the step, with the default number of workers
     profile     the operators' own time, packed and as trainers without packing do it: a padded rectangle for the
                 queries and one for each 32 passages
 
@@ -24,7 +26,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -35,12 +37,14 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 from peers import PASSAGE_LENGTH, QUERY_LENGTH, spread, write_rows  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
+from transformers import AutoModel  # noqa: E402
 
-from bge_core import records  # noqa: E402
+from bge_core import packing, records  # noqa: E402
 from bge_core.batch import Batch, Tokens, pad_buckets  # noqa: E402
 from bge_core.config import TrainConfig  # noqa: E402
 from bge_core.data import TrainingData  # noqa: E402
-from bge_core.model import Encoder, load_encoder  # noqa: E402
+from bge_core.launch import start  # noqa: E402
+from bge_core.model import Encoder, compile_layers, load_encoder  # noqa: E402
 from bge_core.optim import build_optimizer  # noqa: E402
 from bge_core.step import StepSettings, forward_backward  # noqa: E402
 
@@ -56,17 +60,17 @@ KINDS = {
 
 
 class Rectangles(nn.Module):
-    """The same encoder with padding: `size` texts at a time, filled up to the longest of them."""
+    """The stock model with padding: `size` texts at a time, filled up to the longest of them."""
 
-    def __init__(self, encoder: Encoder, size: int) -> None:
+    def __init__(self, name: str, size: int) -> None:
         super().__init__()
-        self.encoder, self.size = encoder, size
+        self.backbone, self.size = AutoModel.from_pretrained(name, dtype=torch.float32, add_pooling_layer=False), size
 
     def forward(self, tokens: Tokens) -> Tensor:
         vectors = []
         for part in tokens.split(self.size, None):
             ((order, id_sL, mask_sL),) = pad_buckets(part, 0, max_waste=1.0)
-            hidden_sLD = self.encoder.backbone(input_ids=id_sL, attention_mask=mask_sL).last_hidden_state
+            hidden_sLD = self.backbone(input_ids=id_sL, attention_mask=mask_sL).last_hidden_state
             mean_sD = (hidden_sLD * mask_sL[..., None]).sum(1) / mask_sL.sum(1, keepdim=True)
             vectors.append(nn.functional.normalize(mean_sD, dim=-1)[torch.tensor(order).argsort()])
         return torch.cat(vectors)
@@ -162,16 +166,40 @@ def measure_matmul(encoder: Encoder, data: TrainingData, rounds: int) -> dict[st
     return {"share": spread(shares), "gflops": spread(flops)}
 
 
-def measure_dropout(name: str, data: TrainingData, rounds: int) -> dict[str, Any]:
-    """The checkpoint's attention dropout against none."""
-    steps = [make_step(build(name, value), StepSettings()) for value in (None, 0.0)]
+def compare(steps: Sequence[Callable[[Batch], None]], data: TrainingData, rounds: int) -> str:
+    """Time of the first way over that of the second, in turn on the same batches, after a round that warms up."""
     ratios = []
     for number in range(rounds + 1):
         (batch,) = data[number]
         order = (0, 1) if number % 2 == 0 else (1, 0)
         times = {which: timed(lambda which=which, batch=batch: steps[which](batch)) for which in order}
         ratios.append(times[0] / times[1])
-    return {"with_over_without": spread(ratios[1:])}
+    return spread(ratios[1:])
+
+
+def measure_dropout(name: str, data: TrainingData, rounds: int) -> str:
+    """The checkpoint's attention dropout against none."""
+    return compare([make_step(build(name, value), StepSettings()) for value in (None, 0.0)], data, rounds)
+
+
+def measure_first(name: str, data: TrainingData, rounds: int) -> str:
+    """CLS pooling: the last layer on all tokens against the first ones alone."""
+    step = make_step(load_encoder(name, pooling="cls").train(), StepSettings())
+    first_tokens = packing.has_bert_layers
+
+    def whole(batch: Batch) -> None:
+        packing.has_bert_layers = lambda backbone: False
+        step(batch)
+        packing.has_bert_layers = first_tokens
+
+    return compare([whole, step], data, rounds)
+
+
+def measure_compile(name: str, data: TrainingData, rounds: int) -> str:
+    """As it is against compiled layers."""
+    encoders = [build(name) for _ in range(2)]
+    compile_layers(encoders[1].backbone)
+    return compare([make_step(encoder, StepSettings()) for encoder in encoders], data, rounds)
 
 
 def measure_wait(encoder: Encoder, data: TrainingData, rounds: int, workers: int) -> dict[str, Any]:
@@ -210,6 +238,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--fits", type=int, default=256, help="largest batch without GradCache")
     args = parser.parse_args()
+    start()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     encoder = build(args.encoder)
@@ -218,12 +247,14 @@ def main() -> None:
         file = f"{folder}/train.jsonl"
         write_rows(args.data, Path(file))
         data = training_data(encoder, file, 32)
-        parts: dict[str, Callable[[], dict[str, Any]]] = {
+        parts: dict[str, Callable[[], Any]] = {
             "matmul": lambda: measure_matmul(encoder, data, args.rounds),
             "dropout": lambda: measure_dropout(args.encoder, data, args.rounds),
-            "wait": lambda: measure_wait(encoder, data, args.rounds, 0),
+            "first": lambda: measure_first(args.encoder, data, args.rounds),
+            "compile": lambda: measure_compile(args.encoder, data, args.rounds),
+            "wait": lambda: measure_wait(encoder, data, args.rounds, data.config.dataloader_num_workers),
             "profile_packed": lambda: measure_profile(encoder, data[0][0]),
-            "profile_padded": lambda: measure_profile(Rectangles(encoder, 32).train(), data[0][0]),
+            "profile_padded": lambda: measure_profile(Rectangles(args.encoder, 32).train(), data[0][0]),
             "linear": lambda: measure_linear(encoder, file, args.fits, args.rounds),
         }
         for name, measure in parts.items():
@@ -240,7 +271,9 @@ def main() -> None:
     lines.append(f"| together | {sum(padded.values()):,.0f} | {sum(packed.values()):,.0f} |")
     lines += ["", "| what | median (smallest-largest) |", "| --- | --- |"]
     lines.append(f"| FLOP/s of a step over those of its matrix products alone | {result['matmul']['share']} |")
-    lines.append(f"| time with attention dropout over without | {result['dropout']['with_over_without']} |")
+    lines.append(f"| time with attention dropout over without | {result['dropout']} |")
+    lines.append(f"| CLS pooling: time with a whole last layer over first tokens alone | {result['first']} |")
+    lines.append(f"| time over that with --torch_compile | {result['compile']} |")
     lines.append(f"| waiting for input, percent of a step | {result['wait']['percent']} |")
     for size, ratio in result["linear"]["per_token_over_batch_32"].items():
         cached = ", GradCache" if size > args.fits else ""
