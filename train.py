@@ -331,8 +331,8 @@ def train(config: TrainConfig, at_end: ExitStack) -> int:
         report.plot_curves(metrics_file, output_dir / "curves.png")
         base = {"base model": config.model_name_or_path, "training data": config.train_data}
         report.write_model_card(
-            output_dir, title=config.run_name or output_dir.name, facts={**base, **facts, "settings": changed_fields(config)},
-            scores=scores, prompt=encoder.settings.query_prompt or "",
+            output_dir, title=config.run_name or output_dir.name, scores=scores,
+            facts={**base, **facts, "settings": changed_fields(config)}, prompt=encoder.settings.query_prompt or "",
         )  # fmt: skip
         skipped = {"skipped_steps": progress["skipped"]}
         records.write_json(output_dir / "manifest.json", manifest | {"status": "finished", "scores": scores, **skipped})
