@@ -41,6 +41,7 @@ OUTPUTS = ("model.safetensors", "manifest.json", "the files of configuration and
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 _INTEGERS = {torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8"}
 _TYPE_NAMES = {torch.float32: "F32", torch.bool: "BOOL", **_INTEGERS}
+PIECE = 2**15  # entries that are averaged at a time: they stay in the cache, and torch takes no second thread for them
 Averages = Iterator[tuple[str, Tensor]]
 
 
@@ -86,8 +87,10 @@ def mix_models(
     if not any(name.startswith("pooler.") for name in names):
         backbone.pooler = None
     state = backbone.state_dict()
-    for name, tensor in average(checkpoints, weights, [name for name in names if name in state]):
-        state[name].copy_(tensor)
+    filled = dict.fromkeys(state, 0)
+    for name, piece in average(checkpoints, weights, [name for name in names if name in state]):
+        state[name].view(-1)[filled[name] :][: len(piece)] = piece
+        filled[name] += len(piece)
     return backbone
 
 
@@ -235,7 +238,7 @@ def merge_folders(
         "pooling": settings.pooling,
     }
     try:
-        with _model_folder(Path(output_path)) as temporary, ThreadPoolExecutor(1) as hashing:
+        with _model_folder(Path(output_path)) as temporary, ThreadPoolExecutor() as hashing:
             hashes = {file: hashing.submit(records.sha256, file) for c in checkpoints for file in c.files}
             temporary.mkdir()
             like = {name: torch.empty_like(first.tensors[name](), device="meta") for name in names}
@@ -384,8 +387,9 @@ def merged_names(checkpoints: Sequence[Checkpoint]) -> list[str]:
 
 
 def average(checkpoints: Sequence[Checkpoint], weights: Sequence[float], names: Iterable[str]) -> Averages:
-    """Yield each name with sum_m w_m theta_m in float32; integers as they are in the first model.
+    """Yield sum_m w_m theta_m in float32, flattened, piece by piece with its name; integers as in the first model.
 
+    A tensor of more than PIECE entries comes in several pieces: its whole size is never held.
     A model of weight 0 is not read, so [1, 0] gives the first model bit for bit.
 
     Raises:
@@ -398,17 +402,15 @@ def average(checkpoints: Sequence[Checkpoint], weights: Sequence[float], names: 
         if not first.is_floating_point():
             if not all(torch.equal(first, read()) for read in readers[1:]):
                 raise UserError(f"{models} cannot be merged: {name} holds integers, and they differ")
-            yield name, first
+            yield name, first.reshape(-1)
             continue
-        total = None
-        for weight, read in zip(weights, readers, strict=True):
-            if weight != 0:
-                term = read().to(torch.float32) * weight
-                total = term if total is None else total.add_(term)
-        assert total is not None  # the weights sum to 1
-        if not (total.sum().isfinite() or total.isfinite().all()):  # the sum is faster, but may overflow
-            raise UserError(f"{models} cannot be merged: {name} would be NaN or infinite; is one of them broken?")
-        yield name, total
+        used = [(weight, read().reshape(-1)) for weight, read in zip(weights, readers, strict=True) if weight != 0]
+        for start in range(0, first.numel(), PIECE):
+            terms = (flat[start : start + PIECE].to(torch.float32) * weight for weight, flat in used)
+            total = functools.reduce(Tensor.add_, terms)
+            if not (total.sum().isfinite() or total.isfinite().all()):  # the sum is faster, but may overflow
+                raise UserError(f"{models} cannot be merged: {name} would be NaN or infinite; is one of them broken?")
+            yield name, total
 
 
 @contextmanager
@@ -433,8 +435,8 @@ def _model_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(staged, ignore_errors=True)
 
 
-def _write_safetensors(path: Path, like: dict[str, Tensor], tensors: Averages) -> None:
-    """A safetensors file from tensors that come one by one, in the order of `like` (the library wants all at once).
+def _write_safetensors(path: Path, like: dict[str, Tensor], pieces: Averages) -> None:
+    """A safetensors file from pieces of tensors in the order of `like` (the library wants all tensors at once).
 
     The format: 8 bytes with the header's length, the header (JSON: type, shape and place of each tensor), the data.
     """
@@ -448,8 +450,8 @@ def _write_safetensors(path: Path, like: dict[str, Tensor], tensors: Averages) -
     text += b" " * (-len(text) % 8)
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for _, tensor in tensors:
-            file.write(tensor.contiguous().reshape(-1).numpy().data)
+        for _, piece in pieces:
+            file.write(piece.numpy().data)
 
 
 def _save_config_and_tokenizer(folder: Path, first: Checkpoint) -> None:

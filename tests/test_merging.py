@@ -129,7 +129,8 @@ def test_golden_merge_param() -> None:
             )
             for i, s in enumerate(states)
         ]
-        found = dict(average(checkpoints, case["weights"], list(states[0])))
+        pieces = average(checkpoints, case["weights"], list(states[0]))
+        found = {key: piece.view(states[0][key].shape) for key, piece in pieces}
         for key, expected in case["expected"].items():
             if expected["dtype"] == "float32":
                 assert found[key].tolist() == expected["values"], key
@@ -157,6 +158,19 @@ def test_few_tensors_are_in_memory(models: list[Path], tmp_path: Path, monkeypat
     merge_folders(models, [0.2, 0.5, 0.3], tmp_path / "out")
     assert len(alive) > 3 * len(weights_of(tmp_path / "out"))
     assert most <= 3
+
+
+@pytest.mark.parametrize("size", [1, 7, 33])
+def test_tensors_come_in_pieces(size: int, models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However small they are: the same file, bit for bit, and the same model in memory."""
+    merge_folders(models, [0.2, 0.5, 0.3], tmp_path / "whole")
+    monkeypatch.setattr(merging, "PIECE", size)
+    merge_folders(models, [0.2, 0.5, 0.3], tmp_path / "pieces")
+    stored = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "pieces")]
+    assert stored[0] == stored[1]
+    mixed = mix_models([str(model) for model in models], "encoder", [0.2, 0.5, 0.3]).state_dict()
+    whole = weights_of(tmp_path / "whole")
+    assert all(torch.equal(mixed[key], whole[key]) for key in whole)
 
 
 # ---------------------------------------------------------------------------------------------------- what it reads
