@@ -7,6 +7,11 @@ them equal; the first spelling is the one written. Rows keep the order of the in
 of them become training rows depends on the seed and the set of pairs alone, not on any order.
 """
 
+import gc
+
+if __name__ == "__main__":
+    gc.disable()  # until all below is imported (`run_stage`): a third of the start would be spent on collecting nothing
+
 import codecs
 import csv
 import functools

@@ -9,6 +9,11 @@
 give --loss FILE.py:FUNCTION.
 """
 
+import gc
+
+if __name__ == "__main__":
+    gc.disable()  # until all below is imported (`run_stage`): a third of the start would be spent on collecting nothing
+
 import importlib.util
 import inspect
 import json
@@ -385,15 +390,11 @@ def prompt_of(instruction: str | None, form: str) -> str:
 def loss_config(config: TrainConfig) -> LossConfig:
     """The loss's part of the settings."""
     return LossConfig(
-        temperature=config.temperature,
-        in_batch_negatives=config.use_inbatch_neg,
-        distillation=config.kd_loss_type if config.knowledge_distillation else None,
-        mrl_dims=tuple(config.mrl_dims),
-        normalize=config.normalize_embeddings,
-        exclude_positives=config.exclude_positives,
-        block_size=config.loss_block_size,
-        args=config.parsed_loss_args,
-    )
+        temperature=config.temperature, in_batch_negatives=config.use_inbatch_neg,
+        distillation=config.kd_loss_type if config.knowledge_distillation else None, mrl_dims=tuple(config.mrl_dims),
+        normalize=config.normalize_embeddings, exclude_positives=config.exclude_positives,
+        block_size=config.loss_block_size, args=config.parsed_loss_args,
+    )  # fmt: skip
 
 
 def load_loss(spec: str) -> LossFunction:

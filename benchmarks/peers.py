@@ -15,8 +15,8 @@ precision (float32), and the median ratio of the pairs is given with the smalles
     merge           two models of bge-large's shape (1.3 GB each, random weights), 0.5 and 0.5; the whole process
 
 The peers as their documentation has it, with what was fastest for them here: FlagEmbedding's runner; the trainer of
-sentence-transformers with MultipleNegativesRankingLoss, each column encoded by itself (`column_merging_disabled`: 1.3 to
-1.5 times as fast here as its default of one rectangle for queries and passages); both pad to the longest text of a
+sentence-transformers with MultipleNegativesRankingLoss, each column encoded by itself (`column_merging_disabled`: 1.3
+to 1.5 times as fast here as its default of one rectangle for queries and passages); both pad to the longest text of a
 batch or column (packing needs flash-attn, which needs a GPU; neither groups by length in training). Both encode sorted
 by length at batch size 32, their fastest here. The miner left
 FlagEmbedding's package after 1.2: --miner is 1.2.11's source, run with 1.4.2's model. For mine and evaluate the corpus

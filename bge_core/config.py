@@ -6,6 +6,7 @@ A flag beats the YAML file, which beats the default. YAML values travel through 
 
 import argparse
 import difflib
+import gc
 import json
 import logging
 import os
@@ -452,6 +453,9 @@ def run_stage(config_class: type[T], stage: Callable[[T], int | None], argv: Seq
         The exit code: 0 done, 2 the user's input, settings or disk; what `stage` returns otherwise. A fault of ours
         passes through as the exception it is, with its traceback.
     """
+    if not gc.isenabled():
+        gc.freeze()  # modules are no garbage, neither now nor at the end
+        gc.enable()
     is_main = os.environ.get("RANK", "0") == "0"  # the other ranks say only what is wrong: each warning once
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logging.getLogger().setLevel(logging.INFO if is_main else logging.ERROR)

@@ -1,5 +1,7 @@
 """Settings from flags and YAML: precedence, types, refusals with a reason; FlagEmbedding's flags keep working."""
 
+import gc
+import importlib
 import json
 import logging
 from dataclasses import MISSING, fields
@@ -340,3 +342,19 @@ def test_every_refusal_is_in_the_golden_list() -> None:
     assert set(REFUSED) <= listed
     known = {f.name for config_class, _ in STAGES.values() for f in fields(config_class)}
     assert not known & set(REFUSED)
+
+
+def test_a_script_collects_garbage_again_once_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The scripts switch it off while they import; a caller who imports a script sees nothing of that."""
+    monkeypatch.setattr(gc, "freeze", lambda: None)  # it would hold what the other tests leave behind
+    seen = []
+    gc.disable()
+    try:
+        words = ["--input_dir", "in", "--output_dir", "out"]
+        assert run_stage(PrepareConfig, lambda config: seen.append(gc.isenabled()), words) == 0
+    finally:
+        gc.enable()
+    assert seen == [True]
+    for script in ("prepare", "mine", "train", "merge", "evaluate"):
+        importlib.import_module(script)
+        assert gc.isenabled()
