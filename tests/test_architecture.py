@@ -12,7 +12,7 @@ from conftest import ROOT
 
 LEVELS = {
     "config": 0, "records": 0, "metrics": 0, "runlog": 0, "watchdog": 0, "batch": 0, "dropout": 0,
-    "loss": 1, "packing": 1, "launch": 1, "distributed": 1, "search": 1, "optim": 1,
+    "loss": 1, "kernels": 1, "packing": 2, "launch": 1, "distributed": 1, "search": 1, "optim": 1,
     "encode": 2, "data": 2,
     "model": 3, "step": 3,
     "checkpoint": 4,
@@ -131,7 +131,7 @@ def test_modules_stay_small() -> None:
     lines = {file.name: num_code_lines(file) for file in MODULES}
     assert {name: count for name, count in lines.items() if count > 400} == {}
     assert sum(num_code_lines(ROOT / file) for file in CORE) <= 1200
-    assert sum(lines.values()) + sum(num_code_lines(script) for script in SCRIPTS if script.exists()) <= 4800
+    assert sum(lines.values()) + sum(num_code_lines(script) for script in SCRIPTS if script.exists()) <= 4900
 
 
 IMPORT_ALL = """

@@ -23,11 +23,12 @@ from transformers import (
     XLMRobertaModel,
 )
 
+from bge_core import kernels, packing
 from bge_core import model as model_module
-from bge_core import packing
 from bge_core.batch import Tokens
+from bge_core.kernels import KERNELS, Packed, Rule, kernel_error, relative_error, usable_kernels
 from bge_core.model import first_position, load_encoder, packed_or_padded, packing_error, set_attention_dropout
-from bge_core.packing import KERNELS, Packed, Rule, kernel_error, packed_hidden, usable_kernels
+from bge_core.packing import packed_hidden
 
 SIZES: dict[str, Any] = {
     "vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48,
@@ -101,9 +102,16 @@ def assert_close(got: list[Tensor], want: list[Tensor], bound: float) -> None:
         assert float((a - b).abs().max()) < bound * max(float(b.abs().max()), floor)
 
 
+@pytest.fixture(params=[0.0, 0.125, 0.9], ids=lambda waste: f"waste{waste}")
+def waste(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> float:
+    """Rectangles of equal lengths, as on a CPU; of nearly equal ones, as on a GPU; of all texts together."""
+    monkeypatch.setitem(kernels.MAX_WASTE, "cpu", request.param)
+    return float(request.param)
+
+
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-9), (torch.float32, 3e-5)])
-def test_a_packed_row_is_every_text_alone(name: str, dtype: torch.dtype, bound: float) -> None:
+def test_a_packed_row_is_every_text_alone(name: str, dtype: torch.dtype, bound: float, waste: float) -> None:
     backbone, texts = make(name, dtype), texts_of(LENGTHS)
     assert_close(together(backbone, texts), alone(backbone, texts), bound)
 
@@ -112,7 +120,7 @@ def test_a_packed_row_is_every_text_alone(name: str, dtype: torch.dtype, bound: 
 @pytest.mark.parametrize("lengths", [LENGTHS, [1, 1, 1], [5]])
 @pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-9), (torch.float32, 3e-5)])
 def test_first_tokens_alone_have_the_same_vectors(
-    name: str, lengths: list[int], dtype: torch.dtype, bound: float
+    name: str, lengths: list[int], dtype: torch.dtype, bound: float, waste: float
 ) -> None:
     """The last layer of a BERT leaves out the other tokens: value and every parameter's gradient stay."""
     backbone, texts = make(name, dtype), texts_of(lengths)
@@ -188,7 +196,7 @@ def test_the_way_with_dropout_is_the_formula_with_dropped_weights() -> None:
     packed = Packed([1, 4, 4, 9], torch.tensor([0, 1, 5, 9, 18], dtype=torch.int32))
     query, key, value = (torch.randn(2, 18, 8, dtype=torch.float64) for _ in range(3))
     want, got = (KERNELS["sdpa"](query, key, value, packed, Rule(0.3, dropout=p)) for p in (0.0, 2**-20))
-    assert packing.relative_error(got, want) < 1e-12
+    assert relative_error(got, want) < 1e-12
     ones, p = torch.ones(2, 18, 8, dtype=torch.float64), 0.4
     sums = torch.stack([KERNELS["sdpa"](query, key, ones, packed, Rule(0.3, dropout=p)) for _ in range(4000)])
     spread = sums.std(0) / 4000**0.5
@@ -252,11 +260,12 @@ RULES = {
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("key_heads", [4, 2])
-def test_the_kernel_for_all_is_the_formula(rule: str, key_heads: int) -> None:
+def test_the_kernel_for_all_is_the_formula(rule: str, key_heads: int, waste: float) -> None:
     """sdpa against the softmax written out for every token, float64, value and gradient."""
-    lengths, generator = [1, 3, 3, 20], torch.Generator().manual_seed(0)
-    packed = Packed(lengths, torch.tensor([0, 1, 4, 7, 27], dtype=torch.int32))
-    shapes = [(heads, 27, 8) for heads in (4, key_heads, key_heads)]
+    lengths, generator = [1, 3, 3, 20, 22], torch.Generator().manual_seed(0)
+    packed = Packed(lengths, torch.tensor([0, 1, 4, 7, 27, 49], dtype=torch.int32))
+    assert len(packed.rectangles) == {0.0: 4, 0.125: 3, 0.9: 1}[waste]
+    shapes = [(heads, 49, 8) for heads in (4, key_heads, key_heads)]
     inputs = [torch.randn(s, generator=generator, dtype=torch.float64).requires_grad_() for s in shapes]
     query, key, value = inputs
     text, position = packed.text_T, torch.cat([torch.arange(n) for n in lengths])
@@ -289,9 +298,9 @@ def test_kernels_of_the_gpu(kernel: str, dtype: torch.dtype, rule: str) -> None:
 
 @pytest.fixture
 def fresh_choice() -> Iterator[None]:
-    packing._checked_kernel.cache_clear()
+    kernels._checked_kernel.cache_clear()
     yield
-    packing._checked_kernel.cache_clear()
+    kernels._checked_kernel.cache_clear()
 
 
 @pytest.mark.usefixtures("fresh_choice")
@@ -300,18 +309,18 @@ def test_a_kernel_that_ignores_the_window_is_not_used(
 ) -> None:
     right = KERNELS["sdpa"]
     monkeypatch.setitem(KERNELS, "varlen", lambda *args: right(*args[:4], replace(args[4], window=None)))
-    monkeypatch.setattr(packing, "usable_kernels", lambda *args: ["varlen", "sdpa"])
+    monkeypatch.setattr(kernels, "usable_kernels", lambda *args: ["varlen", "sdpa"])
     device = torch.device("cpu")
-    assert packing._checked_kernel("auto", device, torch.float32, 4, 4, 8, RULES["full"]) == "varlen"
+    assert kernels._checked_kernel("auto", device, torch.float32, 4, 4, 8, RULES["full"]) == "varlen"
     assert "not used" not in caplog.text
-    assert packing._checked_kernel("auto", device, torch.float32, 4, 4, 8, RULES["window"]) == "sdpa"
+    assert kernels._checked_kernel("auto", device, torch.float32, 4, 4, 8, RULES["window"]) == "sdpa"
     assert "attention kernel varlen differs by" in caplog.text
 
     def fails(*args: Any) -> Tensor:
         raise RuntimeError("no kernel image is available\nfor this GPU")
 
     monkeypatch.setitem(KERNELS, "varlen", fails)
-    assert packing._checked_kernel("auto", device, torch.float32, 4, 4, 16, RULES["full"]) == "sdpa"
+    assert kernels._checked_kernel("auto", device, torch.float32, 4, 4, 16, RULES["full"]) == "sdpa"
     assert "varlen does not run here: no kernel image is available" in caplog.text
 
 
@@ -376,4 +385,4 @@ def test_encoders_agree_however_they_compute(attention: Any, tiny_bert_float64: 
             load_encoder(tiny_bert_float64, dtype=torch.float64, pooling=pooling, attention=a)(texts)
             for a in (attention, "auto")
         )
-        assert packing.relative_error(got, want) < 1e-9
+        assert relative_error(got, want) < 1e-9
