@@ -266,6 +266,10 @@ def _checked_kernel(
             break
         logger.warning("attention kernel %s differs by %.2g of the largest value; not used", kernel, error)
     logger.info("attention: %s", kernel)
+    without = usable_kernels("auto", device.type, dtype, replace(rule, dropout=0.0))[0]
+    if rule.dropout and without not in kernels:
+        logger.info("%s is faster, but has no dropout of attention weights (%g): --attention_dropout 0 would give it",
+                    without, rule.dropout)  # fmt: skip
     return kernel
 
 

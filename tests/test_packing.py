@@ -324,6 +324,21 @@ def test_a_kernel_that_ignores_the_window_is_not_used(
     assert "varlen does not run here: no kernel image is available" in caplog.text
 
 
+@pytest.mark.usefixtures("fresh_choice")
+def test_what_dropout_costs_is_said(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    usable = usable_kernels
+    monkeypatch.setattr(
+        kernels, "usable_kernels", lambda attention, _, dtype, rule: usable("auto", "cuda", dtype, rule)
+    )
+    caplog.set_level("INFO")
+    choose = kernels._checked_kernel
+    assert choose("auto", torch.device("cpu"), torch.bfloat16, 4, 4, 8, Rule(0.2, dropout=0.1)) in ("sdpa", "flash")
+    assert "varlen is faster, but has no dropout of attention weights (0.1): --attention_dropout 0" in caplog.text
+    caplog.clear()
+    assert choose("auto", torch.device("cpu"), torch.float32, 4, 4, 8, Rule(0.2, dropout=0.1)) == "sdpa"
+    assert "attention: sdpa" in caplog.text and "faster" not in caplog.text
+
+
 # --- the check at load ----------------------------------------------------------------------------------------------------
 
 
