@@ -36,7 +36,7 @@ from tqdm import tqdm
 from bge_core import UserError, checkpoint, plan, records, report, watchdog
 from bge_core.batch import Tokens
 from bge_core.config import TrainConfig, as_dict, changed_fields, run_stage
-from bge_core.data import TrainingData
+from bge_core.data import TrainingData, start_worker
 from bge_core.distributed import (
     clip_gradients,
     gather_objects,
@@ -237,6 +237,7 @@ def train(config: TrainConfig, at_end: ExitStack) -> int:
     last_step = first_step if out_of_patience() else num_steps
     loader = torch.utils.data.DataLoader(
         data, batch_size=None, sampler=range(first_step, last_step), num_workers=config.dataloader_num_workers,
+        worker_init_fn=start_worker,
         generator=torch.Generator(),  # its own: drawing the workers' seed from the global one would shift dropout
     )  # fmt: skip
     bar = tqdm(total=num_steps, initial=first_step, desc="train", unit="step", disable=None if rank == 0 else True)

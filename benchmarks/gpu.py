@@ -12,8 +12,9 @@ through GradCache, padded and packed alike, as many texts at a time as the batch
     compiled  packed with --torch_compile, once
 
 TFLOP/s: 6 x matrix parameters x real tokens of the step, without attention and without what the last layer leaves out
-(8 x with GradCache, whose second forward is counted). `peak` is a bf16 product of two 8,192 x 8,192 matrices in the same run. What --minutes leave no time for is
-listed as not measured. Writes benchmarks/results/gpu.json and prints a table.
+(8 x with GradCache, whose second forward is counted). `peak` is a bf16 product of two 8,192 x 8,192 matrices in the
+same run. What --minutes leave no time for is listed as not measured. Writes benchmarks/results/gpu.json and prints a
+table.
 """
 
 import argparse

@@ -1,13 +1,18 @@
 """The data order as a pure function: which rows, which passages, which rank; and what a batch holds."""
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import runs
 import torch
+from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
@@ -345,6 +350,21 @@ def test_workers_change_nothing(training_file: Path, tiny_bert: Path) -> None:
         loader = torch.utils.data.DataLoader(data, batch_size=None, sampler=range(3, 9), num_workers=num_workers)
         found.append([[content(batch) for batch in step] for step in loader])
     assert found[0] == found[1] and len(found[0]) == 6
+
+
+@pytest.mark.parametrize("parallelism", ["true", None])
+def test_a_worker_does_not_wait_for_the_tokenizers_threads(
+    parallelism: str | None, training_file: Path, tiny_bert: Path, tmp_path: Path
+) -> None:
+    """They are started while the data are read, and are not in the process that is forked then."""
+    words = runs.flags(tiny_bert, training_file, tmp_path / "out", max_steps=2, dataloader_num_workers=1, save_steps=0)
+    environment = {name: value for name, value in os.environ.items() if name != "TOKENIZERS_PARALLELISM"}
+    environment |= {"TOKENIZERS_PARALLELISM": parallelism} if parallelism else {}
+    done = subprocess.run(
+        [sys.executable, ROOT / "train.py", *words], env=environment, timeout=100, capture_output=True
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    assert b"TOKENIZERS_PARALLELISM" not in done.stderr  # no warning of the library's
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
