@@ -252,22 +252,20 @@ def train(config: TrainConfig, at_end: ExitStack) -> int:
             group["lr"] = lr_at(step - 1 - progress["skipped"])
 
         shares = forward_backward(model, micro_batches, settings)
+        scaler.unscale_(optimizer)
+        shares["grad_norm"] = clip_gradients(encoder.parameters(), config.max_grad_norm) / world_size
 
         shares["queries"] = torch.tensor(sum(batch.num_queries for batch in micro_batches))
         shares["tokens"] = torch.tensor(sum(len(batch.tokens.input_id_T) for batch in micro_batches))
         shares["signals"], shares["save_failed"] = torch.tensor(len(signals)), torch.tensor(saver.failed())
         values = torch.stack([share.to(accelerator.device, torch.float32) for share in shares.values()])
         means = dict(zip(shares, sum_over_ranks(values).tolist(), strict=True))
-        told_to_stop = means.pop("signals") > 0
+        told_to_stop, grad_norm = means.pop("signals") > 0, means.pop("grad_norm")
         if means.pop("save_failed"):
             saver.wait()  # raises the reason
-        if not math.isfinite(means["loss"]):
+        if not math.isfinite(means["loss"]) or not (math.isfinite(grad_norm) or scaler.is_enabled()):
             raise report.not_finite(output_dir, step, rank, data, micro_batches)
 
-        scaler.unscale_(optimizer)
-        grad_norm = clip_gradients(encoder.parameters(), config.max_grad_norm)
-        if not math.isfinite(grad_norm) and not scaler.is_enabled():
-            raise report.not_finite(output_dir, step, rank, data, micro_batches)
         scale = scaler.get_scale()
         scaler.step(optimizer)
         scaler.update()

@@ -83,10 +83,10 @@ def sync_only_if(condition: bool, model: nn.Module) -> AbstractContextManager[An
     return model.no_sync() if isinstance(model, DistributedDataParallel) and not condition else nullcontext()
 
 
-def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> float:
-    """Scale the gradient down to a norm of `max_norm` (0: never), and return its norm before: of all shards."""
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
+    """Scale the gradient down to a norm of `max_norm` (0: never); its norm before, of all shards, on the device."""
     norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm or math.inf)
-    return float((norm.full_tensor() if isinstance(norm, DTensor) else norm).item())
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def whole_copy(tree: Any) -> Any:

@@ -75,7 +75,7 @@ def layout(model: Encoder) -> Row:
 def clipped(model: torch.nn.Module, rank: int, max_norm: float) -> tuple[float, Gradients]:
     case = CASES["info_nce"]
     forward_backward_of(model, rank_batches(case, rank), case)
-    return clip_gradients(unwrap(model).parameters(), max_norm), whole_gradients(model)
+    return float(clip_gradients(unwrap(model).parameters(), max_norm)), whole_gradients(model)
 
 
 def infinite_in_one_shard(model: torch.nn.Module, rank: int) -> list[bool]:
