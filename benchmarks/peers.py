@@ -24,7 +24,7 @@ is the positives and random sentences, --passages in all.
 
 Activation memory is the peak of the process less what it held before the first step and less gradients and AdamW's two
 moments (12 bytes a parameter), the same for all three. Private memory is the peak of a process's anonymous pages.
-Appends to benchmarks/results/peers.jsonl (a line for each ratio) and draws the last line of each as peers.png.
+Appends to benchmarks/results/peers.jsonl (a line for each ratio); peers.md and peers.png show the last of each.
 """
 
 import argparse
@@ -51,6 +51,14 @@ NAMES = {
     "flagembedding": "FlagEmbedding",
     "sentence_transformers": "sentence-transformers",
     "lm_cocktail": "LM_Cocktail",
+}
+WHAT = {
+    "train2": "training, group size 2, batch 32",
+    "train8": "training, group size 8, batch 32",
+    "encode": "encoding sentences",
+    "mine": "mining, 2-200, 15 negatives, cold",
+    "evaluate": "evaluating three models, cold",
+    "merge": "merging two models of 1.3 GB",
 }
 Result = dict[str, Any]
 
@@ -341,6 +349,15 @@ def measure(python: str, job: Result, threads: int) -> Result:
     return result
 
 
+def processor() -> str:
+    """Its name, as far as the system tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.machine()
+
+
 def spread(ratios: list[float]) -> str:
     """Median and range."""
     return f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
@@ -408,14 +425,23 @@ def prepare_job(what: str, args: argparse.Namespace, folder: Path) -> Result:
     return job | {"models": list(map(str, models)), "miner": str(Path(args.miner).resolve())}
 
 
-def plot(file: Path) -> None:
-    """The last ratio of each kind and peer, a bar with its range."""
+def summarize(file: Path) -> None:
+    """The last ratios of each kind and peer: a table, and a bar with its range for each speed."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     lines = {(line["what"], line["peer"]): line for line in map(json.loads, file.read_text().splitlines())}
+    table = [
+        "| what | against | times as fast | memory, ours / theirs | machine | date |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for (what, peer), line in lines.items():
+        memory = [f"{line[key]} {key.split('_')[0]}" for key in line if key.endswith("_memory_ratio")]
+        cells = [WHAT[what], peer, line["speed_ratio"], *(memory or ["-"]), line["machine"], line["date"]]
+        table.append("| " + " | ".join(cells) + " |")
+    file.with_suffix(".md").write_text("\n".join([*table, ""]), encoding="utf-8")
     numbers = [list(map(float, re.findall(r"[\d.]+", line["speed_ratio"]))) for line in lines.values()]
     figure, axes = plt.subplots(figsize=(8, 0.5 * len(lines) + 1.2), layout="constrained")
     names = [f"{what}\n{peer}" for what, peer in lines]
@@ -455,7 +481,7 @@ def main() -> None:
                 print(json.dumps(result))
         return
     facts = {
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores", "threads": args.threads, "date": str(date.today()),
+        "machine": f"{os.cpu_count()} x {processor()}", "threads": args.threads, "date": str(date.today()),
         "command": " ".join(["python", "benchmarks/peers.py", *sys.argv[1:]]),
     }  # fmt: skip
     results = ROOT / "benchmarks/results/peers.jsonl"
@@ -474,7 +500,7 @@ def main() -> None:
                 with open(results, "a", encoding="utf-8") as out:
                     out.write(json.dumps(line) + "\n")
                 print({key: value for key, value in line.items() if key != "pairs"}, flush=True)
-    plot(results)
+    summarize(results)
 
 
 def ratios_of(pairs: list[Result], peer: str) -> Result:

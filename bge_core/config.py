@@ -48,6 +48,12 @@ def _need(condition: bool, name: str, value: object, remedy: str) -> None:
         raise UserError(f"--{name} {value!r}: {remedy}")
 
 
+def _need_positive(config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        _need(value is None or value > 0, name, value, "use a number above 0")
+
+
 def _two_placeholders(name: str, value: str) -> str:
     value = value.replace("\\n", "\n")
     try:
@@ -60,6 +66,7 @@ def _two_placeholders(name: str, value: str) -> str:
 
 
 Attention = Literal["auto", "padded", "sdpa", "varlen", "flash", "flex"]
+_MAX_TOKENS = "At most this many tokens per encoding batch. Default: 8192, on a CPU 2048."
 _ATTENTION = "How attention is computed without padding: auto takes the fastest that works; padded: as stock models."
 
 
@@ -105,7 +112,7 @@ class MineConfig:
     )
     query_max_len: int = _flag(512, "Longest query in tokens.")
     passage_max_len: int = _flag(512, "Longest candidate in tokens.")
-    max_tokens: int = _flag(8192, "At most this many tokens per encoding batch.")
+    max_tokens: int | None = _flag(None, _MAX_TOKENS)
     batch_size: int | None = _flag(None, "At most this many texts per encoding batch.")
     attention: Attention = _flag("auto", _ATTENTION)
     fp16: bool = _flag(False, "Encode in float16 (GPU).")
@@ -115,8 +122,7 @@ class MineConfig:
     trust_remote_code: bool = _flag(False, "Run model code that comes with the checkpoint.")
 
     def __post_init__(self) -> None:
-        for name in ("negative_number", "max_tokens", "query_max_len", "passage_max_len"):
-            _need(getattr(self, name) > 0, name, getattr(self, name), "use a number above 0")
+        _need_positive(self, "negative_number", "max_tokens", "query_max_len", "passage_max_len")
         _need(not (self.fp16 and self.bf16), "fp16", True, "cannot go with --bf16: choose one")
         _ = self.sampling_range
 
@@ -231,20 +237,14 @@ class TrainConfig:
     plan: bool = _flag(False, "Print what the run will take (memory, time, checkpoints, ...), and end; stdout: JSON.")
 
     def __post_init__(self) -> None:
-        for name in (
-            "train_group_size", "query_max_len", "passage_max_len", "per_device_train_batch_size", "logging_steps",
-            "max_example_num_per_dataset", "learning_rate", "temperature",
-            "adam_epsilon", "ddp_timeout",
-        ):  # fmt: skip
-            _need(getattr(self, name) > 0, name, getattr(self, name), "use a number above 0")
-        for name in (
-            "gradient_accumulation_steps", "sub_batch_size", "max_tokens", "save_total_limit",
-            "early_stopping_patience", "per_device_eval_batch_size",
-        ):  # fmt: skip
-            value = getattr(self, name)
-            if name == "sub_batch_size" and value is not None and value <= 0:
-                self.sub_batch_size = value = None  # FlagEmbedding's -1: off
-            _need(value is None or value > 0, name, value, "use a number above 0")
+        if self.sub_batch_size is not None and self.sub_batch_size <= 0:
+            self.sub_batch_size = None  # FlagEmbedding's -1: off
+        _need_positive(
+            self, "train_group_size", "query_max_len", "passage_max_len", "per_device_train_batch_size", "logging_steps",
+            "max_example_num_per_dataset", "learning_rate", "temperature", "adam_epsilon", "ddp_timeout",
+            "gradient_accumulation_steps", "max_tokens", "save_total_limit", "early_stopping_patience",
+            "per_device_eval_batch_size",
+        )  # fmt: skip
         _need(0 <= (self.attention_dropout or 0) < 1, "attention_dropout", self.attention_dropout, "use 0 to below 1")
         for name in ("weight_decay", "max_grad_norm", "warmup_steps", "save_steps", "dataloader_num_workers"):
             _need(getattr(self, name) >= 0, name, getattr(self, name), "use 0 or a number above it")
@@ -324,7 +324,7 @@ class EvaluateConfig:
     )
     max_query_length: int = _flag(64, "Longest query in tokens.")
     max_passage_length: int = _flag(512, "Longest passage in tokens.")
-    max_tokens: int = _flag(8192, "At most this many tokens per encoding batch.")
+    max_tokens: int | None = _flag(None, _MAX_TOKENS)
     batch_size: int | None = _flag(None, "At most this many texts per encoding batch.")
     attention: Attention = _flag("auto", _ATTENTION)
     fp16: bool = _flag(False, "Encode in float16 (GPU).")
@@ -335,8 +335,7 @@ class EvaluateConfig:
     trust_remote_code: bool = _flag(False, "Run model code that comes with the checkpoint.")
 
     def __post_init__(self) -> None:
-        for name in ("k", "max_tokens", "max_query_length", "max_passage_length"):
-            _need(getattr(self, name) > 0, name, getattr(self, name), "use a number above 0")
+        _need_positive(self, "k", "max_tokens", "max_query_length", "max_passage_length")
         _need(not (self.fp16 and self.bf16), "fp16", True, "cannot go with --bf16: choose one")
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from bge_core import UserError
@@ -20,7 +21,7 @@ from bge_core.distributed import is_sharded, sum_over_ranks, world
 from bge_core.watchdog import beat
 
 BLOCK = 16_384  # texts that are tokenized and sorted together
-MAX_TOKENS = 8192
+MAX_TOKENS = {"cpu": 2048}  # of a batch; elsewhere 8192. What a CPU computes with more falls out of its cache
 
 
 def encode(
@@ -30,7 +31,7 @@ def encode(
     prompt: str = "",
     max_length: int = 512,
     batch_size: int | None = None,
-    max_tokens: int = MAX_TOKENS,
+    max_tokens: int | None = None,
     precision: str = "no",
     description: str = "encode",
     output: np.ndarray | None = None,
@@ -43,7 +44,7 @@ def encode(
         prompt: put before each text.
         max_length: longest text in tokens, cut to what the backbone takes.
         batch_size: at most so many texts in a batch; None: any number.
-        max_tokens: at most so many tokens in a batch (one text may be longer).
+        max_tokens: at most so many tokens in a batch (one text may be longer); None: 8192, on a CPU 2048.
         precision: "fp16" or "bf16" autocast, or "no".
         description: of the progress bar.
         output: (n, D) float32 or float16 to write into, a memory map for example; None: a new float32 array.
@@ -59,6 +60,7 @@ def encode(
     if result.shape != shape:
         raise UserError(f"output has the shape {result.shape}; {len(texts)} vectors of this model need {shape}")
     max_length = min(max_length, encoder.max_positions)
+    max_tokens = max_tokens or MAX_TOKENS.get(encoder.device.type, 8192)
     blocks = [slice(start, start + BLOCK) for start in range(0, len(texts), BLOCK)]
 
     def token_lists(block: slice) -> list[list[int]]:
@@ -100,14 +102,19 @@ def _encode_block(
     rank, world_size = world()
     batches = list(plan_batches([len(text) for text in texts], batch_size, max_tokens))
     vector_SD = torch.zeros((len(texts), encoder.embedding_size), dtype=torch.float32)
+    computing: list[tuple[list[int], Tensor]] = []  # a batch is fetched after the next is begun: a GPU never waits
     for first in range(0, len(batches), world_size):  # a turn: every rank runs the model once, if only on nothing
         beat()
         turn = batches[first : first + world_size]
         batch = turn[rank] if rank < len(turn) else []
         if batch or is_sharded(encoder):
-            vectors = encoder(Tokens.from_lists([texts[i] for i in batch]).to(encoder.device))
-            vector_SD[batch] = vectors.to("cpu", torch.float32)
+            computing.append((batch, encoder(Tokens.from_lists([texts[i] for i in batch]).to(encoder.device))))
+        for rows, vectors in computing[:-1]:
+            vector_SD[rows] = vectors.to("cpu", torch.float32)
+        computing = computing[-1:]
         bar.update(sum(map(len, turn)))
+    for rows, vectors in computing:
+        vector_SD[rows] = vectors.to("cpu", torch.float32)
     if world_size > 1:  # rows of other ranks are zero here; NCCL sums on the device only
         vector_SD = sum_over_ranks(vector_SD.to(encoder.device)).cpu()
     return vector_SD.numpy()
