@@ -240,8 +240,8 @@ class TrainConfig:
         if self.sub_batch_size is not None and self.sub_batch_size <= 0:
             self.sub_batch_size = None  # FlagEmbedding's -1: off
         _need_positive(
-            self, "train_group_size", "query_max_len", "passage_max_len", "per_device_train_batch_size", "logging_steps",
-            "max_example_num_per_dataset", "learning_rate", "temperature", "adam_epsilon", "ddp_timeout",
+            self, "train_group_size", "query_max_len", "passage_max_len", "per_device_train_batch_size",
+            "logging_steps", "max_example_num_per_dataset", "learning_rate", "temperature", "adam_epsilon", "ddp_timeout",
             "gradient_accumulation_steps", "max_tokens", "save_total_limit", "early_stopping_patience",
             "per_device_eval_batch_size",
         )  # fmt: skip
