@@ -241,8 +241,8 @@ class TrainConfig:
             self.sub_batch_size = None  # FlagEmbedding's -1: off
         _need_positive(
             self, "train_group_size", "query_max_len", "passage_max_len", "per_device_train_batch_size",
-            "logging_steps", "max_example_num_per_dataset", "learning_rate", "temperature", "adam_epsilon", "ddp_timeout",
-            "gradient_accumulation_steps", "max_tokens", "save_total_limit", "early_stopping_patience",
+            "logging_steps", "max_example_num_per_dataset", "learning_rate", "temperature", "adam_epsilon",
+            "ddp_timeout", "gradient_accumulation_steps", "max_tokens", "save_total_limit", "early_stopping_patience",
             "per_device_eval_batch_size",
         )  # fmt: skip
         _need(0 <= (self.attention_dropout or 0) < 1, "attention_dropout", self.attention_dropout, "use 0 to below 1")
