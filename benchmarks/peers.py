@@ -52,6 +52,7 @@ NAMES = {
     "sentence_transformers": "sentence-transformers",
     "lm_cocktail": "LM_Cocktail",
 }
+NO_INSTRUCTION = ["--query_instruction_for_retrieval", "", "--passage_instruction_for_retrieval", ""]  # as the peers
 WHAT = {
     "train2": "training, group size 2, batch 32",
     "train8": "training, group size 8, batch 32",
@@ -133,7 +134,7 @@ def train_ours(job: Result, folder: str) -> Result:
         "--max_steps", str(job["steps"] + job["warm_up"]), "--per_device_train_batch_size", str(BATCH_SIZE),
         "--train_group_size", str(job["group"]), "--query_max_len", str(QUERY_LENGTH), "--passage_max_len",
         str(PASSAGE_LENGTH), "--learning_rate", str(LEARNING_RATE), "--save_steps", "0", "--sentence_pooling_method",
-        "mean",
+        "mean", *NO_INSTRUCTION,
     ])  # fmt: skip
     assert code == 0
     return clock.result(sum(p.numel() for p in encoders[0].parameters()))
@@ -248,9 +249,10 @@ def mine_flagembedding(job: Result, folder: str) -> None:
         job["model"], use_fp16=False, devices="cpu", pooling_method="mean", query_max_length=QUERY_LENGTH,
         passage_max_length=PASSAGE_LENGTH,
     )  # fmt: skip
-    encode_texts, encode_queries = model.encode, model.encode_queries
-    model.encode = lambda texts, batch_size: encode_texts(texts, batch_size=32)
-    model.encode_queries = lambda texts, batch_size: encode_queries(texts, batch_size=32)
+    encode_texts = model.encode
+    model.encode = lambda texts, batch_size=None, max_length=PASSAGE_LENGTH, **more: encode_texts(
+        texts, batch_size=32, max_length=max_length, **more
+    )
     miner.find_knn_neg(model, job["questions"], job["corpus"], f"{folder}/mined.jsonl", [2, 200], 15, False)
 
 
@@ -302,6 +304,7 @@ def command_of(python: str, job: Result, folder: str) -> list[str]:
             "mine.py", "--model_name_or_path", job["model"], "--input_file", job["questions"], "--candidate_pool",
             job["corpus"], "--output_file", f"{folder}/mined.jsonl", "--range_for_sampling", "2-200",
             "--negative_number", "15", "--query_max_len", str(QUERY_LENGTH), "--passage_max_len", str(PASSAGE_LENGTH),
+            *NO_INSTRUCTION,
         ]  # fmt: skip
     elif job["kind"] == "evaluate":
         words = [
