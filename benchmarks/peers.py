@@ -10,6 +10,7 @@ precision (float32), and the median ratio of the pairs is given with the smalles
                     --warm-up 0, as a step of the peers takes two minutes). Rows: CMRC's training questions, each with
                     random sentences of the corpus as negatives.
     encode          --texts sentences of the corpus, at most 128 tokens; the call alone
+    encode_cls      the same with the first token's vector, as BGE's models are made, instead of the mean
     mine            15 negatives from ranks 2 to 200 for the training questions; the whole process, cold
     evaluate        three models (the encoder under three names) on the test questions at k = 100; the whole process
     merge           two models of bge-large's shape (1.3 GB each, random weights), 0.5 and 0.5; the whole process
@@ -56,7 +57,8 @@ NO_INSTRUCTION = ["--query_instruction_for_retrieval", "", "--passage_instructio
 WHAT = {
     "train2": "training, group size 2, batch 32",
     "train8": "training, group size 8, batch 32",
-    "encode": "encoding sentences",
+    "encode": "encoding sentences, mean pooling",
+    "encode_cls": "encoding sentences, CLS pooling, as BGE's",
     "mine": "mining, 2-200, 15 negatives, cold",
     "evaluate": "evaluating three models, cold",
     "merge": "merging two models of 1.3 GB",
@@ -207,21 +209,25 @@ def encode(job: Result, folder: str) -> Result:
     if job["side"] == "ours":
         from bge_core.model import load_encoder
 
-        encoder = load_encoder(job["model"], pooling="mean")
+        encoder = load_encoder(job["model"], pooling=job["pooling"])
 
         def run(some: list[str]) -> Any:
             return encoder.encode(some, max_length=PASSAGE_LENGTH)
     elif job["side"] == "flagembedding":
         from FlagEmbedding import FlagModel
 
-        model = FlagModel(job["model"], use_fp16=False, devices="cpu", pooling_method="mean")
+        model = FlagModel(job["model"], use_fp16=False, devices="cpu", pooling_method=job["pooling"])
 
         def run(some: list[str]) -> Any:
             return model.encode_corpus(some, batch_size=32, max_length=PASSAGE_LENGTH)
     else:
         from sentence_transformers import SentenceTransformer
+        from sentence_transformers.sentence_transformer.modules import (  # type: ignore[import-not-found]
+            Pooling,
+        )
 
         their = SentenceTransformer(job["model"], device="cpu")
+        their[1] = Pooling(their.get_embedding_dimension(), pooling_mode=job["pooling"])
         their.max_seq_length = PASSAGE_LENGTH
 
         def run(some: list[str]) -> Any:
@@ -415,7 +421,8 @@ def prepare_job(what: str, args: argparse.Namespace, folder: Path) -> Result:
         write_rows(args.data, folder / "train.jsonl")
         settings = {"group": int(what[5:]), "steps": args.steps, "warm_up": args.warm_up}
         return job | {"rows": f"{folder}/train.jsonl"} | settings
-    if what == "encode":
+    if what.startswith("encode"):
+        job |= {"kind": "encode", "pooling": "cls" if what == "encode_cls" else "mean"}
         texts = random.Random(0).sample(read_texts(args.data), args.texts)
         (folder / "texts.json").write_text(json.dumps(texts, ensure_ascii=False), encoding="utf-8")
         return job | {"rows": f"{folder}/texts.json"}
@@ -463,7 +470,7 @@ def main() -> None:
     parser.add_argument("--peers-python", help="python of the environment of benchmarks/requirements.txt")
     parser.add_argument("--data", type=Path, help="CMRC 2018: train.jsonl, corpus.jsonl")
     parser.add_argument("--encoder", default="outputs/encoder")
-    parser.add_argument("--what", nargs="+", default=["train2", "train8", "encode", *STAGES])
+    parser.add_argument("--what", nargs="+", default=[*WHAT])
     parser.add_argument("--against", nargs="+", default=["flagembedding", "sentence_transformers"])
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--steps", type=int, default=3)
