@@ -442,14 +442,16 @@ def summarize(file: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    lines = {(line["what"], line["peer"]): line for line in map(json.loads, file.read_text().splitlines())}
+    last = {(line["what"], line["peer"]): line for line in map(json.loads, file.read_text().splitlines())}
+    lines = {key: last[key] for key in sorted(last, key=lambda key: [*WHAT].index(key[0]))}
     table = [
         "| what | against | times as fast | memory, ours / theirs | machine | date |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for (what, peer), line in lines.items():
         memory = [f"{line[key]} {key.split('_')[0]}" for key in line if key.endswith("_memory_ratio")]
-        cells = [WHAT[what], peer, line["speed_ratio"], *(memory or ["-"]), line["machine"], line["date"]]
+        label = WHAT[what] + (f", {line['passages']:,} passages" if "passages" in line else "")
+        cells = [label, peer, line["speed_ratio"], *(memory or ["-"]), line["machine"], line["date"]]
         table.append("| " + " | ".join(cells) + " |")
     file.with_suffix(".md").write_text("\n".join([*table, ""]), encoding="utf-8")
     numbers = [list(map(float, re.findall(r"[\d.]+", line["speed_ratio"]))) for line in lines.values()]
