@@ -20,16 +20,25 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Tokens:
-    """S texts in one row: `input_id_T` (int64) and their `lengths` (sum T); texts are never empty."""
+    """S texts in one row: `input_id_T` (int64) and their `lengths` (sum T); texts are never empty.
+
+    Equal texts have equal `numbers`, so that nobody needs to fetch them from a GPU to compare; None: not known.
+    """
 
     input_id_T: Tensor
     lengths: list[int]
+    numbers: list[int] | None = None
 
     @classmethod
     def from_lists(cls, texts: Sequence[Sequence[int]]) -> "Tokens":
         """Join token lists."""
         flat = [token for text in texts for token in text]
-        return cls(torch.tensor(flat, dtype=torch.int64), [len(text) for text in texts])
+        numbers: dict[tuple[int, ...], int] = {}
+        return cls(
+            torch.tensor(flat, dtype=torch.int64),
+            [len(text) for text in texts],
+            [numbers.setdefault(tuple(text), len(numbers)) for text in texts],
+        )
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -42,6 +51,18 @@ class Tokens:
         """One vector of token ids a text."""
         return list(self.input_id_T.split(self.lengths))
 
+    def distinct(self) -> tuple["Tokens", list[int]]:
+        """Each different text once, in order of its first place; and for each of the S texts its place among them."""
+        first: dict[int, int] = {}
+        numbers = self.numbers or list(range(len(self)))
+        for i, number in enumerate(numbers):
+            first.setdefault(number, i)
+        if len(first) == len(self):
+            return self, list(range(len(self)))
+        texts, places = self.texts(), {number: place for place, number in enumerate(first)}
+        tokens = Tokens(torch.cat([texts[i] for i in first.values()]), [self.lengths[i] for i in first.values()])
+        return tokens, [places[number] for number in numbers]
+
     def split(self, max_texts: int | None = None, max_tokens: int | None = None) -> list["Tokens"]:
         """Consecutive chunks of at most so many texts and tokens (a text longer than that is a chunk); at least one."""
         sizes = [0]
@@ -53,9 +74,11 @@ class Tokens:
             sizes[-1] += 1
             num_tokens += length
         ends = list(accumulate(sizes))
-        parts = [self.lengths[end - size : end] for end, size in zip(ends, sizes, strict=True)]
+        slices = [slice(end - size, end) for end, size in zip(ends, sizes, strict=True)]
+        ids = self.input_id_T.split([sum(self.lengths[part]) for part in slices])
         return [
-            Tokens(ids, part) for ids, part in zip(self.input_id_T.split([sum(p) for p in parts]), parts, strict=True)
+            Tokens(own, self.lengths[part], self.numbers and self.numbers[part])
+            for own, part in zip(ids, slices, strict=True)
         ]
 
 

@@ -111,7 +111,7 @@ class Encoder(nn.Module):
                 parameter.requires_grad_(False)
 
     def forward(self, tokens: Tokens) -> Tensor:
-        """Vectors of S texts.
+        """Vectors of S texts; what occurs twice is computed once, unless dropout makes the two differ.
 
         Args:
             tokens: on this encoder's device. S may be 0: a rank without rows still takes part in the backward.
@@ -121,10 +121,13 @@ class Encoder(nn.Module):
         """
         if not len(tokens):
             return self(Tokens(tokens.input_id_T.new_full((1,), self.tokenizer.pad_token_id), [1]))[:0]
+        place_S = list(range(len(tokens)))
+        if not (self.training and has_dropout(self.backbone)):
+            tokens, place_S = tokens.distinct()
         token_vectors = self._padded if self.attention == "padded" else self._packed
         hidden_TD, lengths, order = token_vectors(tokens)
         vector_SD = pool(hidden_TD, lengths, self.settings.pooling)
-        vector_SD = vector_SD[torch.tensor(order).argsort().to(vector_SD.device, non_blocking=True)]
+        vector_SD = vector_SD[torch.tensor(order).argsort()[place_S].to(vector_SD.device, non_blocking=True)]
         return F.normalize(vector_SD, dim=-1) if self.settings.normalize else vector_SD
 
     def _packed(self, tokens: Tokens) -> tuple[Tensor, list[int], list[int]]:
@@ -259,6 +262,13 @@ def load_encoder(
     if attention != "padded":
         attention = packed_or_padded(name, backbone, attention)
     return Encoder(backbone, tokenizer, settings, attention).eval()
+
+
+def has_dropout(backbone: Any) -> bool:
+    """Whether the model draws random numbers in training: by its modules, or by what its config says of any dropout."""
+    rates = [value for name, value in vars(backbone.config).items() if "drop" in name]
+    rates += [module.p for module in backbone.modules() if isinstance(module, nn.Dropout)]
+    return any(rates)
 
 
 def set_attention_dropout(config: Any, dropout: float) -> None:

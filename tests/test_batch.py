@@ -32,6 +32,20 @@ def test_no_text_at_all() -> None:
     assert list(pad_buckets(tokens, 0)) == []
 
 
+@given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=3), max_size=12), st.integers(1, 8))
+def test_distinct_texts_and_their_places_are_the_texts(texts: list[list[int]], size: int) -> None:
+    for chunk in Tokens.from_lists(texts).split(size):
+        tokens, place_S = chunk.distinct()
+        once = as_lists(tokens)
+        assert [once[place] for place in place_S] == as_lists(chunk)
+        assert once == [text for i, text in enumerate(as_lists(chunk)) if text not in as_lists(chunk)[:i]]
+
+
+def test_texts_of_unknown_numbers_count_as_distinct() -> None:
+    tokens = Tokens(torch.tensor([5, 5, 5]), [1, 1, 1])
+    assert tokens.distinct() == (tokens, [0, 1, 2])
+
+
 @given(texts_of_tokens, st.integers(1, 8))
 def test_chunks_are_the_texts_in_order(texts: list[list[int]], size: int) -> None:
     chunks = Tokens.from_lists(texts).split(size)

@@ -45,6 +45,34 @@ def assert_same(got: tuple[Tensor, Gradients], want: tuple[Tensor, Gradients], r
         torch.testing.assert_close(got[1][name], gradient, rtol=rtol, atol=rtol * float(gradient.abs().max() + 1))
 
 
+@pytest.mark.parametrize("attention", ["padded", "auto"])
+def test_a_text_that_comes_twice_is_computed_once_with_the_gradient_of_both(
+    attention: Any, tiny_bert_float64: Path
+) -> None:
+    encoder = load_encoder(tiny_bert_float64, attention=attention, pooling="mean", normalize=True, dtype=torch.float64)
+    encoder.freeze()
+    encoder.train()
+    tokens = tokens_of(encoder, [*TEXTS, *TEXTS[::-1]])
+    seen = []
+    handle = encoder.backbone.register_forward_pre_hook(
+        lambda _, args, inputs: seen.append(inputs["input_ids"].numel()), with_kwargs=True
+    )
+    got = encode_and_differentiate(encoder, encoder(tokens))
+    handle.remove()
+    assert sum(seen) < sum(tokens.lengths) / 2 + 10
+    encoder.zero_grad()
+    assert_same(got, encode_and_differentiate(encoder, encoder(replace(tokens, numbers=None))), 1e-10)
+
+
+def test_dropout_makes_equal_texts_differ_in_training_alone(tiny_bert_dropout: Path) -> None:
+    encoder = load_encoder(tiny_bert_dropout)
+    tokens = tokens_of(encoder, ["退款，退款", "退款，退款"])
+    for mode, same in ((True, False), (False, True)):
+        encoder.train(mode)
+        first_D, second_D = encoder(tokens)
+        assert torch.equal(first_D, second_D) == same
+
+
 # --- vectors ----------------------------------------------------------------------------------------------------------
 
 
