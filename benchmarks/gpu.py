@@ -207,6 +207,12 @@ def search_case(bench: Bench, rows: int, size: int) -> dict[str, Any]:
     return {"queries": 1000, "rows": rows, "size": size, "k": 100, "seconds": seconds}
 
 
+def keep(result: dict[str, Any], bench: Bench) -> None:
+    """Write what there is so far: a run that is cut off loses one case."""
+    if bench.cuda:
+        (ROOT / "benchmarks/results/gpu.json").write_text(json.dumps(result, indent=2) + "\n")
+
+
 def main() -> None:
     """Everything, the most telling cases first."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -239,13 +245,13 @@ def main() -> None:
             case = train_case(bench, way, shape, dtype, batch_size // small, group, dropout)
             result["train"].append(case)
             print(json.dumps(case), file=sys.stderr, flush=True)
+            keep(result, bench)
         if dtype == torch.bfloat16 and (batch_size, group, dropout) == (32, 8, 0.1):
             result["train"].append(train_case(bench, "compiled", shape, dtype, batch_size // small, group, 0.0))
         if dtype == torch.bfloat16 and (batch_size, group, dropout) == (32, 2, 0.0):
             result["encode"] = [encode_case(bench, way, shape, 2048 // small) for way in ways]
             result["search"] = search_case(bench, 1_000_000, 1024)
-    if bench.cuda:
-        (ROOT / "benchmarks/results/gpu.json").write_text(json.dumps(result, indent=2) + "\n")
+    keep(result, bench)
     print(f"{result['device']}, torch {result['torch']}, peak {peak:.0f} TFLOP/s")
     for case in result["train"]:
         same = [c for c in result["train"] if c["way"] == "padded" and all(

@@ -169,9 +169,10 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, packed: Packed, rule: Rul
 
     query_THd, key_THd, value_THd = (x.transpose(0, 1).contiguous() for x in (query, key, value))
     starts, longest = packed.cu_seqlens, max(packed.lengths)
+    grouped = {"enable_gqa": True} if key.shape[0] != query.shape[0] else {}  # torch 2.11 has no such argument
     out = varlen_attn(
         query_THd, key_THd, value_THd, starts, starts, longest, longest, scale=rule.scale, window_size=rule.sides,
-        enable_gqa=key.shape[0] != query.shape[0],
+        **grouped,
     )  # fmt: skip
     assert isinstance(out, Tensor)
     return out
