@@ -1,0 +1,215 @@
+"""Guards: is a candidate perhaps an answer, and so no negative? Decided from the texts alone, without a model.
+
+    identical        the same letters and digits as a positive (width, case, spaces and punctuation do not count)
+    same_question    a positive of a question that is the same, or nearly the same
+    answer           holds the row's `answer`
+    near_duplicate   says what a positive says in nearly the same words, or holds it, or is the better part of it
+
+Nearly the same words are no proof: 1998 for 1997, or one name for another, makes the best of all negatives. So two
+texts that are close count as the same only if they agree on their facts, which are numbers, names and rare words. Where
+each has a number, or each a name or rare word, that the other lacks, they speak of different things.
+
+    close(p, c)  =  max(edit ratio of the letters, token-set ratio of the words) >= threshold
+    same(p, c)   =  close(p, c) and not facts_differ(p, c)
+
+The token-set ratio does not see the order of the words, and is 1 where one text holds all words of the other. Questions
+are compared by the token-sort ratio, which has no such mercy, and must not ask for different things (who, when, ...).
+"""
+
+import functools
+import random
+import re
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+MIN_ANSWER = 2  # letters: a shorter answer stands in too many passages
+MAX_SAMPLE = 50_000  # texts to count words in
+RARE = 1 / 2000  # a word in a smaller share of the texts is rare
+MIN_PART = 0.5  # a candidate this much shorter than the positive is no duplicate, even if the positive holds it
+_NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?|[零〇一二两三四五六七八九十百千万亿]+")
+_TITLE = re.compile(r"《([^《》]+)》")
+_LATIN = re.compile(r"[a-z][a-z0-9]*")
+_DIGITS = {char: value for value, chars in enumerate(("零〇", "一", "二两", *"三四五六七八九")) for char in chars}
+_ASKS = {  # what a question asks for: its shortest form, and the others
+    "何人": re.compile("谁|何人|哪位|哪个人|什么人"),
+    "何时": re.compile("何时|什么时[候间]|哪一?年|何年|哪一?天|几[年月日号点]"),
+    "何处": re.compile("哪里|哪儿|何处|何地|什么地[方点]"),
+    "何故": re.compile("为什么|为何|缘何|什么原因"),
+    "几何": re.compile("多少|几[个位种条座层名家岁届部次]?"),
+}
+_POLITE = re.compile("请问|[吗呢呀啊吧]?[？?]")
+_UNITS = {"十": 10, "百": 100, "千": 1000}
+_NAME_TAGS = frozenset(("nr", "ns", "nt", "nz"))  # of people, places, organizations and others
+_FUNCTION = frozenset("的地得了着过在于与和及或是为则也都并而且又被把将对向从到由以其之这那该有等所就还")
+
+
+def plain(text: str) -> str:
+    """Letters and digits alone, NFKC, without case: what two texts share that differ in form only."""
+    return "".join(filter(str.isalnum, unicodedata.normalize("NFKC", text).casefold()))
+
+
+def words(text: str) -> str:
+    """The words of a text that carry meaning, joined by spaces, as Chinese is segmented by jieba's dictionary."""
+    import rjieba
+
+    found = (word.strip() for word in rjieba.cut(unicodedata.normalize("NFKC", text).casefold()))
+    return " ".join(word for word in found if any(map(str.isalnum, word)) and not _FUNCTION.issuperset(word))
+
+
+def numbers(text: str) -> frozenset[str]:
+    """The numbers of a text, in digits: 1998年, 一九九八年 and １９９８ have the same."""
+    found = _NUMBER.findall(unicodedata.normalize("NFKC", text))
+    return frozenset(_value(number.replace(",", "")) for number in found)
+
+
+def _value(number: str) -> str:
+    if number[0].isdigit():
+        return number
+    if not set(number) & {*_UNITS, "万", "亿"}:
+        return "".join(str(_DIGITS[char]) for char in number).lstrip("0") or "0"
+    high, total, section, digit = 0, 0, 0, 0
+    for char in number:
+        if char in _DIGITS:
+            digit = _DIGITS[char]
+        elif char == "亿":
+            high, total, section, digit = high + (total + section + digit or 1) * 10**8, 0, 0, 0
+        elif char == "万":
+            total, section, digit = total + (section + digit or 1) * 10**4, 0, 0
+        else:
+            section, digit = section + (digit or 1) * _UNITS[char], 0
+    return str(high + total + section + digit)
+
+
+def asks(question: str) -> frozenset[str]:
+    """What a question asks for, as far as its words say: 何人, 何时, 何处, 何故, 几何."""
+    return frozenset(kind for kind, form in _ASKS.items() if form.search(question))
+
+
+def plain_question(question: str) -> str:
+    """The question with one word for each thing asked for, and without courtesies."""
+    for kind, form in _ASKS.items():
+        question = form.sub(kind, question)
+    return _POLITE.sub("", question)
+
+
+def common_words(texts: Sequence[str], seed: int = 0) -> frozenset[str]:
+    """The words that at least one of 2,000 texts holds, counted on a sample: all others are rare."""
+    chosen = random.Random(seed).sample(range(len(texts)), min(len(texts), MAX_SAMPLE))
+    counts = Counter(word for i in chosen for word in set(words(texts[i]).split()))
+    return frozenset(word for word, count in counts.items() if count >= max(2, RARE * len(chosen)))
+
+
+@dataclass(frozen=True)
+class GuardSettings:
+    """Which guards stand; a threshold is a ratio from 0 to 1, and None switches its guard off."""
+
+    identical: bool = True
+    near_duplicate: float | None = 0.85
+    same_question: float | None = 0.85
+    answer: bool = True
+
+
+class Guards:
+    """Decides for each row of training data which candidates are no negatives.
+
+    Args:
+        queries: Q questions.
+        positives: the texts that answer each.
+        answers: for each row the spans that its answer consists of, if it states any.
+        settings: which guards stand.
+        common: words that are no names, see `common_words`.
+        neighbours_QK: for each question the rows of those that an encoder finds most similar, -1 padded: where nearly
+            the same questions are looked for. None: only the same ones are.
+    """
+
+    def __init__(
+        self,
+        queries: Sequence[str],
+        positives: Sequence[Sequence[str]],
+        answers: Sequence[Sequence[str]],
+        settings: GuardSettings,
+        common: frozenset[str] = frozenset(),
+        neighbours_QK: np.ndarray | None = None,
+    ) -> None:
+        self.settings, self.common = settings, common
+        self._forms = functools.lru_cache(maxsize=200_000)(lambda text: (plain(text), words(text)))
+        self._facts = functools.lru_cache(maxsize=200_000)(self._find_facts)
+        self.answers = [[span for span in map(plain, spans) if len(span) >= MIN_ANSWER] for spans in answers]
+        self.positives = [list(dict.fromkeys(texts)) for texts in positives]
+        self.others: list[list[str]] = [[] for _ in queries]  # positives of the same question in other rows
+        if settings.same_question is None:
+            return
+        asked: defaultdict[str, list[int]] = defaultdict(list)
+        for number, query in enumerate(queries):
+            asked[plain(query)].append(number)
+        for number, query in enumerate(queries):
+            same = set(asked[plain(query)])
+            if neighbours_QK is not None:
+                near = [row for row in neighbours_QK[number].tolist() if row >= 0 and row not in same]
+                close = self._same([query], [queries[row] for row in near], settings.same_question, questions=True)
+                same |= {row for row, is_same in zip(near, close[0], strict=True) if is_same}
+            others = dict.fromkeys(text for row in sorted(same) for text in positives[row])
+            self.others[number] = [text for text in others if text not in self.positives[number]]
+
+    def _find_facts(self, text: str) -> tuple[str, frozenset[str], frozenset[str]]:
+        """A text's letters, its numbers, and its names and rare words."""
+        import rjieba
+
+        clean = unicodedata.normalize("NFKC", text).casefold()
+        tagged = [word.strip("".join(_FUNCTION)) for word, tag in rjieba.tag(clean) if tag[:2] in _NAME_TAGS]
+        rare = [word for word in self._forms(text)[1].split() if word not in self.common and not _NUMBER.search(word)]
+        names = filter(None, map(plain, [*tagged, *rare, *_TITLE.findall(clean), *_LATIN.findall(clean)]))
+        return self._forms(text)[0], numbers(text), frozenset(names)
+
+    def facts_differ(self, one: str, other: str) -> bool:
+        """Whether each text has a number, or each a name or rare word, that the other lacks."""
+        (plain_one, numbers_one, names_one), (plain_other, numbers_other, names_other) = map(self._facts, (one, other))
+        if numbers_one - numbers_other and numbers_other - numbers_one:
+            return True
+        return any(name not in plain_other for name in names_one) and any(name not in plain_one for name in names_other)
+
+    def _same(
+        self, texts: Sequence[str], candidates: Sequence[str], threshold: float, questions: bool = False
+    ) -> np.ndarray:
+        """(texts, candidates) bool: close in letters or words, and no fact differs."""
+        from rapidfuzz import fuzz, process
+
+        found = np.zeros((len(texts), len(candidates)), dtype=bool)
+        if not found.size:
+            return found
+        if questions:
+            texts, candidates = list(map(plain_question, texts)), list(map(plain_question, candidates))
+        for form, scorer in ((0, fuzz.ratio), (1, fuzz.token_sort_ratio if questions else fuzz.token_set_ratio)):
+            ours, theirs = ([self._forms(text)[form] for text in side] for side in (texts, candidates))
+            found |= process.cdist(ours, theirs, scorer=scorer, score_cutoff=100 * threshold) > 0
+        for i, j in np.argwhere(found).tolist():
+            one, other = texts[i], candidates[j]
+            if questions:
+                fits = not (asks(one) and asks(other) and asks(one) != asks(other))
+            else:
+                fits = len(self._forms(other)[0]) >= MIN_PART * len(self._forms(one)[0])
+            found[i, j] = fits and not self.facts_differ(one, other)
+        return found
+
+    def reasons(self, number: int, candidates: Sequence[str]) -> list[str | None]:
+        """For each candidate the guard that says it may answer question `number`, or None."""
+        own, others = self.positives[number], self.others[number]
+        letters = [self._forms(text)[0] for text in candidates]
+        barred = dict.fromkeys((self._forms(text)[0] for text in others), "same_question")
+        if self.settings.identical:
+            barred |= dict.fromkeys((self._forms(text)[0] for text in own), "identical")
+        reasons = [barred.get(found) for found in letters]
+        if self.settings.answer and self.answers[number]:
+            for i, found in enumerate(letters):
+                if reasons[i] is None and any(span in found for span in self.answers[number]):
+                    reasons[i] = "answer"
+        if self.settings.near_duplicate is not None:
+            left = [i for i, reason in enumerate(reasons) if reason is None]
+            same = self._same([*own, *others], [candidates[i] for i in left], self.settings.near_duplicate)
+            for i in np.flatnonzero(same.any(axis=0)).tolist():
+                reasons[left[i]] = "near_duplicate"
+        return reasons

@@ -1,0 +1,183 @@
+"""The guards: what may be an answer is found, what differs in a fact is kept."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bge_core.guards import Guards, GuardSettings, asks, common_words, numbers, plain, words
+
+POSITIVE = "北京大学位于北京市海淀区，创立于1898年，是中国近代第一所国立大学。"
+QUESTION = "北京大学创立于哪一年？"
+OFF = {"identical": False, "near_duplicate": None, "same_question": None, "answer": False}
+COMMON = frozenset(
+    [
+        "位于",
+        "坐落",
+        "坐落于",
+        "创立",
+        "创建",
+        "中国",
+        "近代",
+        "第一所",
+        "国立",
+        "大学",
+        "一般",
+        "认为",
+        "据悉",
+        "其",
+        "校园",
+        "很",
+        "美丽",
+        "办学",
+        "历史",
+        "悠久",
+    ]
+)
+
+
+def guards(positive: str = POSITIVE, *, answers: list[str] | None = None, **settings: object) -> Guards:
+    """One question with one positive."""
+    return Guards([QUESTION], [[positive]], [answers or []], GuardSettings(**settings), COMMON)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("１９９８年", {"1998"}),
+        ("一九九八年", {"1998"}),
+        ("二〇〇五", {"2005"}),
+        ("12,000人和3.5米", {"12000", "3.5"}),
+        ("十二个", {"12"}),
+        ("三百二十一", {"321"}),
+        ("一百零五", {"105"}),
+        ("两万五千", {"25000"}),
+        ("三亿", {"300000000"}),
+        ("一亿两千万", {"120000000"}),
+        ("没有", set()),
+    ],
+)
+def test_numbers_are_read_in_both_scripts(text: str, found: set[str]) -> None:
+    assert numbers(text) == found
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.integers(0, 10**9 - 1))
+def test_a_number_in_chinese_is_the_same_number(value: int) -> None:
+    """Written out by the textbook rule, an independent way round."""
+    units = ["", "十", "百", "千"]
+
+    def below_ten_thousand(n: int) -> str:
+        text, gap = "", False
+        for power in (3, 2, 1, 0):
+            digit = n // 10**power % 10
+            if digit:
+                text += ("零" if gap and text else "") + "零一二三四五六七八九"[digit] + units[power]
+                gap = False
+            else:
+                gap = True
+        return text
+
+    parts = [(value // 10**8, "亿"), (value // 10**4 % 10**4, "万"), (value % 10**4, "")]
+    text = ""
+    for number, unit in parts:
+        if number:
+            text += ("零" if text and number < 1000 else "") + below_ten_thousand(number) + unit
+    assert numbers(text or "零") == {str(value)}
+
+
+def test_form_does_not_count() -> None:
+    assert plain("《Ａbc》， 一二。") == plain("abc一二") == "abc一二"
+    found = guards(**OFF | {"identical": True}).reasons(0, [
+        POSITIVE.replace("，", ",").replace("。", ""), f"  {POSITIVE} ", POSITIVE.replace("1898", "１８９８"),
+        POSITIVE.replace("1898", "1899"),
+    ])  # fmt: skip
+    assert found == ["identical", "identical", "identical", None]
+
+
+@pytest.mark.parametrize(
+    "candidate",
+    [
+        "据悉，北京大学位于北京市海淀区，创立于1898年，是中国近代第一所国立大学。",  # a phrase before it
+        "北京大学创立于1898年，位于北京市海淀区，是中国近代第一所国立大学。",  # another order
+        "北京大学坐落于北京市海淀区，创建于1898年，是中国近代的第一所国立大学",  # other words
+        "北京大学位于北京市海淀区，创立于一八九八年，是中国近代第一所国立大学。",  # the number in words
+        "北京大学位于北京市海淀区，创立于1898年，是中国近代第一所国立大学。其校园很美丽，办学历史悠久。",  # and more
+        "北京大学位于北京市海淀区，创立于1898年。",  # the better part of it
+    ],
+)
+def test_the_same_in_nearly_the_same_words(candidate: str) -> None:
+    assert guards().reasons(0, [candidate]) == ["near_duplicate"]
+    assert guards(near_duplicate=None).reasons(0, [candidate]) == [None]
+
+
+@pytest.mark.parametrize(
+    "candidate",
+    [
+        "北京大学位于北京市海淀区，创立于1899年，是中国近代第一所国立大学。",  # another year
+        "北京大学位于北京市海淀区，创立于一九〇二年，是中国近代第一所国立大学。",
+        "武汉大学位于武汉市武昌区，创立于1898年，是中国近代第一所国立大学。",  # another name
+        "北京大学。",  # a scrap
+        "上海今天下雨。",
+    ],
+)
+def test_another_fact_is_a_negative(candidate: str) -> None:
+    assert guards().reasons(0, [candidate]) == [None]
+
+
+def test_an_answer_within_a_passage() -> None:
+    guard = guards(answers=["1898年", "八"])
+    assert guard.reasons(0, ["戊戌变法发生在 １８９８年", "第八届", "1998年"]) == ["answer", None, None]
+    assert guards(answers=["1898年"], answer=False).reasons(0, ["戊戌变法发生在1898年"]) == [None]
+
+
+def rows_of(*questions: str) -> Guards:
+    """Questions with unlike positives, each the others' neighbour."""
+    near = np.array([[*range(len(questions)), -1]] * len(questions))
+    positives = [[f"甲{'天地玄黄宇宙洪荒'[i]}文"] for i in range(len(questions))]
+    return Guards(questions, positives, [[]] * len(questions), GuardSettings(), COMMON, near)
+
+
+@pytest.mark.parametrize(
+    ("other", "same"),
+    [
+        ("北京大学创立于哪一年", True),  # punctuation
+        ("北京大学创立于何年？", True),
+        ("请问北京大学创立于哪一年？", True),
+        ("北京大学创立于哪里？", False),  # asks for something else
+        ("武汉大学创立于哪一年？", False),  # of another
+        ("今天天气怎么样？", False),
+    ],
+)
+def test_positives_of_the_same_question(other: str, same: bool) -> None:
+    found = rows_of(QUESTION, other)
+    want = "same_question" if same else None
+    assert found.reasons(0, ["甲地文"]) == [want] and found.reasons(1, ["甲天文"]) == [want]
+    off = Guards([QUESTION, other], [["甲天文"], ["甲地文"]], [[], []], GuardSettings(**OFF), COMMON)  # type: ignore[arg-type]
+    assert off.reasons(0, ["甲地文"]) == [None]
+
+
+def test_without_neighbours_only_equal_questions_are_found() -> None:
+    questions = [QUESTION, "北京大学创立于哪一年", "请问北京大学创立于哪一年？"]
+    guard = Guards(questions, [["甲天"], ["甲地"], ["甲玄"]], [[]] * 3, GuardSettings(), COMMON)
+    assert guard.reasons(0, ["甲地", "甲玄"]) == ["same_question", None]
+
+
+def test_what_a_question_asks_for() -> None:
+    assert asks("谁在何时建的？") == {"何人", "何时"} and asks("有多少人") == {"几何"}
+    assert asks("为什么") == {"何故"} and asks("在哪里") == {"何处"} and asks("是什么") == frozenset()
+
+
+def test_common_words_are_counted_on_texts() -> None:
+    texts = ["大学位于北京"] * 1000 + [f"大学位于第{i}号" for i in range(1000)] + ["巴黎"]
+    assert common_words(texts) >= set(words("大学位于北京").split()) and "巴黎" not in common_words(texts)
+    assert common_words(texts, seed=1) == common_words(texts, seed=1)
+    assert common_words([]) == frozenset()
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.text(max_size=30), st.text(max_size=30))
+def test_any_text_is_taken(positive: str, candidate: str) -> None:
+    found = Guards([candidate], [[positive]], [[candidate]], GuardSettings()).reasons(0, [candidate, positive])
+    assert found[1] is not None or not plain(positive)
+    assert set(found) <= {None, "identical", "answer", "near_duplicate", "same_question"}
