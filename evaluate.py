@@ -22,7 +22,8 @@ import numpy as np
 import torch
 
 from bge_core import records
-from bge_core.config import EvaluateConfig, as_dict, run_stage
+from bge_core.cli import as_dict, run_stage
+from bge_core.config import EvaluateConfig
 from bge_core.distributed import world
 from bge_core.evaluation import Ranking, RetrievalTask, bge_instruction, evaluate_encoder, load_task
 from bge_core.launch import start

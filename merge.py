@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from bge_core import UserError, records
-from bge_core.config import MergeConfig, as_dict, changed_fields, run_stage
+from bge_core.cli import as_dict, changed_fields, run_stage
+from bge_core.config import MergeConfig
 from bge_core.merging import example_losses, merge_folders, refuse_output, weights_from_losses
 from bge_core.model import read_settings
 from bge_core.report import write_model_card

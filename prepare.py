@@ -36,7 +36,8 @@ import pyarrow.parquet
 from tqdm import tqdm
 
 from bge_core import UserError, records
-from bge_core.config import PrepareConfig, as_dict, run_stage
+from bge_core.cli import as_dict, run_stage
+from bge_core.config import PrepareConfig
 from bge_core.records import BadLines, Row, text_id
 
 logger = logging.getLogger(__name__)

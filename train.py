@@ -35,7 +35,8 @@ from tqdm import tqdm
 
 from bge_core import UserError, checkpoint, plan, records, report, watchdog
 from bge_core.batch import Tokens
-from bge_core.config import TrainConfig, as_dict, changed_fields, run_stage
+from bge_core.cli import as_dict, changed_fields, run_stage
+from bge_core.config import TrainConfig
 from bge_core.data import TrainingData, start_worker
 from bge_core.distributed import (
     clip_gradients,

@@ -1,30 +1,11 @@
-"""One dataclass per stage; a YAML file plus flags become that dataclass, strictly.
+"""One dataclass a stage: the names of its flags and YAML keys, their types, defaults and bounds. cli.py reads them."""
 
-A flag beats the YAML file, which beats the default. YAML values travel through the same argparse types as flags, so
-`learning_rate: 1e-5` (a string to PyYAML) is a number here.
-"""
-
-import argparse
 import difflib
-import gc
 import json
-import logging
-import os
-import sys
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeVar, cast
-
-import yaml
-from huggingface_hub.utils import disable_progress_bars as disable_hub_progress_bars
-from transformers import HfArgumentParser
-from transformers.utils import logging as transformers_logging
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, cast
 
 from bge_core import UserError
-
-logger = logging.getLogger(__name__)
-T = TypeVar("T")
 
 
 def _flag(default: Any, help: str, *aliases: str) -> Any:
@@ -65,8 +46,44 @@ def _two_placeholders(name: str, value: str) -> str:
     return value
 
 
+# Flags of FlagEmbedding and its examples that mean nothing here; the reason is what the user reads.
+REFUSED = {
+    "deepspeed": "DeepSpeed is not tested here; launch with accelerate or torchrun (DDP, or --fsdp)",
+    "small_threshold": "merge small files yourself; every row is used",
+    "drop_threshold": "merge small files yourself; every row is used",
+    "shuffle_ratio": "it reorders thirds of a passage, which no evaluation does",
+    "cache_path": "rows are memory-mapped by datasets; set HF_DATASETS_CACHE",
+    "pad_to_multiple_of": "padding is the encoder's own affair",
+    "use_fast_tokenizer": "the fast tokenizer is always used",
+    "config_name": "the configuration always comes from the model; FlagEmbedding only printed it",
+    "save_strategy": "use --save_steps (below 1: a share of all steps; 0: none)",
+    "evaluation_strategy": "use --eval_steps with --val_data",
+    "eval_strategy": "use --eval_steps with --val_data",
+    "ddp_find_unused_parameters": "never needed: parameters without a gradient are frozen",
+    "optim": "AdamW is the optimizer; change it in bge_core/optim.py",
+    "remove_unused_columns": "unknown columns are always ignored",
+    "index_factory": "the search is exact",
+    "save_embedding": "embeddings are not kept",
+    "load_embedding": "embeddings are not kept",
+    "save_path": "embeddings are not kept",
+    "query_data": "it is called --val_data here",
+    "corpus_data": "it is called --corpus here",
+    "do_train": "train.py always trains",
+    "local_rank": "the launcher sets it in the environment",
+}
+
+
+def advice(name: str, known: set[str]) -> str:
+    """What to say of a name that is no flag or key: why not, or which one it resembles."""
+    if name in REFUSED:
+        return REFUSED[name]
+    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"did you mean --{nearest[0]}?" if nearest else "--help lists the flags"
+
+
 Attention = Literal["auto", "padded", "sdpa", "varlen", "flash", "flex"]
 _MAX_TOKENS = "At most this many tokens per encoding batch. Default: 8192, on a CPU 2048."
+_CACHE = "Folder where vectors are kept, by content: a second run on the same texts encodes nothing. Default: none."
 _ATTENTION = "How attention is computed without padding: auto takes the fastest that works; padded: as stock models."
 
 
@@ -95,14 +112,50 @@ class PrepareConfig:
 class MineConfig:
     """Training data -> training data with hard negatives, found with faiss."""
 
-    model_name_or_path: str = _required("Encoder that finds the negatives.", "embedder_name_or_path")
-    input_file: str = _required("Training data (JSONL: query, pos, optional neg).")
-    output_file: str = _required("Where the rows with their mined `neg` go.")
-    candidate_pool: str | None = _flag(None, "JSONL with `text`; default: the distinct pos and neg of input_file.")
+    model_name_or_path: str | None = _flag(None, "Encoder that finds the negatives.", "embedder_name_or_path")
+    input_file: list[str] = _flag([], "Training data (query, pos, optional neg): JSONL, parquet, folders, hub names.")
+    output_file: str | None = _flag(None, "Where the rows with their mined `neg` go.")
+    candidate_pool: list[str] = _flag(
+        [], "Texts to choose from (`text`, optional `title`); default: the distinct pos and neg of input_file."
+    )
+    # where to look
+    retriever: Literal["dense", "bm25", "hybrid"] = _flag(
+        "dense", "dense: by vectors; bm25: by words; hybrid: both, fused by reciprocal rank."
+    )
     range_for_sampling: str = _flag("10-210", "a-b: sample from hits [a, b) of the ranking counted from 0.")
-    negative_number: int = _flag(15, "Negatives per query.")
     use_gpu_for_searching: bool = _flag(False, "Search with faiss on the GPUs.")
+    index_factory: str = _flag(
+        "Flat", "faiss index: Flat is exact; HNSW32, 'IVF4096,PQ64', ... are faster on millions."
+    )
+    index_path: str | None = _flag(None, "File of such an index, reused if it fits. Default: in cache_dir, if given.")
+    search_memory: int = _flag(512, "MiB to search in; larger arrays are searched block by block.")
+    # what is no negative
+    guard_identical: bool = _flag(True, "Spare texts with the letters and digits of a positive.")
+    guard_near_duplicates: bool = _flag(True, "Spare texts that say what a positive says in nearly the same words.")
+    near_duplicate_threshold: float = _flag(0.85, "How alike they must be, 0 to 1.")
+    guard_same_questions: bool = _flag(True, "Spare positives of questions that are the same or nearly so.")
+    same_question_threshold: float = _flag(0.85, "How alike the questions must be, 0 to 1.")
+    guard_answers: bool = _flag(True, "Spare texts that hold the row's `answer`, if it states one.")
+    max_score: float | None = _flag(None, "Highest score of a negative.")
+    min_score: float | None = _flag(None, "Lowest score of a negative.")
+    absolute_margin: float | None = _flag(None, "A negative scores at least this much below its positive.")
+    relative_margin: float | None = _flag(None, "A negative scores at most (1 - this) times its positive.")
+    # what to take
+    negative_number: int = _flag(15, "Negatives per query.")
+    sampling: Literal["uniform", "top", "score"] = _flag(
+        "uniform", "From the range: each hit equally likely, the highest ones, or by exp(score / temperature)."
+    )
+    sampling_temperature: float = _flag(0.05, "Of --sampling score; smaller: harder negatives.")
     keep_neg: bool = _flag(False, "Keep the input's own negatives and add the mined ones behind them.")
+    seed: int = _flag(42, "Seed of the sampling.")
+    # a teacher
+    reranker_name_or_path: str | None = _flag(
+        None, "Cross-encoder whose scores become pos_scores and neg_scores, for --knowledge_distillation."
+    )
+    reranker_max_length: int = _flag(512, "Longest query and passage together in tokens.")
+    teacher_encoder: str | None = _flag(None, "The same with a second encoder's cosines.")
+    teacher_margin: float | None = _flag(None, "A negative's teacher score is at least this much below its positive's.")
+    # how texts are encoded
     query_instruction_for_retrieval: str | None = _flag(
         None, "Put before each query. Default: the model's stored query prompt, if any; '' for none."
     )
@@ -117,14 +170,49 @@ class MineConfig:
     attention: Attention = _flag("auto", _ATTENTION)
     fp16: bool = _flag(False, "Encode in float16 (GPU).")
     bf16: bool = _flag(False, "Encode in bfloat16.")
-    seed: int = _flag(42, "Seed of the sampling.")
-    cache_dir: str | None = _flag(None, "Folder of the hub's downloads.")
     trust_remote_code: bool = _flag(False, "Run model code that comes with the checkpoint.")
+    cache_dir: str | None = _flag(None, _CACHE)
+    cache_shard_size: int = _flag(4096, "Texts a file of the cache; a killed run loses at most so many.")
+    cache_dtype: Literal["float32", "float16"] = _flag("float32", "Type of the vectors in the cache.")
+    clean_cache: bool = _flag(False, "Remove what cache_dir holds of other models and settings, when all is done.")
+    # look at it
+    inspect: int = _flag(0, "Show this many rows with their negatives and scores.")
+    report: str | None = _flag(None, "The report, one HTML file. Default: <output_file>.report.html.")
+    check: str | None = _flag(None, "Only look at a training file, and mine nothing: duplicates, contradictions, ...")
+    check_against: str | None = _flag(None, "With --check: test data whose questions must not be in it.")
 
     def __post_init__(self) -> None:
-        _need_positive(self, "negative_number", "max_tokens", "query_max_len", "passage_max_len")
+        _need_positive(
+            self, "negative_number", "max_tokens", "query_max_len", "passage_max_len", "search_memory", "batch_size",
+            "cache_shard_size", "sampling_temperature", "reranker_max_length",
+        )  # fmt: skip
         _need(not (self.fp16 and self.bf16), "fp16", True, "cannot go with --bf16: choose one")
+        for name in ("near_duplicate_threshold", "same_question_threshold"):
+            _need(0 < getattr(self, name) <= 1, name, getattr(self, name), "use a number above 0, up to 1")
+        for name in ("absolute_margin", "relative_margin", "teacher_margin", "inspect"):
+            _need((getattr(self, name) or 0) >= 0, name, getattr(self, name), "use 0 or a number above it")
+        _need(
+            self.min_score is None or self.max_score is None or self.min_score < self.max_score,
+            "min_score", self.min_score, f"is not below --max_score {self.max_score}",
+        )  # fmt: skip
+        two = self.reranker_name_or_path and self.teacher_encoder
+        _need(not two, "teacher_encoder", self.teacher_encoder, "cannot go with --reranker_name_or_path: choose one")
+        teacher = self.reranker_name_or_path or self.teacher_encoder
+        _need(self.teacher_margin is None or bool(teacher), "teacher_margin", self.teacher_margin,
+              "needs --reranker_name_or_path or --teacher_encoder")  # fmt: skip
+        _need(
+            self.check_against is None or self.check is not None, "check_against", self.check_against, "needs --check"
+        )
+        for name in () if self.check is not None else ("model_name_or_path", "input_file", "output_file"):
+            if not getattr(self, name):
+                raise UserError(f"the following arguments are required: --{name}; --help lists the flags")
+        _need(not self.clean_cache or self.cache_dir is not None, "clean_cache", True, "needs --cache_dir")
         _ = self.sampling_range
+
+    @property
+    def guards(self) -> bool:
+        """Whether any guard stands."""
+        return self.guard_identical or self.guard_near_duplicates or self.guard_same_questions or self.guard_answers
 
     @property
     def sampling_range(self) -> tuple[int, int]:
@@ -268,7 +356,7 @@ class TrainConfig:
         )  # fmt: skip
         names = {f.name for f in fields(self)}
         for name in self.allow_changed:
-            _need(name in names, "allow_changed", name, f"is no setting; {_advice(name, names)}")
+            _need(name in names, "allow_changed", name, f"is no setting; {advice(name, names)}")
         for name in ("load_best_model_at_end", "early_stopping_patience", "eval_steps", "val_corpus"):
             _need(self.val_data is not None or not getattr(self, name), name, getattr(self, name), "needs --val_data")
         self.query_instruction_format = _two_placeholders("query_instruction_format", self.query_instruction_format)
@@ -331,141 +419,10 @@ class EvaluateConfig:
     bf16: bool = _flag(False, "Encode in bfloat16.")
     output_dir: str | None = _flag(None, "Where metrics.json, per_query.jsonl, run.<model>.trec and manifest.json go.")
     overwrite_output_dir: bool = _flag(False, "Replace the files of an earlier evaluation in output_dir.")
-    cache_dir: str | None = _flag(None, "Folder of the hub's downloads.")
+    cache_dir: str | None = _flag(None, _CACHE)
+    cache_shard_size: int = _flag(4096, "Texts a file of the cache.")
     trust_remote_code: bool = _flag(False, "Run model code that comes with the checkpoint.")
 
     def __post_init__(self) -> None:
-        _need_positive(self, "k", "max_tokens", "max_query_length", "max_passage_length")
+        _need_positive(self, "k", "max_tokens", "max_query_length", "max_passage_length", "cache_shard_size")
         _need(not (self.fp16 and self.bf16), "fp16", True, "cannot go with --bf16: choose one")
-
-
-# Flags of FlagEmbedding and its examples that mean nothing here; the reason is what the user reads.
-REFUSED = {
-    "deepspeed": "DeepSpeed is not tested here; launch with accelerate or torchrun (DDP, or --fsdp)",
-    "small_threshold": "merge small files yourself; every row is used",
-    "drop_threshold": "merge small files yourself; every row is used",
-    "shuffle_ratio": "it reorders thirds of a passage, which no evaluation does",
-    "cache_path": "rows are memory-mapped by datasets; set HF_DATASETS_CACHE",
-    "pad_to_multiple_of": "padding is the encoder's own affair",
-    "use_fast_tokenizer": "the fast tokenizer is always used",
-    "config_name": "the configuration always comes from the model; FlagEmbedding only printed it",
-    "save_strategy": "use --save_steps (below 1: a share of all steps; 0: none)",
-    "evaluation_strategy": "use --eval_steps with --val_data",
-    "eval_strategy": "use --eval_steps with --val_data",
-    "ddp_find_unused_parameters": "never needed: parameters without a gradient are frozen",
-    "optim": "AdamW is the optimizer; change it in bge_core/optim.py",
-    "remove_unused_columns": "unknown columns are always ignored",
-    "index_factory": "the search is exact",
-    "save_embedding": "embeddings are not kept",
-    "load_embedding": "embeddings are not kept",
-    "save_path": "embeddings are not kept",
-    "query_data": "it is called --val_data here",
-    "corpus_data": "it is called --corpus here",
-    "do_train": "train.py always trains",
-    "local_rank": "the launcher sets it in the environment",
-}
-
-
-class _Parser(HfArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; --help lists the flags")
-
-
-def parse_config(config_class: type[T], argv: Sequence[str] | None = None) -> T:
-    """Read `--config FILE.yaml` and flags into `config_class`.
-
-    Args:
-        config_class: one of the dataclasses above.
-        argv: words of the command line; None: sys.argv[1:].
-
-    Returns:
-        The filled and checked dataclass.
-
-    Raises:
-        UserError: unknown flag or key (the nearest name is offered), a value of the wrong type or range.
-    """
-    words = list(sys.argv[1:] if argv is None else argv)
-    parser = _Parser(cast(Any, config_class), allow_abbrev=False, description=config_class.__doc__)
-    parser.add_argument("--config", help="YAML file with the same names as the flags; flags override it.")
-    known = {option.lstrip("-") for action in parser._actions for option in action.option_strings}
-    for word in words:
-        name = word.split("=", 1)[0]
-        if name.startswith("--") and name[2:] not in known:
-            raise UserError(f"unknown flag {name}: {_advice(name[2:], known)}")
-    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    early.add_argument("--config")
-    config_file = early.parse_known_args(words)[0].config
-    from_yaml = _yaml_words(Path(config_file), known) if config_file else []
-    config, _, *unknown = parser.parse_args_into_dataclasses(
-        args=from_yaml + words, look_for_args_file=False, return_remaining_strings=True
-    )
-    stray = [word for group in unknown for word in group]
-    if stray:
-        raise UserError(f"{stray[0]!r} belongs to no flag; --help lists the flags")
-    return cast(T, config)
-
-
-def _advice(name: str, known: set[str]) -> str:
-    if name in REFUSED:
-        return REFUSED[name]
-    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"did you mean --{nearest[0]}?" if nearest else "--help lists the flags"
-
-
-def _yaml_words(path: Path, known: set[str]) -> list[str]:
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except FileNotFoundError:
-        raise UserError(f"--config {path}: no such file") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"--config {path}: not readable as YAML: {error}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"--config {path}: holds {type(values).__name__}; write one `name: value` a line")
-    words: list[str] = []
-    for name, value in values.items():
-        if name not in known or name in ("config", "help"):
-            raise UserError(f"--config {path}: unknown key {name!r}: {_advice(str(name), known)}")
-        if isinstance(value, list) and not value:
-            continue
-        if isinstance(value, list):
-            words += [f"--{name}", *map(str, value)]
-        elif value is not None:
-            words.append(f"--{name}={json.dumps(value) if isinstance(value, dict) else value}")
-    return words
-
-
-def as_dict(config: Any) -> dict[str, Any]:
-    """The resolved settings for a manifest; a hub token is a secret and never part of it."""
-    return {name: value for name, value in asdict(config).items() if name != "token"}
-
-
-def changed_fields(config: Any) -> dict[str, Any]:
-    """Settings that differ from their defaults, in the order of the dataclass."""
-    blank = {f.name: f.default_factory() if callable(f.default_factory) else f.default for f in fields(config)}
-    return {name: value for name, value in as_dict(config).items() if value != blank[name]}
-
-
-def run_stage(config_class: type[T], stage: Callable[[T], int | None], argv: Sequence[str] | None = None) -> int:
-    """Parse and run one stage; turn the user's errors into one line on stderr.
-
-    Returns:
-        The exit code: 0 done, 2 the user's input, settings or disk; what `stage` returns otherwise. A fault of ours
-        passes through as the exception it is, with its traceback.
-    """
-    if not gc.isenabled():
-        gc.freeze()  # modules are no garbage, neither now nor at the end
-        gc.enable()
-    is_main = os.environ.get("RANK", "0") == "0"  # the other ranks say only what is wrong: each warning once
-    logging.basicConfig(format="%(message)s", stream=sys.stderr)
-    logging.getLogger().setLevel(logging.INFO if is_main else logging.ERROR)
-    transformers_logging.set_verbosity_error()  # what a load lacks, load_encoder says itself
-    transformers_logging.disable_progress_bar()
-    disable_hub_progress_bars()
-    for noisy in ("httpx", "datasets", "faiss", "faiss.loader", "matplotlib", "fsspec", "torch"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
-    try:
-        return stage(parse_config(config_class, argv)) or 0
-    except (UserError, OSError) as error:
-        if is_main or not isinstance(error, UserError):
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2

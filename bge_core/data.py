@@ -11,7 +11,7 @@ Shapes, of one rank's micro-batch: B queries, R passages, G most passages of a q
 import math
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,8 @@ from torch import Tensor
 from bge_core import UserError, records
 from bge_core.batch import Batch, Tokens, tokenize
 from bge_core.config import TrainConfig
+from bge_core.sources import YAML_SUFFIXES, Source, describe_source, load_sources, read_training_source
+from bge_core.sources import list_files as list_files  # its users know it from here
 
 _FEATURES = datasets.Features(
     {
@@ -54,12 +56,14 @@ class BatchPlan:
     """Which rows form which global micro-batch, as a pure function of seed and step.
 
     Args:
-        file_sizes: rows of each file; row numbers run through the files in order.
+        file_sizes: rows of each source; row numbers run through the sources in order.
         batch_size: rows of a global micro-batch (processes x per-device batch).
         accumulation: micro-batches a step; the last step of an epoch may have fewer.
         seed: of the order.
         drop_last: leave out a last micro-batch of an epoch that is smaller.
-        same_file: all rows of a micro-batch come from one file.
+        same_file: all rows of a micro-batch come from one source.
+        weights: how often an epoch takes each source's rows; empty: once. A weight of 2.25 takes them twice, and a
+            quarter of them, drawn anew in each epoch, a third time.
     """
 
     file_sizes: tuple[int, ...]
@@ -68,32 +72,52 @@ class BatchPlan:
     seed: int
     drop_last: bool = False
     same_file: bool = False
+    weights: tuple[float, ...] = ()
 
     @property
     def num_rows(self) -> int:
-        """Rows of all files."""
+        """Rows of all sources."""
         return sum(self.file_sizes)
 
     @property
+    def draws(self) -> tuple[int, ...]:
+        """How many rows an epoch takes of each source, weight x size; at least one, if it has any."""
+        weights = self.weights or (1.0,) * len(self.file_sizes)
+        return tuple(
+            max(min(size, 1), round(weight * size)) for size, weight in zip(self.file_sizes, weights, strict=True)
+        )
+
+    @property
     def micro_batches_per_epoch(self) -> int:
-        """Global micro-batches of one pass."""
-        sizes = self.file_sizes if self.same_file else (self.num_rows,)
+        """Global micro-batches of one epoch."""
+        sizes = self.draws if self.same_file else (sum(self.draws),)
         return sum(size // self.batch_size if self.drop_last else math.ceil(size / self.batch_size) for size in sizes)
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps of one pass."""
+        """Optimizer steps of one epoch."""
         return math.ceil(self.micro_batches_per_epoch / self.accumulation)
 
     def epoch(self, number: int) -> list[np.ndarray]:
-        """The micro-batches of one epoch, each a vector of row numbers."""
+        """The micro-batches of one epoch, each a vector of draws.
+
+        A row's first draw is its number; each further draw in the same epoch is `num_rows` more, so that it has another
+        random state and chooses other passages.
+        """
         rng = np.random.default_rng((self.seed, number))
-        if not self.same_file:
-            return self._cut(rng.permutation(self.num_rows))
-        starts = np.cumsum((0, *self.file_sizes))
-        parts = [self._cut(start + rng.permutation(size)) for start, size in zip(starts, self.file_sizes, strict=False)]
-        batches = [batch for part in parts for batch in part]
-        return [batches[i] for i in rng.permutation(len(batches))]
+        pools = [self._pool(i, rng) for i in range(len(self.file_sizes))]
+        pools = pools if self.same_file else [np.concatenate(pools)]
+        batches = [batch for pool in pools for batch in self._cut(pool[rng.permutation(len(pool))])]
+        return [batches[i] for i in rng.permutation(len(batches))] if self.same_file else batches
+
+    def _pool(self, source: int, rng: np.random.Generator) -> np.ndarray:
+        """The draws of one source: whole passes, then some of its rows without a repeat."""
+        size = self.file_sizes[source]
+        passes, rest = divmod(self.draws[source], max(size, 1))
+        last = rng.permutation(size)[:rest] if rest else np.arange(0)  # whole passes alone take nothing of the rng
+        rows = np.concatenate([*[np.arange(size)] * passes, last])
+        laps = np.repeat(np.arange(passes + 1), [*[size] * passes, rest])
+        return sum(self.file_sizes[:source]) + rows + laps * self.num_rows
 
     def _cut(self, order: np.ndarray) -> list[np.ndarray]:
         batches = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
@@ -182,9 +206,16 @@ class TrainingData(torch.utils.data.Dataset[list[Batch]]):
         self.config, self.tokenizer, self.rank, self.world_size, self.guide = config, tokenizer, rank, world_size, guide
         self.query_max_len = min(config.query_max_len, max_positions)
         self.passage_max_len = min(config.passage_max_len, max_positions)
-        self.files = list_files(config.train_data)
-        parts = [_load_rows(file, config.knowledge_distillation) for file in self.files]
-        self.inputs = [records.describe_input(file, len(part)) for file, part in zip(self.files, parts, strict=True)]
+        sources = load_sources(config.train_data)
+        self.files = [Path(source.path) for source in sources]
+        parts, self.inputs = [], []
+        for source in sources:
+            entry = describe_source(source.path, 0)
+            entry = {"path": source.path, "sha256": entry.get("revision")} | entry
+            parts.append(_load_rows(replace(source, weight=1.0), entry["sha256"], config.knowledge_distillation))
+            self.inputs.append(entry | {"rows": len(parts[-1])})
+        # A list of sources decides, by its prompts and weights, about the order of the data as its files do.
+        self.inputs += [describe_source(path, 0) for path in config.train_data if path.endswith(YAML_SUFFIXES)]
         for i, part in enumerate(parts):
             if len(part) > config.max_example_num_per_dataset:
                 kept = np.random.default_rng((config.seed, i)).permutation(len(part))[
@@ -195,11 +226,12 @@ class TrainingData(torch.utils.data.Dataset[list[Batch]]):
         self.plan = BatchPlan(
             tuple(len(part) for part in parts), world_size * config.per_device_train_batch_size, accumulation,
             config.seed, config.dataloader_drop_last, config.same_dataset_within_batch,
+            tuple(source.weight for source in sources),
         )  # fmt: skip
         if self.plan.micro_batches_per_epoch == 0:
             raise UserError(
-                f"--train_data holds {len(self.rows)} rows, fewer than one global batch of {self.plan.batch_size}: "
-                "lower --per_device_train_batch_size or drop --dataloader_drop_last"
+                f"--train_data gives an epoch of {sum(self.plan.draws)} rows, fewer than one global batch of "
+                f"{self.plan.batch_size}: lower --per_device_train_batch_size or drop --dataloader_drop_last"
             )
         self.num_steps = (
             config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * self.plan.steps_per_epoch)
@@ -222,10 +254,11 @@ class TrainingData(torch.utils.data.Dataset[list[Batch]]):
     def examples(self, step: int) -> Iterator[tuple[list[Example], list[tuple[int, int]]]]:
         """This rank's examples of each micro-batch of a step, and (queries, passages) of every rank."""
         epoch, micro_batches = self.plan.locate(step)
-        for row_numbers in self._epoch(epoch)[micro_batches]:
+        for draws in self._epoch(epoch)[micro_batches]:
+            rows = draws % self.plan.num_rows
             chosen = [
-                choose_example(row, record, np.random.default_rng((self.config.seed, epoch, row)), self.config)
-                for row, record in zip(row_numbers.tolist(), self._records(row_numbers), strict=True)
+                choose_example(row, record, np.random.default_rng((self.config.seed, epoch, draw)), self.config)
+                for draw, row, record in zip(draws.tolist(), rows.tolist(), self._records(rows), strict=True)
             ]
             hands = deal([self._cost(example) for example in chosen], self.world_size)
             counts = [(len(hand), sum(len(chosen[i].passages) for i in hand)) for hand in hands]
@@ -281,43 +314,16 @@ def _padded(rows: Sequence[Sequence[float]], fill: float) -> Tensor:
     return torch.tensor([[*row, *[fill] * (width - len(row))] for row in rows], dtype=dtype).reshape(len(rows), width)
 
 
-def list_files(paths: Sequence[str]) -> list[Path]:
-    """The .jsonl and .json files named, or below the folders named, each once, sorted by path.
-
-    Raises:
-        UserError: nothing there.
-    """
-    found: set[Path] = set()
-    for path in map(Path, paths):
-        if path.is_dir():
-            inside = {file for file in path.rglob("*.json*") if file.suffix in (".json", ".jsonl") and file.is_file()}
-            inside = {file for file in inside if not file.name.endswith("manifest.json")}
-            if (records.read_json(path / "manifest.json") or {}).get("stage") == "prepare":
-                raise UserError(f"--train_data {path}: holds the test questions, too; name {path / 'train.jsonl'}")
-            if not inside:
-                raise UserError(f"--train_data {path}: the folder holds no .jsonl file")
-            found |= inside
-        elif path.is_file():
-            found.add(path)
-        else:
-            raise UserError(f"--train_data {path}: no such file or folder")
-    return sorted(found)
-
-
-def _read_training_rows(file: str, sha256: str, with_scores: bool) -> Iterator[dict[str, Any]]:
-    """The rows of a file, reduced to known fields. `sha256` makes the cache of `datasets` follow the content."""
-    check = lambda row: records.check_training_row(row, with_scores=with_scores)  # noqa: E731
-    for _, row in records.read_jsonl(file, check):
+def _read_rows(source: Source, content: str, with_scores: bool) -> Iterator[dict[str, Any]]:
+    """The rows of a source, reduced to known fields. `content` makes the cache of `datasets` follow the content."""
+    for row in read_training_source(source, with_scores=with_scores, streaming=False):
         yield {name: row.get(name) for name in _FEATURES} | {"neg": row.get("neg") or []}
 
 
-def _load_rows(file: Path, with_scores: bool) -> datasets.Dataset:
-    with open(file, "rb") as lines:
-        if not any(line.strip() for line in lines):
-            raise UserError(f"{file}: holds no row")
-    arguments = {"file": str(file), "sha256": records.sha256(file), "with_scores": with_scores}
+def _load_rows(source: Source, content: str, with_scores: bool) -> datasets.Dataset:
+    arguments = {"source": source, "content": content, "with_scores": with_scores}
     try:
-        rows = datasets.Dataset.from_generator(_read_training_rows, features=_FEATURES, gen_kwargs=arguments)
+        rows = datasets.Dataset.from_generator(_read_rows, features=_FEATURES, gen_kwargs=arguments)
     except datasets.exceptions.DatasetGenerationError as error:
         if isinstance(error.__cause__, UserError):
             raise error.__cause__ from None

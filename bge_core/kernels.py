@@ -167,13 +167,14 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, packed: Packed, rule: Rule)
 def _varlen(query: Tensor, key: Tensor, value: Tensor, packed: Packed, rule: Rule) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
+    groups = query.shape[0] // key.shape[0]
+    if groups > 1:  # torch 2.11's function knows no grouped queries
+        key, value = key.repeat_interleave(groups, 0), value.repeat_interleave(groups, 0)
     query_THd, key_THd, value_THd = (x.transpose(0, 1).contiguous() for x in (query, key, value))
     starts, longest = packed.cu_seqlens, max(packed.lengths)
-    grouped = {"enable_gqa": True} if key.shape[0] != query.shape[0] else {}  # torch 2.11 has no such argument
     out = varlen_attn(
-        query_THd, key_THd, value_THd, starts, starts, longest, longest, scale=rule.scale, window_size=rule.sides,
-        **grouped,
-    )  # fmt: skip
+        query_THd, key_THd, value_THd, starts, starts, longest, longest, scale=rule.scale, window_size=rule.sides
+    )
     assert isinstance(out, Tensor)
     return out
 

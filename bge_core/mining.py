@@ -1,29 +1,34 @@
 """Hard negatives: texts that the encoder ranks high for a query without being its answer.
 
-    texts -> vectors -> the best b candidates of each query -> hits a to b, without positives -> a seeded sample
+    texts -> vectors -> the best b candidates of each query -> hits a to b -> guards, score filters -> a seeded sample
+          -> a teacher's scores
 
-As in FlagEmbedding's hn_mine, the range [a, b) counts hits from 0, before positives are taken out, and what the range
-cannot give is filled up at random. Unlike there, texts are compared normalized (`records.normalize_text`), a positive
-that the same question has in another row is spared too, and chance is drawn per row, so that neither the number of
-processes nor what other rows drew changes what a row gets.
+As in FlagEmbedding's hn_mine, the range [a, b) counts hits from 0, before anything is taken out, and what the range
+cannot give is filled up at random. Unlike there, what may be an answer is no negative (guards.py), a positive that the
+same question has in another row is spared too, and chance is drawn per row, so that neither the number of processes nor
+what other rows drew changes what a row gets.
 
-Shapes: Q rows, K depth of the ranking.
+Shapes: Q rows, U distinct queries, K depth of the ranking.
 """
 
+import math
 import random
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import chain, islice
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from bge_core.ann import approximate_search, measure_recall
 from bge_core.config import MineConfig
-from bge_core.encode import encode
+from bge_core.distributed import on_main
+from bge_core.guards import Guards, GuardSettings, common_words
+from bge_core.lexical import bm25_search, reciprocal_rank_fusion
 from bge_core.model import Encoder
 from bge_core.records import Row, distinct_texts, text_id
-from bge_core.search import EXTRA, GPU_MAX_K, exact_search, gpu_available
+from bge_core.search import EXTRA, GPU_MAX_K, exact_search, gpu_available, score_pairs
 
 COUNTS = (
     "positives_dropped", "queries_dropped", "kept_dropped",  # hits of the range that were taken out, and why
@@ -31,6 +36,10 @@ COUNTS = (
     "rows_filled_at_random", "negatives_at_random",
     "rows_short", "rows_without_negatives",  # the pool had too few; had none at all
 )  # fmt: skip
+NEIGHBOURS = 32  # questions nearest to each, among which nearly the same ones are looked for
+MAX_EXAMPLES = 200  # of what a guard took out, for the report
+Refuse = Callable[[int, Sequence[int]], Sequence[str | None]]
+Approve = Callable[[Sequence[tuple[int, int]]], Sequence[bool]]
 
 
 class Negatives(NamedTuple):
@@ -46,16 +55,27 @@ class Mined:
 
     Args:
         neg: for each row the texts that its `neg` becomes.
+        neg_score: for each row the encoder's score of each of them.
+        pos_score: for each row the encoder's score of each of its positives.
+        pos_teacher, neg_teacher: a teacher's scores likewise; None without a teacher.
+        positive_rank: (Q,) each row's best positive in its ranking, from 0; -1: not within the depth.
+        removed: for each guard and filter some of what it took out: query, positive, candidate, score.
         counts: for the report and the manifest.
         query_instruction, passage_instruction: put before texts; "" for none.
-        search_device: "gpu" or "cpu".
+        search: how was searched: "device", and of an approximate index what it reached.
     """
 
     neg: list[list[str]]
+    neg_score: list[list[float]]
+    pos_score: list[list[float]]
+    pos_teacher: list[list[float]] | None
+    neg_teacher: list[list[float]] | None
+    positive_rank: np.ndarray
+    removed: dict[str, list[Row]]
     counts: dict[str, int | float]
     query_instruction: str
     passage_instruction: str
-    search_device: str
+    search: dict[str, Any] = field(default_factory=dict)
 
 
 def select_negatives(
@@ -68,12 +88,19 @@ def select_negatives(
     negative_number: int,
     seed: int,
     kept: Sequence[Sequence[str]] | None = None,
+    sampling: Literal["uniform", "top", "score"] = "uniform",
+    temperature: float = 0.05,
+    scores: Callable[[int, Sequence[int]], np.ndarray] | None = None,
+    refuse: Refuse | None = None,
+    approve: Approve | None = None,
 ) -> tuple[list[Negatives], Counter[str]]:
     """Choose the negatives of each row from its ranking.
 
-        hits = ranked[a:b] without positives, the query and `kept`
-        more than n hits: n of them, drawn without repeats, still in rank order
-        fewer:            all of them, then others of the pool at random, as far as the pool goes
+        hits = ranked[a:b] without positives, the query, `kept` and what is refused
+        order of the hits:  uniform  each order equally likely
+                            top      by rank
+                            score    drawn without repeats, each with probability ~ exp(score / temperature)
+        the first n that are approved; too few: others of the pool at random, as far as the pool goes
 
     A row's choice is a function of its own ranking and texts, the pool, the seed and its number in the file.
 
@@ -86,58 +113,152 @@ def select_negatives(
         negative_number: n.
         seed: of the chance; any integer.
         kept: negatives that a row has already and that are not to come again.
+        sampling, temperature: see above; "score" needs `scores`.
+        scores: the encoder's scores of some rows of the pool for a query.
+        refuse: for some rows of the pool the reason why each is no negative of a query, or None; counted by reason.
+        approve: asked last, for (row, row of the pool) of many rows at once, and only for what would be taken.
 
     Returns:
         Q choices, and the COUNTS over all rows.
 
-    Source: FlagEmbedding 1.2.11, baai_general_embedding/finetune/hn_mine.py, find_knn_neg.
+    Source: FlagEmbedding 1.2.11, baai_general_embedding/finetune/hn_mine.py, find_knn_neg. Drawing by score without
+        repeats: Gumbel-top-k, Kool et al. 2019, eq. 4.
     """
     assert len(set(pool_ids)) == len(pool_ids), "a text of the pool comes twice"
     start, end = sampling_range
-    chosen: list[Negatives] = []
     counts = Counter(dict.fromkeys(COUNTS, 0))
+    hits: list[list[int]] = []
+    orders: list[Iterator[int]] = []  # of each row, what it takes next
     for number, query in enumerate(queries):
-        query_id = text_id(query)
-        positive_ids = set(map(text_id, positives[number]))
-        kept_ids = set(map(text_id, kept[number])) if kept is not None else set()
-        hits = []
+        barred = {text_id(text): "kept_dropped" for text in (kept[number] if kept is not None else ())}
+        barred |= {text_id(query): "queries_dropped"} | {
+            text_id(text): "positives_dropped" for text in positives[number]
+        }
+        found = []
         for row in ranked_QK[number, start:end].tolist():
             if row < 0:
                 break
-            if pool_ids[row] in positive_ids:
-                counts["positives_dropped"] += 1
-            elif pool_ids[row] == query_id:
-                counts["queries_dropped"] += 1
-            elif pool_ids[row] in kept_ids:
-                counts["kept_dropped"] += 1
+            if pool_ids[row] in barred:
+                counts[barred[pool_ids[row]]] += 1
             else:
-                hits.append(row)
+                found.append(row)
+        if refuse is not None:
+            reasons = refuse(number, found)
+            counts.update(f"{reason}_dropped" for reason in reasons if reason)
+            found = [row for row, reason in zip(found, reasons, strict=True) if not reason]
+        counts["rows_sampled"] += len(found) > negative_number
+        hits.append(found)
 
         chance = random.Random(f"{seed} {number}")  # a string: seeded by its hash, so neighbours are unrelated
-        if len(hits) > negative_number:
-            hits = [hits[i] for i in sorted(chance.sample(range(len(hits)), negative_number))]
-            counts["rows_sampled"] += 1
-        filled = _fill(negative_number - len(hits), set(hits), positive_ids | kept_ids | {query_id}, pool_ids, chance)
+        order = list(found)
+        if sampling == "uniform":
+            chance.shuffle(order)
+        elif sampling == "score" and found:
+            assert scores is not None
+            keys = [score / temperature - math.log(chance.expovariate(1)) for score in scores(number, found).tolist()]
+            order = [row for _, row in sorted(zip(keys, found, strict=True), reverse=True)]
+        spare = _fill(number, negative_number, set(found), set(barred), pool_ids, chance, refuse)
+        orders.append(chain(order, spare))
+
+    taken: list[list[int]] = [[] for _ in queries]
+    while asked := [
+        (i, row) for i in range(len(queries)) for row in islice(orders[i], negative_number - len(taken[i]))
+    ]:
+        for (i, row), good in zip(asked, approve(asked) if approve else [True] * len(asked), strict=True):
+            if good:
+                taken[i].append(row)
+            else:
+                counts["teacher_dropped"] += 1
+
+    chosen = []
+    for rows, found in zip(taken, hits, strict=True):
+        rank = {row: place for place, row in enumerate(found)}
+        filled = [row for row in rows if row not in rank]
+        chosen.append(Negatives(sorted(set(rows) & set(found), key=rank.__getitem__), filled))
         counts["rows_filled_at_random"] += bool(filled)
         counts["negatives_at_random"] += len(filled)
-        counts["rows_short"] += len(hits) + len(filled) < negative_number
-        counts["rows_without_negatives"] += not hits and not filled
-        chosen.append(Negatives(hits, filled))
+        counts["rows_short"] += len(rows) < negative_number
+        counts["rows_without_negatives"] += not rows
     return chosen, counts
 
 
-def _fill(count: int, taken: set[int], barred: set[int], pool_ids: Sequence[int], chance: random.Random) -> list[int]:
-    """Up to `count` different rows of the pool, each equally likely, that are neither taken nor barred."""
-    # Texts of the pool are distinct, so of these draws at most len(taken) + len(barred) are refused.
-    num_draws = min(count + len(taken) + len(barred), len(pool_ids)) if count else 0
-    drawn = chance.sample(range(len(pool_ids)), num_draws)
-    return [row for row in drawn if row not in taken and pool_ids[row] not in barred][:count]
+def _fill(
+    number: int, count: int, hits: set[int], barred: set[int], pool_ids: Sequence[int], chance: random.Random,
+    refuse: Refuse | None,
+) -> Iterator[int]:  # fmt: skip
+    """Different rows of the pool, each equally likely, neither hits nor barred nor refused; `count` and more."""
+    # Texts of the pool are distinct, so of these draws at most len(hits) + len(barred) are passed over.
+    num_draws = min((5 if refuse else 1) * count + len(hits) + len(barred), len(pool_ids))
+    drawn = (row for row in chance.sample(range(len(pool_ids)), num_draws))
+    spare = (row for row in drawn if row not in hits and pool_ids[row] not in barred)
+    while some := list(islice(spare, count)):
+        reasons = refuse(number, some) if refuse else [None] * len(some)
+        yield from (row for row, reason in zip(some, reasons, strict=True) if not reason)
+
+
+class _Judge:
+    """Says why a candidate is no negative of a row: guards on the texts, then the limits on its score.
+
+        score <= max_score        score >= min_score
+        score <= p - absolute_margin        score <= p - relative_margin * |p|        p: lowest score of the positives
+
+    Args:
+        guards: of the rows.
+        scores: the encoder's scores of some rows of the pool for a row.
+        lowest_Q: p of each row.
+
+    Source: NV-Retriever, Moreira et al. 2024, sec. 4.1 (TopK-MarginPos, TopK-PercPos).
+    """
+
+    def __init__(
+        self, rows: Sequence[Row], pool: Sequence[str], guards: Guards | None, config: MineConfig,
+        scores: Callable[[int, Sequence[int]], np.ndarray], lowest_Q: np.ndarray,
+    ) -> None:  # fmt: skip
+        self.rows, self.pool, self.guards, self.scores, self.lowest_Q = rows, pool, guards, scores, lowest_Q
+        self.config, self.removed = config, dict[str, list[Row]]()
+        self.filters = [
+            name
+            for name in ("max_score", "min_score", "absolute_margin", "relative_margin")
+            if getattr(config, name) is not None
+        ]
+
+    def __call__(self, number: int, candidates: Sequence[int]) -> list[str | None]:
+        texts = [self.pool[row] for row in candidates]
+        reasons: list[str | None] = self.guards.reasons(number, texts) if self.guards else [None] * len(texts)
+        scored = self.scores(number, candidates) if len(candidates) and (self.filters or any(reasons)) else None
+        lowest = float(self.lowest_Q[number])
+        for name in self.filters if scored is not None else ():
+            limit = getattr(self.config, name)
+            if name == "min_score":
+                bad = scored < limit
+            else:
+                margin = {"max_score": 0.0, "absolute_margin": limit, "relative_margin": limit * abs(lowest)}[name]
+                bad = scored > (limit if name == "max_score" else lowest - margin)
+            for i in np.flatnonzero(bad).tolist():
+                reasons[i] = reasons[i] or name
+        for i, reason in enumerate(reasons):
+            kept = self.removed.setdefault(reason, []) if reason else None
+            if kept is not None and scored is not None and len(kept) < MAX_EXAMPLES:
+                row = self.rows[number]
+                kept.append(
+                    {"query": row["query"], "positive": row["pos"][0], "candidate": texts[i], "score": float(scored[i])}
+                )
+        return reasons
 
 
 def mine(
-    encoder: Encoder, rows: Sequence[Row], pool: Sequence[str], config: MineConfig, *, precision: str = "no"
+    encoder: Encoder,
+    rows: Sequence[Row],
+    pool: Sequence[str],
+    config: MineConfig,
+    encode_texts: Callable[..., Any],
+    *,
+    index_key: str = "",
+    teacher: Callable[[Sequence[tuple[str, str]]], np.ndarray] | None = None,
 ) -> Mined:
-    """Negatives for all rows: encode, search, select. The same on every rank; encoding is shared among them.
+    """Negatives for all rows: encode, search, judge, select. The same on every rank.
+
+    Encoding and a teacher's work are shared among the ranks; the first one searches for all.
 
     A row's own `prompt` replaces the query instruction. Equal questions share their positives: what answers a question
     in one row is no negative of it in another. With `config.keep_neg`, a row's own negatives come first, each once,
@@ -148,40 +269,100 @@ def mine(
         rows: checked rows of training data.
         pool: the candidates, each (normalized) text once.
         config: instructions of None mean the encoder's stored prompts.
-        precision: "fp16" or "bf16" autocast, or "no".
+        encode_texts: (texts, prompt=, max_length=, description=) -> (n, D) vectors, an array or a view of a cache.
+        index_key: names what the pool's vectors are made of; an index on disk is reused only under the same.
+        teacher: scores of (query, passage) pairs, as a reranker gives them; None: there is none.
 
     Raises:
-        UserError: the model gives NaN; faiss is missing.
+        UserError: the model gives NaN; faiss is missing; an index does not fit.
     """
     stored = encoder.settings
     query_instruction = _first_stated(config.query_instruction_for_retrieval, stored.query_prompt)
     passage_instruction = _first_stated(config.passage_instruction_for_retrieval, stored.passage_prompt)
-    depth = min(config.sampling_range[1], len(pool))
-    on_gpu = config.use_gpu_for_searching and gpu_available() and min(depth + EXTRA, len(pool)) <= GPU_MAX_K
 
     # One vector for each distinct query as it is encoded, for rows may repeat it.
     asked = [_first_stated(row.get("prompt"), query_instruction) + row["query"] for row in rows]
     places = {text: place for place, text in enumerate(dict.fromkeys(asked))}
-    shared = partial(encode, encoder, batch_size=config.batch_size, max_tokens=config.max_tokens, precision=precision)
-    query_vectors = shared(list(places), max_length=config.query_max_len, description="encode queries")
-    pool_vectors = shared(
-        pool, prompt=passage_instruction, max_length=config.passage_max_len, description="encode candidates"
-    )
-    _, ranked = exact_search(query_vectors, pool_vectors, depth, use_gpu=config.use_gpu_for_searching)
-    ranked_QK = ranked[[places[text] for text in asked]]
+    place_Q = np.array([places[text] for text in asked])
+    query_UD = encode_texts(list(places), max_length=config.query_max_len, description="encode queries")
+    as_passage = {"prompt": passage_instruction, "max_length": config.passage_max_len}
+    pool_ND = encode_texts(pool, **as_passage, description="encode candidates")
+    ranked_UK, searched = on_main(lambda: _retrieve(rows, place_Q, pool, query_UD, pool_ND, config, index_key))
+    ranked_QK = ranked_UK[place_Q]
+
+    pool_row = {text_id(text): row for row, text in enumerate(pool)}
+    elsewhere = [text for text in distinct_texts(rows, "pos", "neg") if text_id(text) not in pool_row]
+    extra_row = {text_id(text): row for row, text in enumerate(elsewhere)}
+    extra_ED = encode_texts(elsewhere, **as_passage, description="encode positives") if elsewhere else pool_ND[:0]
+
+    def scores(number: int, candidates: Sequence[int], vectors: Any = pool_ND) -> np.ndarray:
+        query = query_UD[place_Q[number] : place_Q[number] + 1]
+        return score_pairs(query, vectors, np.array([candidates], dtype=np.int64))[0]
+
+    def text_scores(number: int, texts: Sequence[str]) -> list[float]:
+        ids = list(map(text_id, texts))
+        found = dict(
+            zip(inside := [i for i in ids if i in pool_row], scores(number, [pool_row[i] for i in inside]), strict=True)
+        )
+        outside = [i for i in ids if i not in pool_row]
+        found |= zip(outside, scores(number, [extra_row[i] for i in outside], extra_ED), strict=True)
+        return [float(found[i]) for i in ids]
 
     queries = [row["query"] for row in rows]
     positives = _positives(rows)
     own_neg = list(_own_negatives(rows, positives)) if config.keep_neg else [[] for _ in rows]
+    pos_score = [text_scores(number, row["pos"]) for number, row in enumerate(rows)]
+    guards = None
+    if config.guards:
+        near = on_main(lambda: exact_search(query_UD, query_UD, min(NEIGHBOURS, len(query_UD)))[1])
+        first = np.unique(place_Q, return_index=True)[1]  # a row of each distinct query
+        neighbours = first[near[place_Q]]
+        own = [row["pos"] for row in rows]
+        guards = Guards(
+            queries, own, _answers(rows), guard_settings(config), common_words(pool, config.seed), neighbours
+        )
+    judge = _Judge(rows, pool, guards, config, scores, np.array([min(found) for found in pos_score]))
+
+    known: dict[tuple[int, str], float] = {}  # a teacher's scores, by row and text
+
+    def ask(pairs: Sequence[tuple[int, str]]) -> list[float]:
+        assert teacher is not None
+        new = list(dict.fromkeys(pair for pair in pairs if pair not in known))
+        known.update(zip(new, teacher([(queries[i], text) for i, text in new]).tolist(), strict=True) if new else ())
+        return [known[pair] for pair in pairs]
+
+    def approve(candidates: Sequence[tuple[int, int]]) -> list[bool]:
+        found = ask([(i, pool[row]) for i, row in candidates])
+        if config.teacher_margin is None:
+            return [True] * len(found)
+        lowest = {i: min(known[i, text] for text in rows[i]["pos"]) for i, _ in candidates}
+        return [score <= lowest[i] - config.teacher_margin for (i, _), score in zip(candidates, found, strict=True)]
+
+    if teacher is not None:
+        ask([(i, text) for i, row in enumerate(rows) for text in (*row["pos"], *own_neg[i])])
     chosen, counts = select_negatives(
-        queries, positives, ranked_QK, list(map(text_id, pool)), sampling_range=config.sampling_range,
-        negative_number=config.negative_number, seed=config.seed, kept=own_neg,
+        queries, positives, ranked_QK, list(pool_row), sampling_range=config.sampling_range,
+        negative_number=config.negative_number, seed=config.seed, kept=own_neg, sampling=config.sampling,
+        temperature=config.sampling_temperature, scores=scores, refuse=judge if guards or judge.filters else None,
+        approve=approve if teacher else None,
     )  # fmt: skip
     neg = [own + [pool[i] for i in (*ranked, *filled)] for own, (ranked, filled) in zip(own_neg, chosen, strict=True)]
+    neg_score = [text_scores(number, texts) for number, texts in enumerate(neg)]
+    teachers = (
+        [[[known[i, text] for text in texts] for i, texts in enumerate(of)] for of in ([r["pos"] for r in rows], neg)]
+        if teacher
+        else [None, None]
+    )
     num_neg = list(map(len, neg))
     num_own = sum(len(row.get("neg") or []) for row in rows) if config.keep_neg else 0
     return Mined(
         neg,
+        neg_score,
+        pos_score,
+        teachers[0],
+        teachers[1],
+        _positive_ranks(rows, ranked_QK, pool_row),
+        judge.removed,
         {
             "rows": len(rows),
             "distinct_queries": len(places),
@@ -193,15 +374,79 @@ def mine(
             "own_negatives_kept": sum(map(len, own_neg)),
             "own_negatives_dropped": num_own - sum(map(len, own_neg)),
             **counts,
+            "negatives_above_positive": sum(
+                score > min(own) for own, found in zip(pos_score, neg_score, strict=True) for score in found
+            ),
+            "positives_not_in_pool": sum(text_id(text) not in pool_row for row in rows for text in row["pos"]),
         },
         query_instruction,
         passage_instruction,
-        "gpu" if on_gpu else "cpu",
+        searched,
     )
+
+
+def guard_settings(config: MineConfig) -> GuardSettings:
+    """The guards that the flags ask for."""
+    return GuardSettings(
+        config.guard_identical,
+        config.near_duplicate_threshold if config.guard_near_duplicates else None,
+        config.same_question_threshold if config.guard_same_questions else None,
+        config.guard_answers,
+    )
+
+
+def _retrieve(
+    rows: Sequence[Row], place_Q: np.ndarray, pool: Sequence[str], query_UD: Any, pool_ND: Any, config: MineConfig,
+    index_key: str,
+) -> tuple[np.ndarray, dict[str, Any]]:  # fmt: skip
+    """The best rows of the pool for each distinct query, (U, K), and how they were found."""
+    depth = min(config.sampling_range[1], len(pool))
+    on_gpu = config.use_gpu_for_searching and gpu_available() and min(depth + EXTRA, len(pool)) <= GPU_MAX_K
+    facts: dict[str, Any] = {
+        "retriever": config.retriever,
+        "index_factory": config.index_factory,
+        "device": "gpu" if on_gpu else "cpu",
+    }
+    rankings = []
+    if config.retriever != "bm25":
+        if config.index_factory == "Flat":
+            found = exact_search(
+                query_UD, pool_ND, depth, memory_mb=config.search_memory, use_gpu=config.use_gpu_for_searching
+            )[1]
+        else:
+            _, found, more = approximate_search(
+                query_UD, pool_ND, depth, config.index_factory, path=config.index_path, content_key=index_key,
+                seed=config.seed, memory_mb=config.search_memory, use_gpu=config.use_gpu_for_searching,
+            )  # fmt: skip
+            facts |= more | {"recall": measure_recall(query_UD, pool_ND, found, depth, seed=config.seed)}
+        rankings.append(found)
+    if config.retriever != "dense":
+        first = np.unique(place_Q, return_index=True)[1]
+        rankings.append(bm25_search([rows[i]["query"] for i in first], pool, depth)[1])
+    return (rankings[0] if len(rankings) == 1 else reciprocal_rank_fusion(rankings, depth)), facts
+
+
+def _positive_ranks(rows: Sequence[Row], ranked_QK: np.ndarray, pool_row: dict[int, int]) -> np.ndarray:
+    """(Q,) place of each row's best positive in its ranking, -1: not there."""
+    ranks = np.full(len(rows), -1)
+    for number, row in enumerate(rows):
+        own = [pool_row[i] for i in map(text_id, row["pos"]) if i in pool_row]
+        hit = np.flatnonzero(np.isin(ranked_QK[number], own))
+        ranks[number] = hit[0] if len(hit) else -1
+    return ranks
 
 
 def _first_stated(*values: str | None) -> str:
     return next((value for value in values if value is not None), "")
+
+
+def _answers(rows: Sequence[Row]) -> list[list[str]]:
+    """For each row its `answer`: a text, a list of them, or nothing."""
+    found = []
+    for row in rows:
+        answer = row.get("answer") or []
+        found.append([text for text in ([answer] if isinstance(answer, str) else answer) if isinstance(text, str)])
+    return found
 
 
 def _positives(rows: Sequence[Row]) -> list[list[str]]:

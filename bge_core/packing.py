@@ -43,7 +43,13 @@ def enable(backbone: Any) -> None:
 
 
 def packed_hidden(
-    backbone: Any, tokens: Tokens, *, first_position: int = 0, attention: Attention = "auto", first_only: bool = False
+    backbone: Any,
+    tokens: Tokens,
+    *,
+    first_position: int = 0,
+    attention: Attention = "auto",
+    first_only: bool = False,
+    token_type_id_T: Tensor | None = None,
 ) -> tuple[Tensor, list[int], list[int]]:
     """Run the backbone once on all texts in one row.
 
@@ -53,6 +59,7 @@ def packed_hidden(
         first_position: number of a text's first position (RoBERTa's is not 0).
         attention: the kernel that is wished for.
         first_only: only the first token's vector of each text is needed; others may be left out.
+        token_type_id_T: the token types of texts that are pairs; None: the model's default.
 
     Returns:
         Token vectors, texts by rising length; how many of each text there are (its length, or 1); the position in
@@ -65,6 +72,10 @@ def packed_hidden(
     start_T = packed.cu_seqlens[:-1].to(torch.int64)[packed.text_T]
     position_T = torch.arange(len(start_T), device=device) - start_T + first_position
     first_only = first_only and has_bert_layers(backbone)
+    more: dict[str, Any] = {"use_cache": False} if hasattr(backbone.config, "use_cache") else {}
+    if token_type_id_T is not None:
+        types = token_type_id_T.split(tokens.lengths)
+        more["token_type_ids"] = torch.cat([types[i] for i in order])[None]
     with _last_layer_on_first_tokens(backbone) if first_only else nullcontext():
         hidden_1TD = backbone(
             input_ids=torch.cat([texts[i] for i in order])[None],
@@ -72,7 +83,7 @@ def packed_hidden(
             # Four dimensions tell transformers that the mask is made: it makes none of T x T.
             attention_mask=torch.ones((1, 1, 1, 1), dtype=torch.bool, device=device),
             packed=packed,
-            **({"use_cache": False} if hasattr(backbone.config, "use_cache") else {}),
+            **more,
         ).last_hidden_state
     return hidden_1TD[0], [1] * len(lengths) if first_only else lengths, order
 

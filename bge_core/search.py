@@ -15,6 +15,7 @@ least t - 2E, where t is the k-th best float32 score. If the last nominee lies b
 import functools
 import logging
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -44,7 +45,7 @@ def exact_search(
         corpus: (N, D), likewise.
         k: how many rows per query, at least 1.
         memory_mb: about how much memory to work in, in MiB. It bounds the blocks; the result, 12 * Q * k bytes, one
-            float32 for each vector, and faiss's own buffers (some 20 MB) come on top. Nothing grows with Q * N.
+            float32 for each query, and faiss's own buffers (some 20 MB) come on top. Nothing grows with Q * N.
         use_gpu: let faiss search on all GPUs, in float32; without one (or with k above about 2,000) warn once and
             search on the CPU.
 
@@ -59,40 +60,29 @@ def exact_search(
     Source: the bound is Higham, Accuracy and Stability of Numerical Algorithms, eq. 3.5; the search is faiss's
         brute-force `knn`.
     """
-    for name, array in (("queries", queries), ("corpus", corpus)):
-        if array.ndim != 2 or not np.issubdtype(array.dtype, np.floating):
-            raise UserError(f"{name}: expected a (rows, dimension) float array, found {array.dtype} {array.shape}")
-    if k < 1 or not memory_mb > 0:
-        raise UserError(f"k={k}, memory_mb={memory_mb}: both must be positive")
-    scores = np.full((len(queries), k), -np.inf, dtype=np.float32)
-    rows = np.full((len(queries), k), -1, dtype=np.int64)
+    scores, rows = empty_result(queries, corpus, k, memory_mb)
     if len(queries) == 0 or len(corpus) == 0:
         return scores, rows
     dim = queries.shape[1]
-    if corpus.shape[1] != dim:
-        raise UserError(
-            f"queries have dimension {dim}, the corpus has {corpus.shape[1]}: encode both with the same model"
-        )
-
     num_nominees = min(k + EXTRA, len(corpus))
     search = _gpu_search(dim) if use_gpu and _can_use_gpu(num_nominees) else _cpu_search
-    # Half of the memory for a corpus block; a quarter for the queries and what is kept per nominee (score, row, the
-    # copies of a merge); a quarter for the float64 products. Blocks of one row are slow, but still right.
+    # Half of the memory for two corpus blocks, the one that is searched and the next; a quarter for the queries and
+    # what is kept per nominee (score, row, the copies of a merge); a quarter for the float64 products. Blocks of one
+    # row are slow, but still right.
     budget = memory_mb * 2**20
-    corpus_rows = max(1, int(budget / 2 / (4 * dim + 8)))
+    corpus_rows = max(1, int(budget / 4 / (4 * dim + 8)))
     query_rows = max(1, int(budget / 4 / (4 * dim + 64 * num_nominees)))
     pair_rows = max(1, int(min(budget / 4, 2**21) / (20 * dim)))  # at most 2 MiB: it stays in the cache
 
-    query_norm = _norms(queries, "queries", corpus_rows)
-    corpus_norm = _norms(corpus, "corpus", corpus_rows).max()
+    query_norm = np.concatenate([norms for _, _, norms in checked_blocks(queries, "queries", corpus_rows)])
     # E, for any order of summation: D roundings, one more for the final score, and some for the norms themselves.
     unit = (dim + 8) * 2.0**-24
-    bound = unit / (1 - unit) * query_norm.astype(np.float64) * corpus_norm
 
     for start, block in _blocks(queries, query_rows):
-        near, nominees = _nominate(block, corpus, num_nominees, corpus_rows, search)
+        near, nominees, corpus_norm = _nominate(block, corpus, num_nominees, corpus_rows, search)
         kth = -np.partition(-near, min(k, num_nominees) - 1, axis=1)[:, min(k, num_nominees) - 1]
-        floor = kth - 2 * bound[start : start + len(block)]
+        bound = unit / (1 - unit) * query_norm[start : start + len(block)].astype(np.float64) * corpus_norm
+        floor = kth - 2 * bound
         # A query is settled once every row is nominated, or the worst nominee is below the floor.
         settled = (near.min(axis=1) < floor) | (num_nominees == len(corpus))
         exact = _scores(block, corpus, nominees, pair_rows)
@@ -108,6 +98,30 @@ def exact_search(
     return scores, rows
 
 
+def empty_result(queries: np.ndarray, corpus: np.ndarray, k: int, memory_mb: float) -> tuple[np.ndarray, np.ndarray]:
+    """Scores (Q, k) of -inf and rows (Q, k) of -1, once the arguments of a search are checked.
+
+    Raises:
+        UserError: see `exact_search`.
+    """
+    for name, array in (("queries", queries), ("corpus", corpus)):
+        if len(array.shape) != 2 or not np.issubdtype(array.dtype, np.floating):
+            raise UserError(f"{name}: expected a (rows, dimension) float array, found {array.dtype} {array.shape}")
+    if k < 1 or not memory_mb > 0:
+        raise UserError(f"k={k}, memory_mb={memory_mb}: both must be positive")
+    if len(queries) and len(corpus) and queries.shape[1] != corpus.shape[1]:
+        raise UserError(
+            f"queries have dimension {queries.shape[1]}, the corpus has {corpus.shape[1]}: "
+            "encode both with the same model"
+        )
+    return np.full((len(queries), k), -np.inf, dtype=np.float32), np.full((len(queries), k), -1, dtype=np.int64)
+
+
+def score_pairs(queries: np.ndarray, vectors: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """The scores (B, m) float32 of B queries (B, D) with the vectors' `rows` (B, m), as `exact_search` gives them."""
+    return _scores(np.asarray(queries, dtype=np.float32), vectors, rows, max(1, 2**21 // (20 * queries.shape[1])))
+
+
 def gpu_available() -> bool:
     """Whether the installed faiss can search on a GPU: built for it, and a GPU is there.
 
@@ -121,11 +135,16 @@ def gpu_available() -> bool:
 
 def _nominate(
     queries: np.ndarray, corpus: np.ndarray, num_nominees: int, corpus_rows: int, search: Search
-) -> tuple[np.ndarray, np.ndarray]:
-    """faiss's best `num_nominees` of the whole corpus for a block of queries, (B, num_nominees), in no order."""
+) -> tuple[np.ndarray, np.ndarray, float]:
+    """Of a block of queries faiss's best `num_nominees`, (B, num_nominees), in no order, and the corpus's largest norm.
+
+    The whole corpus is read once.
+    """
     near = np.empty((len(queries), 0), dtype=np.float32)
     nominees = np.empty((len(queries), 0), dtype=np.int64)
-    for offset, block in _blocks(corpus, corpus_rows):
+    largest_norm = 0.0
+    for offset, block, norms in checked_blocks(corpus, "corpus", corpus_rows):
+        largest_norm = max(largest_norm, float(norms.max()))
         block_near, block_rows = search(queries, block, min(num_nominees, len(block)))
         near = np.concatenate([near, block_near], axis=1)
         nominees = np.concatenate([nominees, block_rows + offset], axis=1)
@@ -133,7 +152,7 @@ def _nominate(
             best = np.argpartition(-near, num_nominees - 1, axis=1)[:, :num_nominees]
             near = np.take_along_axis(near, best, axis=1)
             nominees = np.take_along_axis(nominees, best, axis=1)
-    return near, nominees
+    return near, nominees, largest_norm
 
 
 def _scores(queries: np.ndarray, vectors: np.ndarray, rows: np.ndarray, num_pairs: int) -> np.ndarray:
@@ -166,10 +185,16 @@ def _blocks(array: np.ndarray, num_rows: int) -> Iterator[tuple[int, np.ndarray]
         yield start, np.ascontiguousarray(array[start : start + num_rows], dtype=np.float32)
 
 
-def _norms(array: np.ndarray, name: str, num_rows: int) -> np.ndarray:
-    """(rows,) Euclidean norms, float32; on the way, a NaN or an infinity anywhere in the array is found."""
-    norms = np.empty(len(array), dtype=np.float32)
-    for start, block in _blocks(array, num_rows):
+def checked_blocks(array: np.ndarray, name: str, num_rows: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """Yield (first row, float32 block, its rows' Euclidean norms) over an array or a memory map.
+
+    Each is read and checked while the one before is in use, so that a search does not wait for the disk.
+
+    Raises:
+        UserError: a vector holds NaN or infinity; `name` and the first bad row are named.
+    """
+
+    def check(start: int, block: np.ndarray) -> tuple[int, np.ndarray, np.ndarray]:
         squares = np.einsum("nd,nd->n", block, block)
         bad = np.flatnonzero(~np.isfinite(squares))
         if len(bad):
@@ -177,9 +202,15 @@ def _norms(array: np.ndarray, name: str, num_rows: int) -> np.ndarray:
                 f"{name}: row {start + bad[0]} holds NaN, infinity or numbers above 1e19 (rows count from 0):"
                 " encode again; if it was fp16 that overflowed, in bf16 or float32"
             )
-        # Squares below `tiny` lose digits or become 0, but the bound needs norms that are never too small.
-        norms[start : start + len(block)] = np.sqrt(squares + block.shape[1] * np.finfo(np.float32).tiny)
-    return norms
+        # Squares below `tiny` lose digits or become 0, but the search's bound needs norms that are never too small.
+        return start, block, np.sqrt(squares + block.shape[1] * np.finfo(np.float32).tiny)
+
+    blocks = (check(start, block) for start, block in _blocks(array, num_rows))
+    with ThreadPoolExecutor(1) as reader:
+        coming = reader.submit(next, blocks, None)
+        while (checked := coming.result()) is not None:
+            coming = reader.submit(next, blocks, None)
+            yield checked
 
 
 def _cpu_search(queries: np.ndarray, block: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:

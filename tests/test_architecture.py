@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT
 
 LEVELS = {
-    "config": 0, "records": 0, "metrics": 0, "runlog": 0, "watchdog": 0, "batch": 0, "dropout": 0,
+    "config": 0, "cli": 1, "records": 0, "metrics": 0, "runlog": 0, "watchdog": 0, "batch": 0, "dropout": 0,
     "loss": 1, "kernels": 1, "packing": 2, "launch": 1, "distributed": 1, "search": 1, "optim": 1,
     "guards": 1, "lexical": 1, "sources": 1, "checks": 1, "page": 1,
     "encode": 2, "data": 2, "ann": 2, "mining_report": 2,
@@ -19,12 +19,14 @@ LEVELS = {
     "checkpoint": 4,
     "mining": 5, "merging": 5, "evaluation": 5, "report": 5, "plan": 5,
 }  # fmt: skip
-TALKS_TO_THE_GROUP = {"launch", "distributed", "watchdog", "encode", "step", "checkpoint"}
+TALKS_TO_THE_GROUP = {
+    "launch", "distributed", "watchdog", "encode", "step", "checkpoint", "cache", "reranker", "mining",
+}  # fmt: skip
 CORE = [
     "train.py", "bge_core/step.py", "bge_core/loss.py", "bge_core/distributed.py", "bge_core/packing.py",
     "bge_core/data.py",
 ]  # fmt: skip
-SCRIPTS = [ROOT / f"{stage}.py" for stage in ("prepare", "mine", "train", "merge", "evaluate")]
+SCRIPTS = [ROOT / f"{stage}.py" for stage in ("prepare", "mine", "train", "merge", "evaluate", "recipe")]
 MODULES = sorted((ROOT / "bge_core").glob("*.py"))
 NAMED = pytest.mark.parametrize("module", [m for m in MODULES if m.stem != "__init__"], ids=lambda m: m.stem)
 
@@ -107,7 +109,7 @@ def test_nothing_is_left_to_do_and_the_library_does_not_print(file: Path) -> Non
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
     ]
     # run_stage alone: the one message on stderr when a stage ends with 2
-    allowed = 1 if file.stem == "config" else 0
+    allowed = 1 if file.stem == "cli" else 0
     assert len(prints) <= allowed
     for call in prints:
         assert any(keyword.arg == "file" and ast.unparse(keyword.value) == "sys.stderr" for keyword in call.keywords)
@@ -132,7 +134,7 @@ def test_modules_stay_small() -> None:
     lines = {file.name: num_code_lines(file) for file in MODULES}
     assert {name: count for name, count in lines.items() if count > 400} == {}
     assert sum(num_code_lines(ROOT / file) for file in CORE) <= 1200
-    assert sum(lines.values()) + sum(num_code_lines(script) for script in SCRIPTS if script.exists()) <= 4900
+    assert sum(lines.values()) + sum(num_code_lines(script) for script in SCRIPTS if script.exists()) <= 7000
 
 
 IMPORT_ALL = """

@@ -22,7 +22,8 @@ from runs import Row, read_lines, read_steps, run
 
 import train
 from bge_core import UserError, checkpoint, records
-from bge_core.config import TrainConfig, as_dict
+from bge_core.cli import as_dict
+from bge_core.config import TrainConfig
 from bge_core.model import load_encoder
 
 # All that could make a resumed run another one: dropout, accumulation with a short last step of an epoch, GradCache,

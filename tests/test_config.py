@@ -13,18 +13,8 @@ import yaml
 from conftest import ROOT
 
 from bge_core import UserError
-from bge_core.config import (
-    REFUSED,
-    EvaluateConfig,
-    MergeConfig,
-    MineConfig,
-    PrepareConfig,
-    TrainConfig,
-    as_dict,
-    changed_fields,
-    parse_config,
-    run_stage,
-)
+from bge_core.cli import as_dict, changed_fields, parse_config, run_stage
+from bge_core.config import REFUSED, EvaluateConfig, MergeConfig, MineConfig, PrepareConfig, TrainConfig
 
 STAGES: dict[str, tuple[type, list[str]]] = {  # and the flags that each needs
     "prepare": (PrepareConfig, ["--input_dir", "i", "--output_dir", "o"]),

@@ -9,15 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
 import pytest
 import runs
 import torch
 from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
+from pyarrow import parquet
 from transformers import AutoTokenizer
 
-from bge_core import UserError
+from bge_core import UserError, records
 from bge_core.batch import Batch
 from bge_core.config import TrainConfig
 from bge_core.data import BatchPlan, Example, TrainingData, choose_example, deal, instructed, list_files
@@ -93,6 +95,60 @@ def test_the_steps_of_an_epoch_are_its_micro_batches_in_order(plan: BatchPlan) -
     assert [batch for step in steps for batch in step] == [batch.tolist() for batch in plan.epoch(1)]
     assert all(len(step) == plan.accumulation for step in steps[:-1])
     assert all(1 <= len(step) <= plan.accumulation for step in steps)
+
+
+def unweighted_epoch(plan: BatchPlan, number: int) -> list[np.ndarray]:
+    """The order as it was before sources had weights: runs made then resume to the same batches."""
+    rng = np.random.default_rng((plan.seed, number))
+    if not plan.same_file:
+        return plan._cut(rng.permutation(plan.num_rows))
+    starts = np.cumsum((0, *plan.file_sizes))
+    parts = [plan._cut(start + rng.permutation(size)) for start, size in zip(starts, plan.file_sizes, strict=False)]
+    batches = [batch for part in parts for batch in part]
+    return [batches[i] for i in rng.permutation(len(batches))]
+
+
+@given(plans, st.integers(0, 3))
+def test_weights_of_one_leave_the_order_as_it_was(plan: BatchPlan, epoch: int) -> None:
+    want = [batch.tolist() for batch in unweighted_epoch(plan, epoch)]
+    for weights in ((), (1.0,) * len(plan.file_sizes)):
+        found = replace(plan, weights=weights).epoch(epoch)
+        assert [batch.tolist() for batch in found] == want and all(batch.dtype == np.int64 for batch in found)
+
+
+@given(plans, st.lists(st.sampled_from([0.01, 0.3, 0.5, 1.0, 1.1, 2.0, 2.75, 4.0]), min_size=3, max_size=3), st.data())
+def test_an_epoch_takes_each_source_by_its_weight(plan: BatchPlan, weights: list[float], drawn: st.DataObject) -> None:
+    plan = replace(plan, weights=tuple(weights[: len(plan.file_sizes)]), drop_last=False)
+    epoch = drawn.draw(st.integers(0, 3))
+    batches = plan.epoch(epoch)
+    assert [b.tolist() for b in batches] == [b.tolist() for b in replace(plan).epoch(epoch)]
+    assert len(batches) == plan.micro_batches_per_epoch
+    assert all(1 <= len(batch) <= plan.batch_size for batch in batches)
+    draws = [draw for batch in batches for draw in batch.tolist()]
+    assert len(set(draws)) == len(draws) and all(draw >= 0 for draw in draws)
+    start = 0
+    for size, weight in zip(plan.file_sizes, plan.weights, strict=True):
+        rows = range(start, start + size)
+        times = [sum(draw % plan.num_rows == row for draw in draws) for row in rows]
+        # floor(w) whole passes, and the fraction of the rows once more; none of a weight so small comes once
+        passes = int(weight)
+        once_more = max(round((weight - passes) * size), int(size > 0 and passes == 0))
+        assert sorted(times) == [passes] * (size - once_more) + [passes + 1] * once_more
+        for row, count in zip(rows, times, strict=True):
+            assert {draw for draw in draws if draw % plan.num_rows == row} == {
+                row + lap * plan.num_rows for lap in range(count)
+            }
+        start += size
+    if plan.same_file:
+        ends = np.cumsum(plan.file_sizes)
+        assert all(len(set(np.searchsorted(ends, batch % plan.num_rows, side="right"))) == 1 for batch in batches)
+
+
+def test_the_fraction_is_drawn_anew_in_each_epoch() -> None:
+    plan = BatchPlan((40, 5), 8, 1, seed=1, weights=(0.25, 1.0))
+    rows = [{draw for batch in plan.epoch(epoch) for draw in batch.tolist() if draw < 40} for epoch in range(60)]
+    assert all(len(of_epoch) == 10 for of_epoch in rows)
+    assert rows[0] != rows[1] and set.union(*rows) == set(range(40))
 
 
 def test_seeds_and_epochs_differ() -> None:
@@ -424,6 +480,82 @@ def test_at_most_so_many_rows_of_each_file_drawn_with_the_seed(tmp_path: Path, t
     assert kept[0] == kept[1] != kept[2]
     for queries in kept:
         assert len(queries) == len(set(queries)) == 8 and queries[5:] == ["乙0", "乙1", "乙2"]
+
+
+def make_sources(folder: Path, text: str, **files: list[dict[str, Any]]) -> Path:
+    for name, rows in files.items():
+        write(folder / f"{name}.jsonl", *rows)
+    (folder / "sources.yaml").write_text(text, encoding="utf-8")
+    return folder / "sources.yaml"
+
+
+def test_parquet_rows_train_as_json_lines_do(training_file: Path, tiny_bert: Path, tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in training_file.read_text(encoding="utf-8").splitlines()]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "train.parquet")
+    one, other = (
+        make_data(file, tiny_bert, knowledge_distillation=True) for file in (training_file, tmp_path / "train.parquet")
+    )
+    assert [[content(b) for b in one[step]] for step in range(6)] == [
+        [content(b) for b in other[step]] for step in range(6)
+    ]
+    (entry,) = other.inputs
+    assert entry["rows"] == len(rows) and entry["sha256"] == records.sha256(tmp_path / "train.parquet")
+
+
+def test_a_bad_row_of_a_parquet_file_is_named(tiny_bert: Path, tmp_path: Path) -> None:
+    parquet.write_table(pyarrow.Table.from_pylist([ROW, ROW | {"pos": []}]), tmp_path / "train.parquet")
+    with pytest.raises(UserError, match="train.parquet:2: field 'pos' is an empty list"):
+        make_data(tmp_path / "train.parquet", tiny_bert)
+
+
+def test_sources_bring_their_prompts(tiny_bert: Path, tmp_path: Path) -> None:
+    rows = [ROW | {"query": "一"}, ROW | {"query": "二", "prompt": "行："}, ROW | {"query": "三", "prompt": ""}]
+    text = "- {path: a.jsonl, prompt: '源：'}\n- path: b.jsonl\n"
+    file = make_sources(tmp_path, text, a=rows, b=[ROW | {"query": "四"}])
+
+    def queries() -> list[str]:
+        data = make_data(file, tiny_bert, query_instruction_for_retrieval="指：")
+        return [e.query for e in sorted((e for es, _ in data.examples(0) for e in es), key=lambda e: e.row)]
+
+    assert queries() == ["源：一", "行：二", "三", "指：四"]
+    file.write_text(text.replace("源", "新"), encoding="utf-8")  # the rows are not taken from a cache of the old prompt
+    assert queries() == ["新：一", "行：二", "三", "指：四"]
+
+
+def test_a_row_that_comes_again_in_an_epoch_chooses_other_passages(tiny_bert: Path, tmp_path: Path) -> None:
+    rows = [{"query": f"问{i}", "pos": ["答"], "neg": [f"错{j}" for j in range(30)]} for i in range(6)]
+    file = make_sources(
+        tmp_path, "- {path: a.jsonl, weight: 2.5}\n- path: b.jsonl\n", a=rows, b=[ROW | {"query": "甲"}] * 4
+    )
+    data = make_data(file, tiny_bert, train_group_size=9, num_train_epochs=1.0)
+    assert data.plan.draws == (15, 4) and len(data) == 5
+    examples = [e for step in range(5) for es, _ in data.examples(step) for e in es]
+    assert {e.row for e in examples} == set(range(10)) and len(examples) == 19
+    for row in range(6):
+        chosen = [e.passages for e in examples if e.row == row]
+        assert len(chosen) in (2, 3) and len({tuple(passages) for passages in chosen}) == len(chosen)
+        assert all(e.query == f"问{row}" for e in examples if e.row == row)
+
+
+def test_batches_of_one_source_and_what_is_described(tiny_bert: Path, tmp_path: Path) -> None:
+    for name in "cd":
+        (tmp_path / "folder").mkdir(exist_ok=True)
+        write(tmp_path / f"folder/{name}.jsonl", *(ROW | {"query": f"{name}{i}"} for i in range(3)))
+    text = "- {path: a.jsonl, weight: 2}\n- path: folder\n"
+    file = make_sources(tmp_path, text, a=[ROW | {"query": f"a{i}"} for i in range(4)])
+    more = write(tmp_path / "b.jsonl", *(ROW | {"query": f"b{i}"} for i in range(5)))
+    data = make_data([str(file), str(more)], tiny_bert, same_dataset_within_batch=True, num_train_epochs=1.0)
+    assert data.plan.file_sizes == (4, 5, 6) and data.plan.draws == (8, 5, 6)
+    assert [(Path(entry["path"]).name, entry["rows"]) for entry in data.inputs] == [
+        ("a.jsonl", 4), ("b.jsonl", 5), ("folder", 6), ("sources.yaml", 0),
+    ]  # fmt: skip
+    assert all(len(entry["sha256"]) == 64 for entry in data.inputs)
+    batches = [[e.query[0] for e in es] for step in range(len(data)) for es, _ in data.examples(step)]
+    assert len(batches) == 2 + 2 + 2
+    assert all(any(set(batch) <= source for source in ({"a"}, {"b"}, {"c", "d"})) for batch in batches)
+    before = data.inputs[-1]["sha256"]
+    file.write_text(text.replace("2", "2.5"), encoding="utf-8")  # so that a resumed run sees that its order changed
+    assert make_data([str(file), str(more)], tiny_bert).inputs[-1]["sha256"] != before
 
 
 @pytest.mark.parametrize(

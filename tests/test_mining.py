@@ -5,7 +5,7 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_model import make_tiny_bert
+from tiny_reranker import make_tiny_reranker
 
 import mine
 from bge_core import search
@@ -168,6 +169,66 @@ def test_every_candidate_is_equally_likely() -> None:
         np.testing.assert_allclose(times[2:], num_rows * 3 / 8, rtol=0.08)  # 5 standard deviations
 
 
+def test_the_highest_hits_are_taken_with_top() -> None:
+    pool = [f"t{i}" for i in range(20)]
+    chosen, _ = select(
+        ["q"], [["t3"]], [list(range(20))], pool, sampling_range=(2, 12), negative_number=4, sampling="top"
+    )
+    assert chosen == [Negatives([2, 4, 5, 6], [])]
+
+
+def test_sampling_by_score_follows_the_softmax() -> None:
+    """The first draw of many rows against exp(score / temperature), and no row takes a hit twice."""
+    pool, score = [f"t{i}" for i in range(4)], np.array([0.30, 0.25, 0.20, 0.10])
+    num_rows = 4000
+    options: dict[str, Any] = {
+        "sampling": "score", "temperature": 0.1, "scores": lambda number, rows: score[list(rows)], "negative_number": 1,
+    }  # fmt: skip
+    ranked = [[0, 1, 2, 3]] * num_rows
+    chosen, _ = select(["q"] * num_rows, [["p"]] * num_rows, ranked, pool, **options)
+    share = np.bincount([choice.ranked[0] for choice in chosen], minlength=4) / num_rows
+    want = np.exp(score / 0.1) / np.exp(score / 0.1).sum()
+    assert np.abs(share - want).max() < 4 * np.sqrt(0.25 / num_rows)
+    three = select(["q"] * 50, [["p"]] * 50, ranked[:50], pool, **options | {"negative_number": 3})[0]
+    assert all(len(set(choice.ranked)) == 3 for choice in three)
+
+
+def test_uniform_draws_each_hit_equally_often() -> None:
+    pool, num_rows = [f"t{i}" for i in range(5)], 4000
+    chosen, _ = select(["q"] * num_rows, [["p"]] * num_rows, [[0, 1, 2, 3, 4]] * num_rows, pool, negative_number=2)
+    share = np.bincount([row for choice in chosen for row in choice.ranked], minlength=5) / num_rows
+    assert np.abs(share - 0.4).max() < 4 * np.sqrt(0.24 / num_rows)
+
+
+def test_what_is_refused_is_counted_and_neither_taken_nor_filled_in() -> None:
+    pool = [f"t{i}" for i in range(30)]
+
+    def refuse(number: int, rows: Sequence[int]) -> list[str | None]:
+        return ["odd" if row % 2 else None for row in rows]
+
+    chosen, counts = select(
+        ["q"], [["p"]], [[0, 1, 2, 3, 4, 5, 6, 7]], pool, sampling_range=(1, 8), negative_number=9, refuse=refuse
+    )
+    assert chosen[0].ranked == [2, 4, 6] and len(chosen[0].filled) == 6
+    assert all(row % 2 == 0 and row not in (2, 4, 6) for row in chosen[0].filled)
+    assert counts["odd_dropped"] == 4 and counts["negatives_at_random"] == 6
+
+
+def test_a_teacher_is_asked_only_for_what_would_be_taken() -> None:
+    pool, asked = [f"t{i}" for i in range(100)], []
+
+    def approve(pairs: Sequence[tuple[int, int]]) -> list[bool]:
+        asked.append(list(pairs))
+        return [row >= 5 for _, row in pairs]
+
+    options: dict[str, Any] = {"sampling": "top", "negative_number": 4, "sampling_range": (0, 50), "approve": approve}
+    chosen, counts = select(["q", "r"], [["p"], ["p"]], [list(range(50)), list(range(20, 70))], pool, **options)
+    assert [choice.ranked for choice in chosen] == [[5, 6, 7, 8], [20, 21, 22, 23]]
+    assert asked[0] == [(0, 0), (0, 1), (0, 2), (0, 3), (1, 20), (1, 21), (1, 22), (1, 23)]
+    assert asked[1] == [(0, 4), (0, 5), (0, 6), (0, 7)] and asked[2] == [(0, 8)] and len(asked) == 3
+    assert counts["teacher_dropped"] == 5
+
+
 # --- the stage ------------------------------------------------------------------------------------------------------
 
 ROWS: list[Row] = [
@@ -246,9 +307,14 @@ def test_rows_keep_their_columns_and_order(
         "neg_scores of 1 rows are left out: mined negatives have no score"
     ]
     printed = capsys.readouterr().out.splitlines()
-    assert printed[0].split() == ["rows", "8"] and f"written: {output}, {output}.manifest.json" in printed
+    assert (
+        printed[0].split() == ["rows", "8"]
+        and f"written: {output}, {output}.manifest.json, {output}.report.html" in printed
+    )
     assert printed[-1].startswith("next: python train.py ") and f"--train_data {output}" in printed[-1]
-    assert_nothing_written(output.parent, "train.jsonl", "mined.jsonl", "mined.jsonl.manifest.json")
+    assert_nothing_written(
+        output.parent, "train.jsonl", "mined.jsonl", "mined.jsonl.manifest.json", "mined.jsonl.report.html"
+    )  # fmt: skip
 
 
 def test_the_negatives_are_the_hits_of_the_range(model: Path, train_file: Path) -> None:
@@ -373,7 +439,7 @@ def test_an_earlier_output_is_replaced_whole(
     assert files() == before
     assert run(model, train_file, "--seed", "7")[0] == 0
     assert {name for name, content in files().items() if before[name] != content} == {
-        "mined.jsonl", "mined.jsonl.manifest.json",
+        "mined.jsonl", "mined.jsonl.manifest.json", "mined.jsonl.report.html",
     }  # fmt: skip
 
 
@@ -464,3 +530,214 @@ def test_two_processes_give_the_bytes_of_one(model: Path, tmp_path: Path) -> Non
     for manifest in manifests:
         del manifest["config"]["output_file"]
     assert manifests[0] == manifests[1]
+
+
+# --- guards, filters, teachers and caches in the stage ---------------------------------------------------------------
+
+NEAR: list[Row] = [
+    {"query": "信用卡年费多少钱", "pos": ["信用卡年费为300元，刷卡六次可以免除。"], "answer": "三百大洋"},
+    {"query": "信用卡的年费多少钱？", "pos": ["办卡首年不收费用，以后每年要交。"]},
+    {"query": "怎么退货", "pos": ["七天之内可以退货"]},
+]
+NEAR_POOL = [
+    "信用卡年费为300元，刷卡六次可以免除。", "信用卡年费为300元，刷卡六次可免除", "信用卡年费为500元，刷卡六次可以免除。",
+    "办卡首年不收费用，以后每年要交。", "年费要交三百大洋", "面包和米", "七天之内可以退货", "酒店在山上",
+]  # fmt: skip
+
+
+@pytest.fixture
+def near_files(tmp_path: Path) -> tuple[Path, Path]:
+    """Questions with planted answers in the pool."""
+    pool = write_lines(tmp_path / "pool.jsonl", [{"text": text} for text in NEAR_POOL])
+    return write_lines(tmp_path / "train.jsonl", NEAR), pool
+
+
+ALL = ["--range_for_sampling", "0-100", "--negative_number", "100"]
+
+
+def test_guards_stand_in_a_plain_call_and_each_can_be_switched_off(model: Path, near_files: tuple[Path, Path]) -> None:
+    train_file, pool = near_files
+    code, output = run(model, train_file, "--candidate_pool", str(pool), *ALL)
+    assert code == 0
+    # another number is a negative; the same words, the other row's positive and the stated answer are none
+    assert set(read_lines(output)[0]["neg"]) == {NEAR_POOL[i] for i in (2, 5, 6, 7)}
+    counts = manifest_of(output)["counts"]
+    assert counts["near_duplicate_dropped"] >= 1 and counts["same_question_dropped"] >= 2
+    assert counts["answer_dropped"] >= 1
+    for flag, spared in (
+        ("guard_near_duplicates", {1}), ("guard_same_questions", {3}), ("guard_answers", {4}),
+    ):  # fmt: skip
+        run(model, train_file, "--candidate_pool", str(pool), *ALL, f"--{flag}", "False")
+        assert set(read_lines(output)[0]["neg"]) == {NEAR_POOL[i] for i in {2, 5, 6, 7} | spared}, flag
+
+
+@pytest.mark.parametrize("name", ["max_score", "min_score", "absolute_margin", "relative_margin"])
+def test_score_filters(model: Path, train_file: Path, name: str) -> None:
+    encoder = load_encoder(model)
+    pool = {text: encode(encoder, ["文：" + text])[0] for text in POOL}
+    code, output = run(model, train_file, *ALL)
+    found = [
+        (
+            i,
+            text,
+            float(
+                pool[text]
+                @ encode(encoder, [("为这个句子：" if row.get("prompt") is None else row["prompt"]) + row["query"]])[0]
+            ),
+        )
+        for i, row in enumerate(read_lines(output))
+        for text in row["neg"]
+    ]
+    value = {"max_score": 0.5, "min_score": 0.8, "absolute_margin": 0.05, "relative_margin": 0.1}[name]
+    code, output = run(model, train_file, *ALL, f"--{name}", str(value))
+    assert code == 0
+    kept = {(i, text) for i, row in enumerate(read_lines(output)) for text in row["neg"]}
+
+    def good(i: int, score: float) -> bool:
+        row = ROWS[i]
+        asked = ("为这个句子：" if row.get("prompt") is None else row["prompt"]) + row["query"]
+        lowest = min(float(encode(encoder, ["文：" + text])[0] @ encode(encoder, [asked])[0]) for text in row["pos"])
+        return {
+            "max_score": score <= value, "min_score": score >= value, "absolute_margin": score <= lowest - value,
+            "relative_margin": score <= lowest - value * abs(lowest),
+        }[name]  # fmt: skip
+
+    want = {(i, text) for i, text, score in found if good(i, score)}
+    assert kept == want and len(want) < len(found)
+    assert manifest_of(output)["counts"][f"{name}_dropped"] >= len(found) - len(want)
+
+
+def test_a_reranker_scores_and_filters(model: Path, near_files: tuple[Path, Path], tmp_path: Path) -> None:
+    from bge_core.reranker import load_reranker
+
+    train_file, pool = near_files
+    judge = make_tiny_reranker(tmp_path / "reranker")
+    flags = ["--candidate_pool", str(pool), *ALL, "--reranker_name_or_path", str(judge)]
+    code, output = run(model, train_file, *flags)
+    assert code == 0
+    reranker = load_reranker(str(judge))
+    found = read_lines(output)
+    for row in found:
+        for side in ("pos", "neg"):
+            want = reranker.score([(row["query"], text) for text in row[side]])
+            assert np.allclose(row[f"{side}_scores"], want, rtol=1e-4, atol=1e-5)
+    everything = {(i, t, s) for i, row in enumerate(found) for t, s in zip(row["neg"], row["neg_scores"], strict=True)}
+    lowest = [min(row["pos_scores"]) for row in found]
+    margin = float(np.median([lowest[i] - score for i, _, score in everything]))
+    code, output = run(model, train_file, *flags, "--teacher_margin", str(max(margin, 0.0)))
+    kept = {(i, text) for i, row in enumerate(read_lines(output)) for text in row["neg"]}
+    assert kept == {(i, text) for i, text, score in everything if score <= lowest[i] - max(margin, 0.0)}
+    assert kept and len(kept) < len(everything)
+
+
+def test_a_second_encoder_as_teacher(model: Path, train_file: Path, tmp_path: Path) -> None:
+    other = make_tiny_bert(tmp_path / "teacher", seed=7)
+    write_settings(other, EncoderSettings(pooling="cls", normalize=True), 32)
+    code, output = run(model, train_file, "--teacher_encoder", str(other))
+    assert code == 0
+    encoder = load_encoder(other)
+    for row in read_lines(output):
+        query = encode(encoder, [row["query"]])[0]
+        for side in ("pos", "neg"):
+            assert np.allclose(row[f"{side}_scores"], encode(encoder, row[side]) @ query, atol=1e-5)
+    assert "--knowledge_distillation" not in str(manifest_of(output)["config"])
+
+
+def test_a_second_run_from_the_cache_encodes_nothing(
+    model: Path, train_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = run(model, train_file)[1].read_bytes()
+    flags = ["--cache_dir", str(tmp_path / "cache"), "--cache_shard_size", "5"]
+    code, output = run(model, train_file, *flags)
+    assert code == 0 and output.read_bytes() == plain
+    first = manifest_of(output)["cache"]
+    assert first["reused"] == 0 and first["encoded"] == len(POOL) + 8
+    code, output = run(model, train_file, *flags, "--seed", "1", "--negative_number", "2")
+    assert manifest_of(output)["cache"] == {"encoded": 0, "reused": len(POOL) + 8}
+    write_lines(train_file, [*ROWS, {"query": "全新的问题", "pos": ["全新的答案"]}])
+    code, output = run(model, train_file, *flags)
+    assert manifest_of(output)["cache"] == {"encoded": 2, "reused": len(POOL) + 8}
+    assert f"cache {tmp_path / 'cache'}: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("retriever", ["bm25", "hybrid"])
+def test_other_retrievers(model: Path, train_file: Path, retriever: str) -> None:
+    code, output = run(model, train_file, "--retriever", retriever)
+    assert code == 0 and manifest_of(output)["search"]["retriever"] == retriever
+    for row in read_lines(output):
+        assert len(row["neg"]) == 3 and not set(row["neg"]) & {row["query"], *row["pos"]}
+
+
+def test_an_approximate_index(
+    model: Path, train_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    index = tmp_path / "pool.faiss"
+    flags = ["--index_factory", "HNSW8", "--index_path", str(index)]
+    code, output = run(model, train_file, *flags)
+    assert code == 0 and index.exists()
+    assert manifest_of(output)["search"]["recall"] > 0.9
+    exact = run(model, train_file)[1].read_bytes()
+    capsys.readouterr()
+    other = make_tiny_bert(tmp_path / "other", seed=5)
+    assert run(other, train_file, *flags)[0] == 2
+    assert str(index) in capsys.readouterr().err
+    assert output.read_bytes() == exact
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--range_for_sampling", "200-2"], "write two ranks"),
+        (["--negative_number", "0"], "use a number above 0"),
+        (["--min_score", "0.5", "--max_score", "0.4"], "is not below --max_score"),
+        (["--teacher_margin", "1"], "needs --reranker_name_or_path or --teacher_encoder"),
+        (["--reranker_name_or_path", "x", "--teacher_encoder", "y"], "choose one"),
+        (["--near_duplicate_threshold", "1.5"], "up to 1"),
+        (["--absolute_margin", "-1"], "use 0 or a number above it"),
+        (["--clean_cache"], "needs --cache_dir"),
+        (["--check_against", "x"], "needs --check"),
+        (["--index_factory", "Nonsense,"], "--index_factory"),
+    ],
+)
+def test_flags_that_are_refused(
+    model: Path, train_file: Path, capsys: pytest.CaptureFixture[str], flags: list[str], message: str
+) -> None:
+    assert run(model, train_file, *flags)[0] == 2
+    assert message in capsys.readouterr().err
+    assert_nothing_written(train_file.parent, "train.jsonl")
+
+
+def test_a_bi_encoder_is_no_reranker(model: Path, train_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(model, train_file, "--reranker_name_or_path", str(model))[0] == 2
+    assert "--reranker_name_or_path" in capsys.readouterr().err
+
+
+def test_all_candidates_filtered_out(model: Path, train_file: Path, caplog: pytest.LogCaptureFixture) -> None:
+    code, output = run(model, train_file, "--max_score", "-0.99")
+    assert code == 0 and all(row["neg"] == [] for row in read_lines(output))
+    assert any("8 rows have fewer than 3 mined negatives" in r.getMessage() for r in caplog.records)
+
+
+def test_inspect_shows_rows_with_scores(model: Path, train_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(model, train_file, "--inspect", "2")[0] == 0
+    shown = capsys.readouterr().out.splitlines()
+    lines = [line.split() for line in shown if line.strip().startswith(("query", "pos", "neg "))]
+    assert sum(line[0] == "query" and "instruction" not in line for line in lines) == 2
+    negatives = [float(line[1]) for line in lines if line[0] == "neg"]
+    assert len(negatives) == 6 and negatives[:3] == sorted(negatives[:3], reverse=True)
+
+
+def test_check_looks_at_a_file_and_mines_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [
+        {"query": "密码忘了", "pos": ["点找回密码"], "neg": ["点 找回密码", "酒店"]},
+        {"query": "密码忘了", "pos": ["点找回密码"], "neg": ["酒店"]},
+    ]
+    file = write_lines(tmp_path / "train.jsonl", rows)
+    against = write_lines(tmp_path / "test.jsonl", [{"query": "密码忘了", "pos": ["点找回密码"]}])
+    before = file.read_bytes()
+    report = tmp_path / "check.html"
+    assert mine.main(["--check", str(file), "--check_against", str(against), "--report", str(report)]) == 0
+    shown = capsys.readouterr().out
+    assert "2 rows" in shown and "1 of 1 test rows ask a query of the training data" in shown
+    assert "give as a positive" in shown or "gives as a positive" in shown
+    assert file.read_bytes() == before and report.exists()

@@ -31,6 +31,7 @@ import torch
 from transformers import HfArgumentParser
 
 from bge_core import config, records
+from bge_core.cli import parse_config
 from bge_core.loss import LossConfig, LossInput, training_loss
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -211,7 +212,7 @@ def test_every_command_is_accepted(readme: str, monkeypatch: pytest.MonkeyPatch)
             words, place = ["train.py", *words[words.index("--config") :]], 0
         if place is not None:
             assert words[0] in ("python", "torchrun", "accelerate", "train.py"), words
-            config.parse_config(STAGES[words[place]], words[place + 1 :])
+            parse_config(STAGES[words[place]], words[place + 1 :])
             count += 1
     assert count >= 12
 
