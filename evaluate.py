@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from bge_core import records
+from bge_core.cache import EmbeddingCache
 from bge_core.cli import as_dict, run_stage
 from bge_core.config import EvaluateConfig
 from bge_core.distributed import world
@@ -48,12 +49,12 @@ def evaluate(config: EvaluateConfig) -> None:
     task = load_task(config.val_data, config.corpus)
     logger.info("%d questions, %d passages", len(task.queries), len(task.corpus))
 
+    cache = EmbeddingCache(config.cache_dir, config.cache_shard_size) if config.cache_dir else None
     rankings: dict[str, Ranking] = {}
     used: dict[str, Any] = {}
     for path, name in zip(config.encoder, unique_names(config.encoder), strict=True):
         encoder = load_encoder(
-            path, pooling=config.pooling_method, cache_dir=config.cache_dir,
-            trust_remote_code=config.trust_remote_code, attention=config.attention,
+            path, pooling=config.pooling_method, trust_remote_code=config.trust_remote_code, attention=config.attention,
         ).to(accelerator.device)  # fmt: skip
         query_prompt, passage_prompt = prompts(config, path, encoder, task)
         used[name] = {
@@ -61,7 +62,7 @@ def evaluate(config: EvaluateConfig) -> None:
             "passage_instruction": passage_prompt, "precision": accelerator.mixed_precision,
         }  # fmt: skip
         rankings[name] = evaluate_encoder(
-            encoder, task, k=config.k, batch_size=config.batch_size, max_tokens=config.max_tokens,
+            encoder, task, k=config.k, cache=cache, batch_size=config.batch_size, max_tokens=config.max_tokens,
             precision=accelerator.mixed_precision,
             query_prompt=query_prompt, passage_prompt=passage_prompt,
             query_max_length=config.max_query_length, passage_max_length=config.max_passage_length,
@@ -74,7 +75,8 @@ def evaluate(config: EvaluateConfig) -> None:
     if len(rankings) > 1:
         print("\n" + compare_models({name: ranking.means for name, ranking in rankings.items()}))
     if config.output_dir:
-        write_results(Path(config.output_dir), config, task, rankings, used)
+        kept = {"cache": {"encoded": cache.num_encoded, "reused": cache.num_reused}} if cache else {}
+        write_results(Path(config.output_dir), config, task, rankings, used, **kept)
         print(f"written: {config.output_dir}")
 
 
@@ -115,8 +117,9 @@ def falling(scores: np.ndarray) -> np.ndarray:
 
 
 def write_results(
-    folder: Path, config: EvaluateConfig, task: RetrievalTask, rankings: dict[str, Ranking], used: dict[str, Any]
-) -> None:
+    folder: Path, config: EvaluateConfig, task: RetrievalTask, rankings: dict[str, Ranking], used: dict[str, Any],
+    **more: Any,
+) -> None:  # fmt: skip
     """metrics.json, per_query.jsonl, one TREC run a model and, last, manifest.json."""
     for name, ranking in rankings.items():
         with (
@@ -142,7 +145,7 @@ def write_results(
         inputs.append(records.describe_input(config.corpus, len(task.corpus)))
     manifest = records.make_manifest(
         "evaluate", as_dict(config), inputs, encoders=used, missing_positives=len(task.missing),
-        device=torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        device=torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu", **more,
     )  # fmt: skip
     records.write_json(folder / "manifest.json", manifest)
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from bge_core import UserError, records
+from bge_core.cache import EmbeddingCache
 from bge_core.encode import encode
 from bge_core.metrics import mean_metrics, per_query_metrics
 from bge_core.model import Encoder
@@ -125,21 +126,25 @@ def bge_instruction(name: str, queries: list[str]) -> str:
     return BGE_QUERY_INSTRUCTION["zh" if 4 * han > sum(map(len, queries)) else "en"]
 
 
-def evaluate_encoder(encoder: Encoder, task: RetrievalTask, *, k: int = 100, **encoding: Any) -> Ranking:
+def evaluate_encoder(
+    encoder: Encoder, task: RetrievalTask, *, k: int = 100, cache: EmbeddingCache | None = None, **encoding: Any
+) -> Ranking:
     """Rank the corpus for every question; every rank of a process group gets the result.
 
     Args:
         encoder: on the device to use.
         task: see `load_task`.
         k: depth of the ranking.
+        cache: where vectors are kept; None: nowhere.
         encoding: query_prompt, passage_prompt, query_max_length, passage_max_length; the rest goes to `encode`.
     """
     query_prompt, passage_prompt = encoding.pop("query_prompt", ""), encoding.pop("passage_prompt", "")
     query_length, passage_length = encoding.pop("query_max_length"), encoding.pop("passage_max_length")
-    corpus_ND = encode(
+    vectors_by: Any = cache.vectors if cache else encode
+    corpus_ND = vectors_by(
         encoder, task.corpus, prompt=passage_prompt, max_length=passage_length, description="corpus", **encoding
     )
-    query_QD = encode(
+    query_QD = vectors_by(
         encoder, task.queries, prompt=query_prompt, max_length=query_length, description="queries", **encoding
     )
     scores, rows = exact_search(query_QD, corpus_ND, min(k, len(task.corpus)))

@@ -378,3 +378,17 @@ def test_overwriting_replaces_its_own_files_only(
         (tmp_path / "out" / "notes.txt").write_text("mine")
     assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
     assert not [name for name in os.listdir(tmp_path / "out") if name.startswith(".")]
+
+
+def test_a_second_evaluation_from_the_cache_encodes_nothing(tiny_bert: Path, tmp_path: Path) -> None:
+    data = write_lines(
+        tmp_path / "test.jsonl", [{"query": "密码", "pos": ["账户密码"]}, {"query": "天气", "pos": ["下雨"]}]
+    )
+    folders = [tmp_path / name for name in ("none", "first", "second")]
+    for folder in folders:
+        more = {} if folder is folders[0] else {"cache_dir": tmp_path / "cache"}
+        assert run(tiny_bert, data, output_dir=folder, k=5 if folder is folders[2] else 2, **more) == 0
+    scores = [json.loads((folder / "metrics.json").read_text()) for folder in folders]
+    caches = [json.loads((folder / "manifest.json").read_text()).get("cache") for folder in folders]
+    assert scores[0] == scores[1]
+    assert caches == [None, {"encoded": 4, "reused": 0}, {"encoded": 0, "reused": 4}]
