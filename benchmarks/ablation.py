@@ -250,7 +250,8 @@ def table(results: list[dict[str, Any]]) -> list[str]:
     for result in results:
         by_name[result["name"]].append(result)
     base = {result["seed"]: result for result in by_name["reference"]}
-    for name, runs in by_name.items() if base else ():
+    for name in (name for name in VARIANTS if base and name in by_name):
+        runs = by_name[name]
         scores = [run["mrr"] for run in runs]
         paired = [run for run in runs if run["seed"] in base]
         ours = np.mean([run["per_query"] for run in paired], axis=0)

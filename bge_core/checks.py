@@ -36,7 +36,7 @@ _NUMBER = re.compile(r"[\d零〇一二两三四五六七八九十百千万亿]+"
 _AFTER = "\u0080-\u00bf" + bytes(range(0x80, 0xA0)).decode("cp1252", "ignore")
 _MOJIBAKE = re.compile(f"(?:[\u00c2-\u00ef][{_AFTER}]+){{2}}|[锛銆鈥].*?[锛銆鈥]|锟斤拷", re.DOTALL)
 
-# name: severity, what is counted, what they do, what to do about it; in the order in which they are shown
+# name: severity, what is counted, what they do, what to do about it; the worst first
 KINDS: dict[str, tuple[Severity, str, str, str]] = {
     "contradictions": ("bad", "rows", "have a negative that this or another row gives as a positive of the same query",
                        "Take it out of neg (mine.py does), or merge the rows of a query."),
@@ -76,7 +76,6 @@ KINDS: dict[str, tuple[Severity, str, str, str]] = {
     "shared_positives": ("note", "test rows", "have a positive of the training data",
                          "Expected if one passage answers many queries; to test unseen passages, split by passage."),
 }  # fmt: skip
-_RANK = {"bad": 0, "warning": 1, "note": 2}
 
 
 @dataclass(frozen=True)
@@ -182,8 +181,7 @@ def check_rows(
     ):
         if limit is not None:
             findings += _check_lengths(name, limit, list(dict.fromkeys(texts)), count_tokens, first_row, hits)
-    order = list(KINDS)
-    return sorted(findings, key=lambda found: (_RANK[found.severity], order.index(found.name)))
+    return sorted(findings, key=lambda found: list(KINDS).index(found.name))
 
 
 def summary_lines(findings: Iterable[Finding]) -> list[str]:

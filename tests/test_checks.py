@@ -92,6 +92,7 @@ def test_identical_rows_and_repeated_queries_are_told_apart() -> None:
 def test_no_negatives_anywhere_is_nothing_unusual_but_worth_saying() -> None:
     findings = found([{"query": item["query"], "pos": item["pos"]} for item in CLEAN])
     assert list(findings) == ["no_negatives"] and findings["no_negatives"].share == 1
+    assert list(found([*CLEAN, row(neg=[])])) == ["no_negatives"]  # none is not few
 
 
 def test_scores_that_a_part_lacks() -> None:
@@ -112,7 +113,7 @@ def test_wrong_encodings_are_seen(broken: str) -> None:
 
 
 def test_other_languages_are_no_mojibake() -> None:
-    texts = ["Le café « élevé » à Genève coûte 3 €.", "Größe: 30 °C ± 2 µm, naïve façade", "ÀÉÎÕÜ ¿Qué?", "「東京」の天気",
+    texts = ["Le café « élevé » à Genève coûte 3 €.", "un café\u00a0: 3\u00a0€", "Größe: 30 °C ± 2 µm, naïve façade", "ÀÉÎÕÜ ¿Qué?", "「東京」の天気",
              "안녕하세요", "烫烫烫的火锅", "一把锛子"]  # fmt: skip
     assert "mojibake" not in found([row(pos=texts)])
 

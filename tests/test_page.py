@@ -195,7 +195,7 @@ def mining_facts(**change: Any) -> dict[str, Any]:
         "removed": {"identical": {"count": 20, "examples": [{"query": "问", "positive": "答", "candidate": EVIL, "score": 0.9}]}},
         "lengths": {"query": np.array([5, 6]), "positive": np.array([20, 40]), "negative": np.array([30])},
         "limits": {"query": 64, "positive": 64, "negative": 64},
-        "inspect": [{"query": "酒店几点退房", "pos": [["中午", 0.7], ["十二点", 0.6]], "neg": [["早餐", 0.5], ["晚上", 0.65]]}],
+        "inspect": [{"query": "酒店几点退房", "pos": [["中午", 0.7], ["十二点", 0.6]], "neg": [["早餐", 0.6], ["晚上", 0.65]]}],
     }  # fmt: skip
     return facts | change
 
@@ -264,7 +264,7 @@ def test_the_report_shows_what_it_is_given(tmp_path: Path) -> None:
     assert EVIL in text and html.count("<svg ") == 2 and "2024" in text and "row: 7" in text
     card = re.search(r'<section class="card item">(.*?)</section>', html, re.DOTALL)
     assert card and [t for t in re.findall(r"<td[^>]*>([^<]*)</td>", card[1])] == [
-        "positive", "0.700", "中午", "positive", "0.600", "十二点", "above", "0.650", "晚上", "negative", "0.500", "早餐",
+        "positive", "0.700", "中午", "positive", "0.600", "十二点", "above", "0.650", "晚上", "negative", "0.600", "早餐",
     ]  # fmt: skip
 
 
