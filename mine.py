@@ -315,7 +315,9 @@ def show_cache(config: MineConfig, cache: EmbeddingCache) -> None:
 def check(config: MineConfig, file: str) -> None:
     """Look at a training file, print what is wrong with it and what to do, and write a report if --report names one."""
     rows = sources.read_training_rows([file])
-    against = sources.read_training_rows([config.check_against]) if config.check_against else None
+    against = None
+    if config.check_against:
+        against = [row for _, row in sources.read_source(config.check_against, records.check_evaluation_row)]
     count_tokens = None
     if config.model_name_or_path:
         tokenizer = load_encoder(config.model_name_or_path, trust_remote_code=config.trust_remote_code).tokenizer

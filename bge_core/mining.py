@@ -287,6 +287,8 @@ def mine(
     query_UD = encode_texts(list(places), max_length=config.query_max_len, description="encode queries")
     as_passage = {"prompt": passage_instruction, "max_length": config.passage_max_len}
     pool_ND = encode_texts(pool, **as_passage, description="encode candidates")
+    if math.prod(pool_ND.shape) * pool_ND.dtype.itemsize <= config.search_memory * 2**20:
+        pool_ND = np.asarray(pool_ND)  # a view of a cache is gathered once, where it fits, not row by row
     ranked_UK, searched = on_main(lambda: _retrieve(rows, place_Q, pool, query_UD, pool_ND, config, index_key))
     ranked_QK = ranked_UK[place_Q]
 
