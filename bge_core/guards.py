@@ -1,13 +1,14 @@
 """Guards: is a candidate perhaps an answer, and so no negative? Decided from the texts alone, without a model.
 
-    identical        the same letters and digits as a positive (width, case, spaces and punctuation do not count)
+    identical        the same letters and digits as a positive (width, case, script, spaces, punctuation do not count)
     same_question    a positive of a question that is the same, or nearly the same
     answer           holds the row's `answer`
     near_duplicate   says what a positive says in nearly the same words, or holds it, or is the better part of it
 
 Nearly the same words are no proof: 1998 for 1997, or one name for another, makes the best of all negatives. So two
 texts that are close count as the same only if they agree on their facts, which are numbers, names and rare words. Where
-each has a number, or each a name or rare word, that the other lacks, they speak of different things.
+each has a number, or each a name or rare word, that the other lacks, they speak of different things; so they do where
+the question names something that the positive holds and the candidate does not.
 
     close(p, c)  =  max(edit ratio of the letters, token-set ratio of the words) >= threshold
     same(p, c)   =  close(p, c) and not facts_differ(p, c)
@@ -23,6 +24,7 @@ import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -58,6 +60,19 @@ def words(text: str) -> str:
 
     found = (word.strip() for word in rjieba.cut(unicodedata.normalize("NFKC", text).casefold()))
     return " ".join(word for word in found if any(map(str.isalnum, word)) and not _FUNCTION.issuperset(word))
+
+
+@functools.cache
+def _converter() -> Any:
+    import opencc
+
+    return opencc.OpenCC("t2s")
+
+
+def _simplified(text: str) -> str:
+    """NFKC, in simplified characters."""
+    simplified: str = _converter().convert(unicodedata.normalize("NFKC", text))
+    return simplified
 
 
 def numbers(text: str) -> frozenset[str]:
@@ -135,8 +150,8 @@ class Guards:
         common: frozenset[str] = frozenset(),
         neighbours_QK: np.ndarray | None = None,
     ) -> None:
-        self.settings, self.common = settings, common
-        self._forms = functools.lru_cache(maxsize=200_000)(lambda text: (plain(text), words(text)))
+        self.queries, self.settings, self.common = queries, settings, common
+        self._forms = functools.lru_cache(maxsize=200_000)(self._find_forms)
         self._facts = functools.lru_cache(maxsize=200_000)(self._find_facts)
         self.answers = [[span for span in map(plain, spans) if len(span) >= MIN_ANSWER] for spans in answers]
         self.positives = [list(dict.fromkeys(texts)) for texts in positives]
@@ -155,15 +170,26 @@ class Guards:
             others = dict.fromkeys(text for row in sorted(same) for text in positives[row])
             self.others[number] = [text for text in others if text not in self.positives[number]]
 
+    @staticmethod
+    def _find_forms(text: str) -> tuple[str, str]:
+        """A text's letters, and its words, with numbers in digits."""
+        text = _NUMBER.sub(lambda found: _value(found[0].replace(",", "")), _simplified(text))
+        return plain(text), words(text)
+
     def _find_facts(self, text: str) -> tuple[str, frozenset[str], frozenset[str]]:
         """A text's letters, its numbers, and its names and rare words."""
         import rjieba
 
-        clean = unicodedata.normalize("NFKC", text).casefold()
+        clean = _simplified(text).casefold()
         tagged = [word.strip("".join(_FUNCTION)) for word, tag in rjieba.tag(clean) if tag[:2] in _NAME_TAGS]
         rare = [word for word in self._forms(text)[1].split() if word not in self.common and not _NUMBER.search(word)]
-        names = filter(None, map(plain, [*tagged, *rare, *_TITLE.findall(clean), *_LATIN.findall(clean)]))
-        return self._forms(text)[0], numbers(text), frozenset(names)
+        names = [plain(name) for name in (*tagged, *rare, *_TITLE.findall(clean), *_LATIN.findall(clean))]
+        return plain(clean), numbers(clean), frozenset(filter(None, names))
+
+    def _lacks_subject(self, query: str, positive: str, candidate: str) -> bool:
+        """Whether the question names something that the positive holds and the candidate does not."""
+        (there, *_), (here, *_) = self._facts(positive), self._facts(candidate)
+        return any(name in there and name not in here for name in self._facts(query)[2])
 
     def facts_differ(self, one: str, other: str) -> bool:
         """Whether each text has a number, or each a name or rare word, that the other lacks."""
@@ -209,7 +235,9 @@ class Guards:
                     reasons[i] = "answer"
         if self.settings.near_duplicate is not None:
             left = [i for i, reason in enumerate(reasons) if reason is None]
-            same = self._same([*own, *others], [candidates[i] for i in left], self.settings.near_duplicate)
-            for i in np.flatnonzero(same.any(axis=0)).tolist():
-                reasons[left[i]] = "near_duplicate"
+            known = [*own, *others]
+            same = self._same(known, [candidates[i] for i in left], self.settings.near_duplicate)
+            for i, j in np.argwhere(same).tolist():
+                if not self._lacks_subject(self.queries[number], known[i], candidates[left[j]]):
+                    reasons[left[j]] = "near_duplicate"
         return reasons

@@ -430,3 +430,9 @@ def test_recall_is_measured_on_a_seeded_sample(vectors: Vectors) -> None:
     assert measure_recall(queries, corpus, rows, 5) == 1
     found = [measure_recall(queries, corpus, rows, 10, sample=21, seed=seed) for seed in (1, 1, 2, 3, 4)]
     assert found[0] == found[1] and len(set(found)) > 1 and all(0.5 < recall < 1 for recall in found)
+
+
+def test_few_queries_are_multiplied_as_a_matrix_too(vectors: Vectors) -> None:
+    faiss.cvar.distance_compute_blas_threshold = 128_000  # the default of faiss 1.15: pair by pair, eight times as long
+    exact_search(vectors[0][:5], vectors[1], 3)
+    assert faiss.cvar.distance_compute_blas_threshold == 20

@@ -90,9 +90,20 @@ def test_form_does_not_count() -> None:
     assert plain("《Ａbc》， 一二。") == plain("abc一二") == "abc一二"
     found = guards(**OFF | {"identical": True}).reasons(0, [
         POSITIVE.replace("，", ",").replace("。", ""), f"  {POSITIVE} ", POSITIVE.replace("1898", "１８９８"),
+        POSITIVE.replace("1898", "一八九八"), "北京大學位於北京市海淀區，創立於1898年，是中國近代第一所國立大學。",
         POSITIVE.replace("1898", "1899"),
     ])  # fmt: skip
-    assert found == ["identical", "identical", "identical", None]
+    assert found == [*["identical"] * 5, None]
+
+
+def test_a_text_that_lacks_what_the_question_names_is_a_negative() -> None:
+    positive = "燕京旧院是由美国教会在北京创办的大学，设有文理两科。"
+    candidate = "又一旧院是由美国教会在北京创办的大学，设有文理两科。"
+    common = frozenset(words(positive + candidate).split()) - {"燕京"}
+    asked = [
+        Guards([query], [[positive]], [[]], GuardSettings(), common) for query in ("燕京旧院由谁创办？", "谁创办的？")
+    ]
+    assert [guard.reasons(0, [candidate])[0] for guard in asked] == [None, "near_duplicate"]
 
 
 @pytest.mark.parametrize(
@@ -101,7 +112,7 @@ def test_form_does_not_count() -> None:
         "据悉，北京大学位于北京市海淀区，创立于1898年，是中国近代第一所国立大学。",  # a phrase before it
         "北京大学创立于1898年，位于北京市海淀区，是中国近代第一所国立大学。",  # another order
         "北京大学坐落于北京市海淀区，创建于1898年，是中国近代的第一所国立大学",  # other words
-        "北京大学位于北京市海淀区，创立于一八九八年，是中国近代第一所国立大学。",  # the number in words
+        "北京大学创立于一八九八年，位于北京市海淀区，是中国近代第一所国立大学。",  # the number in words
         "北京大学位于北京市海淀区，创立于1898年，是中国近代第一所国立大学。其校园很美丽，办学历史悠久。",  # and more
         "北京大学位于北京市海淀区，创立于1898年。",  # the better part of it
     ],

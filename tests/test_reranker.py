@@ -73,7 +73,7 @@ def make_random_reranker(kind: str, folder: Path) -> Path:
                 ElectraConfig(**common, embedding_size=16, max_position_embeddings=MAX_LENGTH)
             )
         else:
-            special = {f"{name}_token_id": 0 for name in ("bos", "eos", "cls", "sep")}
+            special: dict[str, Any] = {f"{name}_token_id": 0 for name in ("bos", "eos", "cls", "sep")}
             model = ModernBertForSequenceClassification(
                 ModernBertConfig(**common, **special, local_attention=8, max_position_embeddings=MAX_LENGTH)
             )
@@ -135,7 +135,7 @@ def test_every_way_is_the_stock_model_pair_by_pair(kind: str, attention: Any, fo
     reranker = load_reranker(folder_of(kind), attention=attention)
     assert reranker.max_length == MAX_LENGTH and not reranker.training
     assert reranker.attention == ("auto" if attention == "auto" and kind in ("bert", "xlm-roberta") else "padded")
-    options: dict[str, int | None]
+    options: dict[str, Any]
     for options in ({}, {"max_tokens": 100}, {"max_tokens": 1}, {"batch_size": 1}, {"batch_size": 4}):
         assert_close(reranker.score(PAIRS, **options), want)
 
@@ -196,8 +196,8 @@ def test_the_passage_is_cut_and_a_long_query_alone_fails_nothing(kind: str, fold
             assert pair.count(one) and pair.count(two) and len(pair) == 20
     assert np.isfinite(reranker.score(pairs)).all()
     # What stands beside a pair does not change how it is cut.
-    for pair, want in zip(pairs, ids, strict=True):
-        assert reranker._tokenize([pair])[0] == [want]
+    for texts, want in zip(pairs, ids, strict=True):
+        assert reranker._tokenize([texts])[0] == [want]
     cut = [pair for pair in pairs if len(pair[0]) <= longest]
     assert_close(reranker.score(pairs)[: len(cut)], one_by_one(folder_of(kind), cut, max_length=20))
 
@@ -291,14 +291,18 @@ def test_what_is_no_cross_encoder_is_refused(tiny_bert: Path, folder_of: Callabl
     message = refused(tiny_bert)
     assert "lacks classifier.bias, classifier.weight" in message and "BAAI/bge-reranker-v2-m3" in message
 
-    def changed(**values: Any) -> Path:
-        shutil.copytree(folder_of("bert"), tmp_path / "changed", dirs_exist_ok=True)
+    def changed(folder: Path, **values: Any) -> Path:
+        shutil.copytree(folder, tmp_path / "changed", dirs_exist_ok=True)
         config = json.loads((tmp_path / "changed/config.json").read_text()) | values
         (tmp_path / "changed/config.json").write_text(json.dumps(config))
         return tmp_path / "changed"
 
+    one = {"id2label": {"0": "L0"}, "label2id": {"L0": 0}}
+    assert "lacks classifier.bias, classifier.weight" in refused(changed(tiny_bert, **one))  # it only says so
     three = {"id2label": {str(i): f"L{i}" for i in range(3)}, "label2id": {f"L{i}": i for i in range(3)}}
-    assert "lacks classifier.bias, classifier.weight" in refused(changed(**three))  # a head of another shape
+    assert "lacks classifier.bias, classifier.weight" in refused(
+        changed(folder_of("bert"), **three)
+    )  # a head of another shape
     model = BertForSequenceClassification(BertConfig(**SIZES | {"num_labels": 3, "vocab_size": 99}))
     model.save_pretrained(tmp_path / "three")
     load_reranker(folder_of("bert")).tokenizer.save_pretrained(tmp_path / "three")
