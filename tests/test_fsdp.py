@@ -209,7 +209,9 @@ def test_encoding_from_shards_is_that_of_one_process(case: str, two_ranks: list[
     texts, batch_size = ENCODE_CASES[case]
     alone = encode(load(tiny_bert, torch.float32), texts, prompt=PROMPT, batch_size=batch_size)
     for result in of_both(two_ranks, f"encode/{case}"):
-        if case == "one_text":  # a product of few rows takes, on an AMD EPYC, the order that the weights' addresses suit
+        if (
+            case == "one_text"
+        ):  # a product of few rows takes, on an AMD EPYC, the order that the weights' addresses suit
             assert np.abs(result - alone).max() <= 1e-6
         else:
             assert np.array_equal(result, alone)
