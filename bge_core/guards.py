@@ -153,7 +153,8 @@ class Guards:
         self.queries, self.settings, self.common = queries, settings, common
         self._forms = functools.lru_cache(maxsize=200_000)(self._find_forms)
         self._facts = functools.lru_cache(maxsize=200_000)(self._find_facts)
-        self.answers = [[span for span in map(plain, spans) if len(span) >= MIN_ANSWER] for spans in answers]
+        spans_of = [[self._forms(span)[0] for span in spans] for spans in answers]
+        self.answers = [[span for span in spans if len(span) >= MIN_ANSWER] for spans in spans_of]
         self.positives = [list(dict.fromkeys(texts)) for texts in positives]
         self.others: list[list[str]] = [[] for _ in queries]  # positives of the same question in other rows
         if settings.same_question is None:
