@@ -1,9 +1,12 @@
 #!/usr/bin/env python3
-"""Score one or several encoders on questions with known answers: MRR, Recall and nDCG by exact search.
+"""Score one or several encoders on questions with known answers, and say how sure the difference is.
 
-    python evaluate.py --encoder MODEL [MODEL ...] --val_data test.jsonl --corpus corpus.jsonl --add_instruction --k 100
+    python evaluate.py --encoder BASE FINETUNED --val_data test.jsonl --corpus corpus.jsonl --add_instruction --k 100
+    python evaluate.py --encoder MODEL --val_data path/to/scifact path/to/test.jsonl        BEIR folders, several sets
+    python evaluate.py --run bm25.trec dense.trec --val_data qrels.txt                      runs made elsewhere
 
-Prints one dict a model on stdout and, for several, a table with the differences to the first.
+Prints one dict a model on stdout and, for several, a table with the differences to the first, their intervals and
+tests. With --output_dir a report, plots, rankings and all figures are written.
 """
 
 import gc
@@ -14,25 +17,30 @@ if __name__ == "__main__":
 import itertools
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from bge_core import records
-from bge_core.cache import EmbeddingCache
+from bge_core import UserError, records, sources
+from bge_core.cache import EmbeddingCache, fingerprint
 from bge_core.cli import as_dict, run_stage
 from bge_core.config import EvaluateConfig
+from bge_core.costs import measure_costs
 from bge_core.distributed import world
-from bge_core.evaluation import Ranking, RetrievalTask, bge_instruction, evaluate_encoder, load_task
+from bge_core.evaluation import EvaluationResult, Ranking, bge_instruction, rank, task_vectors
+from bge_core.evaluation_report import write_evaluation_report
 from bge_core.launch import start
+from bge_core.metrics import DEFAULT_METRICS, mean_metrics, per_query_metrics
 from bge_core.model import Encoder, load_encoder
-from bge_core.report import compare_models
+from bge_core.report import add_to_model_card, comparison_tables, text_table
+from bge_core.significance import compare_to_baseline
+from bge_core.tasks import RetrievalTask, load_tasks, read_qrels, read_run, run_as_ranking
 
 logger = logging.getLogger(__name__)
-OWN_FILES = ("metrics.json", "per_query.jsonl", "run.<model>.trec", "manifest.json")
+OWN_FILES = ("metrics.json", "per_query.jsonl", "run.<model>.trec", "significance.json", "report.html", "manifest.json")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,43 +49,117 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def evaluate(config: EvaluateConfig) -> None:
-    """Evaluate every encoder, print, and write the files if an output folder is given."""
+    """Evaluate every encoder on every test set, print, and write the files if an output folder is given."""
     accelerator = start(config.fp16, config.bf16)
     is_main = world()[0] == 0
     if config.output_dir and is_main:
         records.refuse_foreign_folder(config.output_dir, config.overwrite_output_dir, OWN_FILES)
-    task = load_task(config.val_data, config.corpus)
-    logger.info("%d questions, %d passages", len(task.queries), len(task.corpus))
+    if config.update_model_card and (absent := [name for name in config.encoder if not Path(name).is_dir()]):
+        raise UserError(f"--update_model_card: {absent[0]} is no folder; evaluate a local copy of it")
+    if config.run:
+        return score_runs(config) if is_main else None
+    metrics = config.metrics or list(DEFAULT_METRICS)
+    tasks = load_tasks(config.val_data, config.corpus or None)
+    for task in tasks:
+        logger.info("%s: %d questions, %d passages", task.name, len(task.queries), len(task.corpus))
 
     cache = EmbeddingCache(config.cache_dir, config.cache_shard_size) if config.cache_dir else None
-    rankings: dict[str, Ranking] = {}
+    rankings: dict[str, dict[str, Ranking]] = {task.name: {} for task in tasks}
+    costs: dict[str, dict[str, list[Any]]] = {task.name: {} for task in tasks}
     used: dict[str, Any] = {}
     for path, name in zip(config.encoder, unique_names(config.encoder), strict=True):
         encoder = load_encoder(
             path, pooling=config.pooling_method, trust_remote_code=config.trust_remote_code, attention=config.attention,
         ).to(accelerator.device)  # fmt: skip
-        query_prompt, passage_prompt = prompts(config, path, encoder, task)
-        used[name] = {
-            "model": path, "pooling": encoder.settings.pooling, "query_instruction": query_prompt,
-            "passage_instruction": passage_prompt, "precision": accelerator.mixed_precision,
-        }  # fmt: skip
-        rankings[name] = evaluate_encoder(
-            encoder, task, k=config.k, cache=cache, batch_size=config.batch_size, max_tokens=config.max_tokens,
-            precision=accelerator.mixed_precision,
-            query_prompt=query_prompt, passage_prompt=passage_prompt,
-            query_max_length=config.max_query_length, passage_max_length=config.max_passage_length,
-        )  # fmt: skip
-        if is_main:
-            print(f"# {name} ({encoder.settings.pooling} pooling, query instruction {query_prompt!r})")
-            print(rankings[name].means, flush=True)
+        for task in tasks:
+            query_prompt, passage_prompt = prompts(config, path, encoder, task)
+            used[name] = {
+                "model": path, "fingerprint": fingerprint(encoder) if config.output_dir else None,
+                "pooling": encoder.settings.pooling, "query_instruction": query_prompt,
+                "passage_instruction": passage_prompt, "precision": accelerator.mixed_precision,
+            }  # fmt: skip
+            query_QD, corpus_ND = task_vectors(
+                encoder, task, cache=cache, batch_size=config.batch_size, max_tokens=config.max_tokens,
+                precision=accelerator.mixed_precision, query_prompt=query_prompt, passage_prompt=passage_prompt,
+                query_max_length=config.max_query_length, passage_max_length=config.max_passage_length,
+            )  # fmt: skip
+            rankings[task.name][name] = found = rank(query_QD, corpus_ND, task, k=config.k, metrics=metrics)
+            if not is_main:
+                continue
+            on_set = f" on {task.name}" if len(tasks) > 1 else ""
+            print(f"# {name}{on_set} ({encoder.settings.pooling} pooling, query instruction {query_prompt!r})")
+            print(found.means, flush=True)
+            if config.dims or config.dtypes or config.index_factories:
+                costs[task.name][name] = measure_costs(
+                    query_QD, corpus_ND, task, dims=config.dims, dtypes=config.dtypes or ["float32"],
+                    factories=config.index_factories, k=config.k,
+                )  # fmt: skip
+                print(cost_table(costs[task.name][name]))
     if not is_main:
         return
-    if len(rankings) > 1:
-        print("\n" + compare_models({name: ranking.means for name, ranking in rankings.items()}))
+    results = {task.name: EvaluationResult(task, rankings[task.name], config.resamples, config.seed) for task in tasks}
+    for name, result in results.items():
+        if len(config.encoder) > 1:
+            print(
+                "\n" + (f"{name}\n" if len(tasks) > 1 else "") + comparison_tables(result.metrics, result.comparisons)
+            )
+    averages = macro_average([result.metrics for result in results.values()])
+    if len(tasks) > 1:
+        print("\n" + f"mean of {len(tasks)} test sets")
+        for name, means in averages.items():
+            print(f"# {name}\n{means}")
     if config.output_dir:
         kept = {"cache": {"encoded": cache.num_encoded, "reused": cache.num_reused}} if cache else {}
-        write_results(Path(config.output_dir), config, task, rankings, used, **kept)
-        print(f"written: {config.output_dir}")
+        folder = Path(config.output_dir)
+        for name, result in results.items():
+            write_results(folder / name if len(tasks) > 1 else folder, config, result, costs[name], used)
+        sizes = [len(task.queries) for task in tasks] + [len(task.corpus) for task in tasks][: len(config.corpus)]
+        inputs = list(map(sources.describe_source, (*config.val_data, *config.corpus), sizes))
+        manifest = records.make_manifest(
+            "evaluate", as_dict(config), inputs, encoders=used,
+            missing_positives=sum(len(task.missing_texts) for task in tasks),
+            device=torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu", **kept,
+        )  # fmt: skip
+        records.write_json(folder / "metrics.json", averages)
+        records.write_json(folder / "manifest.json", manifest)
+        print(
+            f"written: {folder}" + (f", look at {folder}/report.html" if len(tasks) == 1 else ", a report for each set")
+        )
+    if config.update_model_card:
+        for path, name in zip(config.encoder, unique_names(config.encoder), strict=True):
+            add_to_model_card(Path(path), name, list(results.values()))
+
+
+def macro_average(of_sets: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, dict[str, float]]:
+    """{model: {metric: mean over the test sets}}, every set weighing the same."""
+    first = of_sets[0]
+    return {
+        name: {metric: float(np.mean([of[name][metric] for of in of_sets])) for metric in first[name]} for name in first
+    }
+
+
+def score_runs(config: EvaluateConfig) -> None:
+    """Rankings that something else made, against qrels."""
+    qrels = read_qrels(config.val_data[0])
+    names = unique_names([Path(path).stem.removeprefix("run.") for path in config.run])
+    per_query, query_ids = {}, list[str]()
+    for path, name in zip(config.run, names, strict=True):
+        query_ids, ranked, relevant, missing = run_as_ranking(read_run(path), qrels)
+        ranked = [rows[: config.k] for rows in ranked]
+        per_query[name] = per_query_metrics(ranked, relevant, missing, config.metrics or DEFAULT_METRICS)
+        print(f"# {name}\n{mean_metrics(per_query[name])}", flush=True)
+    means = {name: mean_metrics(values) for name, values in per_query.items()}
+    lines = compare_to_baseline(per_query, names[0], resamples=config.resamples, seed=config.seed)
+    if len(names) > 1:
+        print("\n" + comparison_tables(means, lines))
+    if config.output_dir:
+        folder = Path(config.output_dir)
+        records.write_jsonl(folder / "per_query.jsonl", per_query_lines(query_ids, None, per_query))
+        records.write_json(folder / "significance.json", lines)
+        records.write_json(folder / "metrics.json", means)
+        inputs = [records.describe_input(path, len(query_ids)) for path in (*config.val_data, *config.run)]
+        records.write_json(folder / "manifest.json", records.make_manifest("evaluate", as_dict(config), inputs))
+        print(f"written: {folder}")
 
 
 def unique_names(paths: Sequence[str]) -> list[str]:
@@ -108,6 +190,18 @@ def prompts(config: EvaluateConfig, path: str, encoder: Encoder, task: Retrieval
     return query, passage
 
 
+def cost_table(lines: Sequence[Mapping[str, Any]]) -> str:
+    """What smaller vectors cost, for a terminal."""
+    forms = {"dimension": "d", "bytes_per_passage": ",.1f", "queries_per_second": ",.0f"}
+    return text_table(
+        [name.replace("_", " ") for name in lines[0]],
+        [
+            [value if isinstance(value, str) else f"{value:{forms.get(name, '.4f')}}" for name, value in line.items()]
+            for line in lines
+        ],
+    )
+
+
 def falling(scores: np.ndarray) -> np.ndarray:
     """The scores, each a last bit below the one before where they tie: trec_eval would order ties by id."""
     fallen = scores.astype(np.float32)
@@ -116,38 +210,40 @@ def falling(scores: np.ndarray) -> np.ndarray:
     return fallen
 
 
+def per_query_lines(
+    query_ids: Sequence[str], queries: Sequence[str] | None, per_query: Mapping[str, Mapping[str, np.ndarray]]
+) -> Iterator[records.Row]:
+    """The lines of per_query.jsonl."""
+    for name, values in per_query.items():
+        for i, query_id in enumerate(query_ids):
+            text = {} if queries is None else {"query": queries[i]}
+            yield {"model": name, "query_id": query_id} | text | {metric: float(of[i]) for metric, of in values.items()}
+
+
 def write_results(
-    folder: Path, config: EvaluateConfig, task: RetrievalTask, rankings: dict[str, Ranking], used: dict[str, Any],
-    **more: Any,
-) -> None:  # fmt: skip
-    """metrics.json, per_query.jsonl, one TREC run a model and, last, manifest.json."""
-    for name, ranking in rankings.items():
+    folder: Path, config: EvaluateConfig, result: EvaluationResult, costs: dict[str, list[Any]], used: dict[str, Any]
+) -> None:
+    """A test set's per_query.jsonl, significance.json, costs.json, one TREC run a model, plots and report.html."""
+    task = result.task
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, ranking in result.rankings.items():
         with (
             records.atomic_path(folder / f"run.{name}.trec") as temporary,
             open(temporary, "w", encoding="utf-8") as file,
         ):
             for query_id, rows, scores in zip(task.query_ids, ranking.rows, ranking.scores, strict=True):
-                for rank, (row, score) in enumerate(zip(rows, falling(scores), strict=True), start=1):
-                    columns = (query_id, "Q0", task.corpus_ids[row], str(rank), f"{score:.9g}", name)
+                for place, (row, score) in enumerate(zip(rows, falling(scores), strict=True), start=1):
+                    columns = (query_id, "Q0", task.corpus_ids[row], str(place), f"{score:.9g}", name)
                     file.write(" ".join("_".join(column.split()) for column in columns) + "\n")
-    records.write_jsonl(
-        folder / "per_query.jsonl",
-        (
-            {"model": name, "query_id": query_id, "query": query}
-            | {metric: float(values[i]) for metric, values in ranking.per_query.items()}
-            for name, ranking in rankings.items()
-            for i, (query_id, query) in enumerate(zip(task.query_ids, task.queries, strict=True))
-        ),
-    )
-    records.write_json(folder / "metrics.json", {name: ranking.means for name, ranking in rankings.items()})
-    inputs = [records.describe_input(config.val_data, len(task.queries))]
-    if config.corpus:
-        inputs.append(records.describe_input(config.corpus, len(task.corpus)))
-    manifest = records.make_manifest(
-        "evaluate", as_dict(config), inputs, encoders=used, missing_positives=len(task.missing),
-        device=torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu", **more,
+    per_query = {name: ranking.per_query for name, ranking in result.rankings.items()}
+    records.write_jsonl(folder / "per_query.jsonl", per_query_lines(task.query_ids, task.queries, per_query))
+    records.write_json(folder / "significance.json", result.comparisons)
+    if costs:
+        records.write_json(folder / "costs.json", costs)
+    records.write_json(folder / "metrics.json", result.metrics)
+    write_evaluation_report(
+        folder, result, lang=config.lang, costs=costs, settings=as_dict(config), models=used,
     )  # fmt: skip
-    records.write_json(folder / "manifest.json", manifest)
 
 
 if __name__ == "__main__":

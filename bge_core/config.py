@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal, cast
 
 from bge_core import UserError
+from bge_core.metrics import check_metric
 
 
 def _flag(default: Any, help: str, *aliases: str) -> Any:
@@ -396,12 +397,16 @@ class MergeConfig:
 
 @dataclass
 class EvaluateConfig:
-    """One or more encoders and evaluation data -> MRR, Recall, nDCG by exact search."""
+    """One or more encoders and evaluation data -> metrics by exact search, with intervals, tests and a report."""
 
-    encoder: list[str] = _required("One or more hub names or folders.")
-    val_data: str = _required("JSONL with query and pos.")
-    corpus: str | None = _flag(None, "JSONL with text; default: the distinct pos and neg of val_data.")
+    val_data: list[str] = _required("Test sets: JSONL with query and pos, BEIR folders, hub names; with --run: qrels.")
+    encoder: list[str] = _flag([], "One or more hub names or folders; the first is what the others are compared with.")
+    corpus: list[str] = _flag(
+        [], "JSONL with text, one for all or one a test set; default: each set's own pos and neg."
+    )
+    run: list[str] = _flag([], "TREC run files to score, in place of encoders.")
     k: int = _flag(100, "Depth of the ranking.")
+    metrics: list[str] = _flag([], "Such as MRR@10 nDCG@20 Recall@100 MAP@100 Precision@5 Success@1 CappedRecall@10.")
     add_instruction: bool = _flag(
         False, "Use the model's stored prompts, else BGE's query instruction for its language."
     )
@@ -417,12 +422,41 @@ class EvaluateConfig:
     attention: Attention = _flag("auto", _ATTENTION)
     fp16: bool = _flag(False, "Encode in float16 (GPU).")
     bf16: bool = _flag(False, "Encode in bfloat16.")
-    output_dir: str | None = _flag(None, "Where metrics.json, per_query.jsonl, run.<model>.trec and manifest.json go.")
+    # what it costs
+    dims: list[int] = _flag([], "Also with vectors cut to these dimensions.")
+    dtypes: list[str] = _flag([], "Also with vectors kept as float32, float16, int8 or binary.")
+    index_factories: list[str] = _flag([], "Also with these faiss indexes, as HNSW32 or IVF256,PQ48.")
+    # how sure
+    resamples: int = _flag(10_000, "Of the bootstrap and of the permutation test.")
+    seed: int = _flag(0, "Of both.")
+    # what is written
+    output_dir: str | None = _flag(None, "Where the report, plots, metrics, rankings and the manifest go.")
     overwrite_output_dir: bool = _flag(False, "Replace the files of an earlier evaluation in output_dir.")
+    lang: Literal["en", "zh"] = _flag("en", "Language of the report.")
+    update_model_card: bool = _flag(False, "Write scores and thresholds into the README.md of each encoder's folder.")
     cache_dir: str | None = _flag(None, _CACHE)
     cache_shard_size: int = _flag(4096, "Texts a file of the cache.")
     trust_remote_code: bool = _flag(False, "Run model code that comes with the checkpoint.")
 
     def __post_init__(self) -> None:
-        _need_positive(self, "k", "max_tokens", "max_query_length", "max_passage_length", "cache_shard_size")
+        _need_positive(
+            self, "k", "max_tokens", "max_query_length", "max_passage_length", "cache_shard_size", "resamples"
+        )
         _need(not (self.fp16 and self.bf16), "fp16", True, "cannot go with --bf16: choose one")
+        _need(
+            bool(self.encoder) != bool(self.run), "encoder", self.encoder, "name models to encode with, or --run files"
+        )
+        for name in ("encoder", "run"):
+            of = getattr(self, name)
+            _need(len(set(of)) == len(of), name, of, "is named twice")
+        for name in ("corpus", "dims", "dtypes", "index_factories", "update_model_card", "cache_dir"):
+            _need(not self.run or not getattr(self, name), name, getattr(self, name), "has no meaning with --run")
+        _need(not self.run or len(self.val_data) == 1, "val_data", self.val_data, "with --run: one file of qrels")
+        fits = len(self.corpus) in (0, 1, len(self.val_data))
+        _need(fits, "corpus", self.corpus, f"give one for all, or one for each of {len(self.val_data)} test sets")
+        for dtype in self.dtypes:
+            _need(
+                dtype in ("float32", "float16", "int8", "binary"), "dtypes", dtype, "use float32, float16, int8, binary"
+            )
+        for metric in self.metrics:
+            check_metric(metric)

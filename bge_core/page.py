@@ -13,6 +13,7 @@ import base64
 import hashlib
 import html
 import io
+import json
 import re
 import warnings
 from collections.abc import Container, Mapping, Sequence
@@ -32,6 +33,7 @@ WORDS = {
     "zh": {"bad": "问题", "warning": "警告", "note": "提示", "do": "建议：", "search": "搜索",
            "examples": "例子", "none": "没有需要警告的。"},
 }  # fmt: skip
+AMOUNT = re.compile(r"[-+]?[\d.,]+ ?%|[-+][\d.,]+|\[[-+]?[\d.]+, [-+]?[\d.]+\]")  # share, change, interval
 _STYLE: Any = {
     "svg.fonttype": "none", "svg.hashsalt": "page", "font.size": 10, "axes.spines.top": False,
     "axes.spines.right": False, "axes.linewidth": 0.8, "axes.titlesize": 10, "legend.frameon": False,
@@ -39,7 +41,7 @@ _STYLE: Any = {
     "axes.prop_cycle": f"cycler('color', {list(COLORS)})",
 }  # fmt: skip
 _SCRIPT = """
-for (const box of document.querySelectorAll("input[type=search]")) {
+for (const box of document.querySelectorAll("input[type=search]:not([data-rows])")) {
   const items = [...document.getElementById(box.getAttribute("aria-controls")).querySelectorAll(".item")];
   const texts = items.map(item => item.textContent.toLowerCase());
   const filter = () => {
@@ -50,7 +52,29 @@ for (const box of document.querySelectorAll("input[type=search]")) {
   box.addEventListener("input", filter);
   filter();
 }
-"""
+for (const box of document.querySelectorAll("input[data-rows]")) {
+  const rows = JSON.parse(document.getElementById(box.dataset.rows).textContent);
+  const texts = rows.map(row => row[0].toLowerCase());
+  const body = document.getElementById(box.getAttribute("aria-controls"));
+  const filter = () => {
+    const words = box.value.toLowerCase().split(/\\s+/).filter(Boolean);
+    let count = 0;
+    body.replaceChildren();
+    rows.forEach((row, i) => {
+      if (!words.every(word => texts[i].includes(word)) || count++ >= SHOWN) return;
+      const line = body.insertRow();
+      row.forEach((value, j) => {
+        const cell = line.insertCell();
+        cell.textContent = value;
+        if (j) cell.className = "n";
+      });
+    });
+    box.nextElementSibling.textContent = Math.min(count, SHOWN) + " / " + count;
+  };
+  box.addEventListener("input", filter);
+  filter();
+}
+""".replace("SHOWN", "100")  # of rows that are looked up, as many stand on the page
 
 
 class Page:
@@ -130,6 +154,22 @@ class Page:
             shown.append(_tag("section", _tag("h3", _text(title)) + _tag("table", body), class_="card item"))
         return self._searchable("".join(shown), search)
 
+    def lookup(self, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> "Page":
+        """Rows to be found by words of their first column, of which a hundred are shown.
+
+        They stand in the page as data and not as elements, so that fifty thousand load in a moment.
+        """
+        data = json.dumps([list(map(_shown, row)) for row in rows], ensure_ascii=False, separators=(",", ":"))
+        name, label = f"y{len(self.parts)}-{_digest(data)}", _text(self.words["search"])
+        box = (
+            f'<input type="search" data-rows="{name}" aria-controls="{name}-shown" aria-label="{label}"'
+            f' placeholder="{label}"><output></output>'
+        )
+        head = "".join(_tag("th", _text(text), class_="n" * (i > 0)) for i, text in enumerate(header))
+        table = _tag("table", _tag("thead", _tag("tr", head)) + _tag("tbody", "", id=f"{name}-shown"))
+        script = f'<script type="application/json" id="{name}">{data.replace("<", chr(92) + "u003c")}</script>'
+        return self._add(_tag("div", box, class_="search") + _tag("div", table, class_="examples") + script)
+
     def details(self, summary: str, content: "str | Mapping[str, Any] | Page") -> "Page":
         """What is folded away below `summary`: a text as it stands, names and values, or the parts of another page."""
         if isinstance(content, Page):
@@ -197,7 +237,7 @@ def _is_number(value: object) -> bool:
 
 
 def _is_amount(value: object) -> bool:
-    return _is_number(value) or re.fullmatch(r"[-+]?[\d.,]+ ?%", str(value)) is not None
+    return _is_number(value) or AMOUNT.fullmatch(str(value)) is not None
 
 
 def _shown(value: Any) -> str:

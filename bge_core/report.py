@@ -37,15 +37,27 @@ def _width(text: str) -> int:
     return sum(2 if unicodedata.east_asian_width(char) in "WF" else 1 for char in text)
 
 
-def compare_models(metrics: Mapping[str, Mapping[str, float]]) -> str:
-    """One line a model with every metric, then for each later model the differences to the first."""
-    names = list(metrics)
-    columns = list(metrics[names[0]])
-    rows = [[name, *(f"{metrics[name][column]:.4f}" for column in columns)] for name in names]
-    for name in names[1:]:
-        differences = [metrics[name][column] - metrics[names[0]][column] for column in columns]
-        rows.append([f"{name} - {names[0]}", *(f"{difference:+.4f}" for difference in differences)])
-    return text_table(["model", *columns], rows)
+def comparison_tables(metrics: Mapping[str, Mapping[str, float]], comparisons: Sequence[Mapping[str, Any]]) -> str:
+    """One line a model with every metric, the best ones marked *, then how each differs from the first, and how surely.
+
+    Args:
+        metrics: {model: {metric: mean}}.
+        comparisons: of `significance.compare_to_baseline`.
+    """
+    names, columns = list(metrics), list(next(iter(metrics.values())))
+    best = {column: max(of[column] for of in metrics.values()) for column in columns}
+    rows = [
+        [name, *(f"{of[column]:.4f}{'*' if of[column] == best[column] else ' '}" for column in columns)]
+        for name, of in metrics.items()
+    ]
+    lines = [
+        [f"{line['model']} - {names[0]}", line["metric"], f"{line['difference']:+.4f}",
+         f"[{line['low']:+.4f}, {line['high']:+.4f}]", f"{line['p_adjusted']:.3g}",
+         str(line["wins"]), str(line["losses"]), str(line["ties"])]
+        for line in comparisons
+    ]  # fmt: skip
+    header = ["difference", "metric", "", "95 % interval", "p (Holm)", "better", "worse", "equal"]
+    return text_table(["model", *columns], rows) + "\n\n" + text_table(header, lines)
 
 
 def plot_curves(metrics_file: Path, picture: Path) -> None:
@@ -130,6 +142,47 @@ def write_model_card(
     ]  # fmt: skip
     with atomic_path(folder / "README.md") as temporary:
         temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def add_to_model_card(folder: Path, name: str, results: Sequence[Any]) -> None:
+    """Put scores and thresholds into a model folder's README.md, in place of those of an earlier evaluation.
+
+    Args:
+        folder: the model's.
+        name: of the model in the results.
+        results: `evaluation.EvaluationResult` of each test set.
+    """
+    begin, end = "<!-- evaluation -->", "<!-- /evaluation -->"
+    lines = [begin, "", "## Evaluation", ""]
+    for result in results:
+        first = next(iter(result.rankings))
+        lines += [
+            f"{result.task.name}: {len(result.task.queries):,} questions, {len(result.task.corpus):,} passages.",
+            "",
+        ]
+        lines += ["| metric | value | 95 % interval |", "| --- | ---: | ---: |"]
+        for metric, value in result.metrics[name].items():
+            low, high = result.intervals[name][metric]
+            lines.append(f"| {metric} | {value:.4f} | {low:.4f} to {high:.4f} |")
+        before = {(line["target"], line["value"]): line["threshold"] for line in result.thresholds[first]}
+        if result.thresholds[name]:
+            lines += ["", f"| threshold for | score | 95 % interval | positives kept | {first} |",
+                      "| --- | ---: | ---: | ---: | ---: |"]  # fmt: skip
+        for line in result.thresholds[name]:
+            target = f"{line['target'].replace('_', ' ')} {line['value']:.0%}"
+            was = before.get((line["target"], line["value"]))
+            cells = ["not reached", "", ""]
+            if line["threshold"] is not None:
+                spread = f"{line['low']:.3f} to {line['high']:.3f}"
+                cells = [f"{line['threshold']:.3f}", spread, f"{line['recall']:.1%}"]
+            lines.append("| " + " | ".join([target, *cells, "" if was is None else f"{was:.3f}"]) + " |")
+        lines.append("")
+    path = folder / "README.md"
+    text = path.read_text(encoding="utf-8") if path.exists() else f"# {name}\n"
+    before_it, _, rest = text.partition(begin)
+    rest = rest.partition(end)[2].lstrip("\n")
+    with atomic_path(path) as temporary:
+        temporary.write_text(before_it.rstrip("\n") + "\n\n" + "\n".join([*lines, end, ""]) + rest, encoding="utf-8")
 
 
 def _cell(value: Any) -> str:

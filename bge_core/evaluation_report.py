@@ -1,0 +1,284 @@
+"""What an evaluation found, as a page, pictures and a Markdown table: is it better, for which questions, how sure."""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from bge_core.evaluation import EvaluationResult, is_positive
+from bge_core.page import SIZE, Page
+from bge_core.records import atomic_path
+from bge_core.runlog import read_metrics
+
+HEADLINE = "MRR@10"
+MOST, TOP = 10, 5  # questions that changed most, and what is shown of each ranking
+MAX_LOOKUP = 50_000  # questions that can be searched for
+LANGUAGES = ("en", "zh")  # in the order of templates/evaluation.yaml
+Draw = Callable[[Any], object]
+
+
+def write_evaluation_report(
+    folder: Path, result: EvaluationResult, *, lang: str = "en",
+    costs: Mapping[str, Sequence[Mapping[str, Any]]] | None = None, settings: Mapping[str, Any] | None = None,
+    models: Mapping[str, Mapping[str, Any]] | None = None,
+) -> None:  # fmt: skip
+    """Write report.html, report.md and plots/*.png into a folder, each whole or not at all.
+
+    Args:
+        folder: where to.
+        result: of one test set; the first model is what the others are compared with.
+        lang: "en" or "zh", of the page's own words.
+        costs: for some models what `measure_costs` gave.
+        settings: of the run, folded away at the end.
+        models: for each model what is known of it ("model": its folder, of which training curves are drawn).
+    """
+    text = resources.files("bge_core").joinpath("templates/evaluation.yaml").read_text(encoding="utf-8")
+    words = {key: of[LANGUAGES.index(lang)] for key, of in yaml.safe_load(text).items()}
+    task, names = result.task, list(result.rankings)
+    metrics = list(result.metrics[names[0]])
+    headline = HEADLINE if HEADLINE in metrics else metrics[0]
+    facts = [len(task.queries), len(task.corpus), ", ".join(names[1:]), names[0]]
+    lead = words["lead"].format(*facts) if len(names) > 1 else words["alone"].format(*facts[:2], names[0])
+    page = Page(words["title"].format(task.name), lead, lang)
+    page.tiles(
+        [(name, result.metrics[name][headline], f"{headline}, {_interval(result, name, headline)}") for name in names]
+    )
+    page.section(words["mind"]).warnings(_warnings(result, headline, words))
+
+    page.section(words["results"], words["interval"])
+    header = [words["model"], *metrics]
+    means = []
+    for name in names:
+        means.append([name, *(result.metrics[name][metric] for metric in metrics)])
+        means.append(["", *(_interval(result, name, metric) for metric in metrics)])
+    page.table(header, means, best=dict.fromkeys(metrics, "max") if len(names) > 1 else None)
+    if result.comparisons:
+        page.section(words["differences"].format(names[0]), words["how"].format(result.resamples, result.seed))
+        page.table([words[key] for key in ("model", "metric", "difference")] + ["95 %"] + [
+            words[key] for key in ("p", "adjusted", "wins", "losses", "ties")], _difference_rows(result))  # fmt: skip
+
+    plots: list[tuple[str, str, Draw]] = [("recall", words["recall"], partial(_draw_recall, result))]
+    for name in names:
+        plots.append((f"scores-{name}", words["scored"].format(name), partial(_draw_scores, result, name, words)))
+    page.section(words["curves"]).plot(plots[0][2], plots[0][1])
+    page.section(words["scores"])
+    for _, caption, draw in plots[1:]:
+        page.plot(draw, caption)
+    if any(result.thresholds.values()):
+        page.section(words["thresholds"], words["threshold_text"])
+        page.table([words[key] for key in ("model", "target", "threshold")] + ["95 %"] + [
+            words[key] for key in ("reached", "found", "moved")], _threshold_rows(result, words))  # fmt: skip
+    parts = _parts(result, headline, words)
+    if parts:
+        page.section(words["parts"], headline)
+        page.table(["", "", words["questions"], *names], parts)
+    for name, lines in (costs or {}).items():
+        page.section(words["costs"], words["cost_text"].format(name))
+        keys = list(lines[0])
+        labels = {"bytes_per_passage": "bytes", "queries_per_second": "qps"}
+        page.table(
+            [words.get(labels.get(key, key), key) for key in keys], [[line[key] for key in keys] for line in lines]
+        )
+    if len(names) > 1:
+        for key, cards in zip(("better", "worse"), _changed(result, headline, words), strict=True):
+            page.section(words[key]).cards(cards, search=False)
+    ranks = {name: ranking.first_positive(task) for name, ranking in result.rankings.items()}
+    page.section(words["lookup"], words["lookup_text"])
+    page.lookup(["", *names], [
+        [query, *(int(ranks[name][i]) or "–" for name in names)] for i, query in enumerate(task.queries[:MAX_LOOKUP])
+    ])  # fmt: skip
+    for name, facts in (models or {}).items():
+        curve = Path(str(facts.get("model"))) / "metrics.jsonl"
+        if curve.is_file():
+            plots.append((f"training-{name}", words["loss"], partial(_draw_training, read_metrics(curve), words)))
+            page.section(words["training"].format(name)).plot(plots[-1][2], words["loss"])
+    page.section(words["details"])
+    for name, facts in (models or {}).items():
+        page.details(name, facts)
+    if settings:
+        page.details(words["settings"], settings)
+    page.write(folder / "report.html")
+
+    lines = ["| " + " | ".join(header) + " |", "| --- |" + " ---: |" * len(metrics)]
+    for name in names:
+        cells = [f"{result.metrics[name][metric]:.4f} {_interval(result, name, metric)}" for metric in metrics]
+        lines.append("| " + " | ".join([name, *cells]) + " |")
+    for line in result.comparisons:
+        lines += [""] * (line is result.comparisons[0])
+        lines.append(f"- {line['model']} - {line['baseline']}, {line['metric']}: {line['difference']:+.4f} "
+                     f"[{line['low']:+.4f}, {line['high']:+.4f}], p {line['p_adjusted']:.3g}")  # fmt: skip
+    with atomic_path(folder / "report.md") as temporary:
+        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    for name, _, draw in plots:
+        _write_png(folder / "plots" / f"{name}.png", draw)
+
+
+def _interval(result: EvaluationResult, name: str, metric: str) -> str:
+    low, high = result.intervals[name][metric]
+    return f"[{low:.3f}, {high:.3f}]"
+
+
+def _warnings(result: EvaluationResult, headline: str, words: Mapping[str, str]) -> list[tuple[str, str, str]]:
+    found = []
+    first = next(iter(result.rankings))
+    low, high = result.intervals[first][headline]
+    if (high - low) / 2 > 0.03:
+        found.append(("note", words["few"].format(len(result.task.queries), (high - low) / 2), words["few_do"]))
+    if result.task.missing_texts:
+        found.append(("warning", words["missing"].format(len(result.task.missing_texts)), words["missing_do"]))
+    for line in result.comparisons:
+        if line["metric"] == headline and line["low"] <= 0:
+            kind, key = ("bad", "worse") if line["high"] < 0 else ("warning", "unsure")
+            text = words["worse_than" if key == "worse" else key].format(
+                line["model"], line["baseline"], headline, line["difference"], line["low"], line["high"]
+            )
+            found.append((kind, text, words[f"{key}_do"]))
+    return found
+
+
+def _difference_rows(result: EvaluationResult) -> list[list[Any]]:
+    return [
+        [line["model"], line["metric"], f"{line['difference']:+.4f}", f"[{line['low']:+.4f}, {line['high']:+.4f}]",
+         line["p_value"], line["p_adjusted"], line["wins"], line["losses"], line["ties"]]
+        for line in result.comparisons
+    ]  # fmt: skip
+
+
+def _threshold_rows(result: EvaluationResult, words: Mapping[str, str]) -> list[list[Any]]:
+    rows = []
+    before = {(line["target"], line["value"]): line for line in next(iter(result.thresholds.values()))}
+    for name, lines in result.thresholds.items():
+        for line in lines:
+            known = before.get((line["target"], line["value"]), {}).get("threshold")
+            has = line["threshold"] is not None
+            moved = (
+                f"{line['threshold'] - known:+.3f}"
+                if has and known is not None and lines[0] not in before.values()
+                else None
+            )
+            rows.append([
+                name, words[line["target"]].format(line["value"]), line["threshold"],
+                f"[{line['low']:.3f}, {line['high']:.3f}]" if has else None, line["reached"], line["recall"], moved,
+            ])  # fmt: skip
+    return rows
+
+
+def _parts(result: EvaluationResult, headline: str, words: Mapping[str, str]) -> list[list[Any]]:
+    """The headline metric by length of question and answer, and by source: kind, part, questions, each model's mean."""
+    values = {name: ranking.per_query[headline] for name, ranking in result.rankings.items()}
+    rows: list[list[Any]] = []
+
+    def add(kind: str, label: str, chosen: np.ndarray) -> None:
+        if chosen.any():
+            rows.append([kind, label, int(chosen.sum()), *(float(of[chosen].mean()) for of in values.values())])
+
+    answers = []
+    for facts, own in zip(result.task.query_facts, result.task.relevant, strict=True):
+        answer = facts.get("answer")
+        texts = [answer] if isinstance(answer, str) else list(answer or ())
+        texts = texts or [result.task.corpus[row] for row, grade in own.items() if grade > 0][:1]
+        answers.append(len(texts[0]) if texts else 0)
+    for kind, lengths in (("length", np.array(list(map(len, result.task.queries)))), ("answer", np.array(answers))):
+        edges = np.unique(np.quantile(lengths, [0, 0.25, 0.5, 0.75, 1], method="lower"))
+        for low, high in zip(edges, [*(edges[1:-1] - 1), edges[-1]], strict=False) if len(edges) > 1 else ():
+            add(words[kind], words["chars"].format(low, high), (lengths >= low) & (lengths <= high))
+    sources = np.array([str(facts.get("source", "")) for facts in result.task.query_facts])
+    for source in sorted(set(sources) - {""}):
+        add(words["source"], source, sources == source)
+    return rows
+
+
+def _changed(result: EvaluationResult, headline: str, words: Mapping[str, str]) -> list[list[Any]]:
+    """Cards of the questions that the last model answers better than the first, and worse; the largest change first."""
+    task, names = result.task, list(result.rankings)
+    pair = [names[0], names[-1]]
+    change = result.rankings[pair[1]].per_query[headline] - result.rankings[pair[0]].per_query[headline]
+    right = {name: is_positive(result.rankings[name].rows[:, :TOP], task) for name in pair}
+    ranks = {name: result.rankings[name].first_positive(task) for name in pair}
+    found = []
+    for sign in (-1, 1):
+        order = np.argsort(sign * change, kind="stable")[:MOST]
+        cards = []
+        for i in order[sign * change[order] < 0]:
+            lines: list[tuple[str, str, Any, str]] = []
+            for name in pair:
+                rank = int(ranks[name][i])
+                lines.append(("", name, None, f"{words['rank']} {rank}" if rank else words["not"]))
+                ranking = result.rankings[name]
+                for place, (row, score) in enumerate(zip(ranking.rows[i, :TOP], ranking.scores[i], strict=False)):
+                    is_right = bool(right[name][i, place])
+                    label = f"{place + 1} {words['positive']}" if is_right else str(place + 1)
+                    lines.append(("good" if is_right else "", label, float(score), task.corpus[row][:200]))
+            cards.append((task.queries[i], lines))
+        found.append(cards)
+    return found
+
+
+def _draw_recall(result: EvaluationResult, axes: Any) -> None:
+    task = result.task
+    total = np.array([
+        sum(grade > 0 for grade in own.values()) + len(lost)
+        for own, lost in zip(task.relevant, task.missing, strict=True)
+    ])  # fmt: skip
+    for name, ranking in result.rankings.items():
+        hits = is_positive(ranking.rows, task).cumsum(axis=1) / np.maximum(total, 1)[:, None]
+        axes.plot(np.arange(1, hits.shape[1] + 1), hits.mean(axis=0), label=name)
+    axes.set(xlabel="k", ylabel="Recall@k", xscale="log")
+    axes.set_xticks([k for k in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000) if k <= ranking.rows.shape[1]])
+    axes.xaxis.set_major_formatter("{x:.0f}")
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.legend()
+
+
+def _draw_scores(result: EvaluationResult, name: str, words: Mapping[str, str], axes: Any) -> None:
+    ranking = result.rankings[name]
+    every = [s for r in result.rankings.values() for s in (r.positive_score, r.negative_score)]
+    edges = np.histogram_bin_edges(np.concatenate([scores[np.isfinite(scores)] for scores in every]), 40)
+    for scores, label, color in (
+        (ranking.negative_score, words["other"], "C1"),
+        (ranking.positive_score, words["positive"], "C0"),
+    ):
+        scores = scores[np.isfinite(scores)]
+        axes.hist(scores, edges, histtype="stepfilled", alpha=0.25, color=color)
+        axes.hist(scores, edges, histtype="step", color=color, label=label, linewidth=1.5)
+    axes.set(xlabel="score", ylabel=words["questions"], xlim=(edges[0], edges[-1]))
+    axes.legend(loc="upper left")
+
+
+def _draw_training(lines: Sequence[Mapping[str, Any]], words: Mapping[str, str], axes: Any) -> None:
+    points = [(line["step"], line["loss"]) for line in lines if line.get("loss") is not None]
+    scored = [(line["step"], line[HEADLINE]) for line in lines if HEADLINE in line]
+    axes.plot(*zip(*points, strict=True), color="C0", label=words["loss"])
+    axes.set(xlabel=words["step"], ylabel=words["loss"])
+    if scored:
+        other = axes.twinx()
+        other.plot(*zip(*scored, strict=True), color="C1", marker="o", label=HEADLINE)
+        other.set_ylabel(HEADLINE)
+
+
+def _write_png(path: Path, draw: Draw) -> None:
+    """The drawing as a picture of 150 dots an inch; letters that matplotlib's fonts lack come from the system's."""
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    families = [
+        "DejaVu Sans",
+        "Noto Sans CJK SC",
+        "Noto Sans CJK JP",
+        "WenQuanYi Zen Hei",
+        "PingFang SC",
+        "Microsoft YaHei",
+    ]
+    with matplotlib.rc_context({"font.family": families}):
+        figure = Figure(figsize=SIZE, layout="constrained")
+        FigureCanvasAgg(figure)
+        draw(figure.subplots())
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(path) as temporary:
+            figure.savefig(temporary, format="png", dpi=150)
