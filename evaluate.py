@@ -11,7 +11,6 @@ import gc
 if __name__ == "__main__":
     gc.disable()  # until all below is imported (`run_stage`): a third of the start would be spent on collecting nothing
 
-import itertools
 import logging
 import sys
 from collections.abc import Sequence
@@ -26,10 +25,11 @@ from bge_core.cache import EmbeddingCache
 from bge_core.cli import as_dict, run_stage
 from bge_core.config import EvaluateConfig
 from bge_core.distributed import world
-from bge_core.evaluation import Ranking, RetrievalTask, bge_instruction, evaluate_encoder, load_task
+from bge_core.evaluation import Ranking, bge_instruction, evaluate_encoder
 from bge_core.launch import start
 from bge_core.model import Encoder, load_encoder
 from bge_core.report import compare_models
+from bge_core.tasks import RetrievalTask, describe_task, load_task, make_unique
 
 logger = logging.getLogger(__name__)
 OWN_FILES = ("metrics.json", "per_query.jsonl", "run.<model>.trec", "manifest.json")
@@ -82,12 +82,7 @@ def evaluate(config: EvaluateConfig) -> None:
 
 def unique_names(paths: Sequence[str]) -> list[str]:
     """Each model's last folder name; of equal ones the later get a number."""
-    names: list[str] = []
-    for path in paths:
-        name = Path(path).name or str(path)
-        numbered = (f"{name}-{i}" for i in itertools.count(2))
-        names.append(next(one for one in itertools.chain([name], numbered) if one not in names))
-    return names
+    return make_unique(Path(path).name or str(path) for path in paths)
 
 
 def prompts(config: EvaluateConfig, path: str, encoder: Encoder, task: RetrievalTask) -> tuple[str, str]:
@@ -140,11 +135,9 @@ def write_results(
         ),
     )
     records.write_json(folder / "metrics.json", {name: ranking.means for name, ranking in rankings.items()})
-    inputs = [records.describe_input(config.val_data, len(task.queries))]
-    if config.corpus:
-        inputs.append(records.describe_input(config.corpus, len(task.corpus)))
+    inputs = describe_task(task, config.val_data, config.corpus)
     manifest = records.make_manifest(
-        "evaluate", as_dict(config), inputs, encoders=used, missing_positives=len(task.missing),
+        "evaluate", as_dict(config), inputs, encoders=used, missing_positives=len(task.missing_texts),
         device=torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu", **more,
     )  # fmt: skip
     records.write_json(folder / "manifest.json", manifest)
