@@ -14,7 +14,6 @@ import gc
 if __name__ == "__main__":
     gc.disable()  # until all below is imported (`run_stage`): a third of the start would be spent on collecting nothing
 
-import itertools
 import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from bge_core import UserError, records, sources
+from bge_core import UserError, records
 from bge_core.cache import EmbeddingCache, fingerprint
 from bge_core.cli import as_dict, run_stage
 from bge_core.config import EvaluateConfig
@@ -37,7 +36,16 @@ from bge_core.metrics import DEFAULT_METRICS, mean_metrics, per_query_metrics
 from bge_core.model import Encoder, load_encoder
 from bge_core.report import add_to_model_card, comparison_tables, text_table
 from bge_core.significance import compare_to_baseline
-from bge_core.tasks import RetrievalTask, load_tasks, read_qrels, read_run, run_as_ranking
+from bge_core.tasks import (
+    RetrievalTask,
+    describe_task,
+    load_tasks,
+    make_unique,
+    read_qrels,
+    read_run,
+    run_as_ranking,
+    run_name,
+)
 
 logger = logging.getLogger(__name__)
 OWN_FILES = ("metrics.json", "per_query.jsonl", "run.<model>.trec", "significance.json", "report.html", "manifest.json")
@@ -113,8 +121,9 @@ def evaluate(config: EvaluateConfig) -> None:
         folder = Path(config.output_dir)
         for name, result in results.items():
             write_results(folder / name if len(tasks) > 1 else folder, config, result, costs[name], used)
-        sizes = [len(task.queries) for task in tasks] + [len(task.corpus) for task in tasks][: len(config.corpus)]
-        inputs = list(map(sources.describe_source, (*config.val_data, *config.corpus), sizes))
+        corpora = config.corpus * len(tasks) if len(config.corpus) == 1 else config.corpus or [None] * len(tasks)
+        described = [describe_task(*one) for one in zip(tasks, config.val_data, corpora, strict=True)]
+        inputs = list({line["path"]: line for lines in described for line in lines}.values())
         manifest = records.make_manifest(
             "evaluate", as_dict(config), inputs, encoders=used,
             missing_positives=sum(len(task.missing_texts) for task in tasks),
@@ -141,7 +150,7 @@ def macro_average(of_sets: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[
 def score_runs(config: EvaluateConfig) -> None:
     """Rankings that something else made, against qrels."""
     qrels = read_qrels(config.val_data[0])
-    names = unique_names([Path(path).stem.removeprefix("run.") for path in config.run])
+    names = make_unique(map(run_name, config.run))
     per_query, query_ids = {}, list[str]()
     for path, name in zip(config.run, names, strict=True):
         query_ids, ranked, relevant, missing = run_as_ranking(read_run(path), qrels)
@@ -164,12 +173,7 @@ def score_runs(config: EvaluateConfig) -> None:
 
 def unique_names(paths: Sequence[str]) -> list[str]:
     """Each model's last folder name; of equal ones the later get a number."""
-    names: list[str] = []
-    for path in paths:
-        name = Path(path).name or str(path)
-        numbered = (f"{name}-{i}" for i in itertools.count(2))
-        names.append(next(one for one in itertools.chain([name], numbered) if one not in names))
-    return names
+    return make_unique(Path(path).name or str(path) for path in paths)
 
 
 def prompts(config: EvaluateConfig, path: str, encoder: Encoder, task: RetrievalTask) -> tuple[str, str]:

@@ -49,7 +49,7 @@ from bge_core.distributed import (
     world,
     wrap,
 )
-from bge_core.evaluation import evaluate_encoder, load_task
+from bge_core.evaluation import evaluate_encoder
 from bge_core.launch import resolve_sharding, start, tracker_options
 from bge_core.loss import LossConfig, training_loss
 from bge_core.metrics import per_query_metrics
@@ -57,6 +57,7 @@ from bge_core.model import Encoder, compile_layers, load_encoder
 from bge_core.optim import build_optimizer, learning_rate_schedule
 from bge_core.runlog import append_metrics
 from bge_core.step import LossFunction, StepSettings, forward_backward
+from bge_core.tasks import load_task
 
 logger = logging.getLogger(__name__)
 STOPPED_BY_SIGNAL = 75  # EX_TEMPFAIL: try again

@@ -203,6 +203,16 @@ def check_evaluation_row(row: Row) -> str | None:
     )
 
 
+def check_beir_row(row: Row) -> str | None:
+    """What is wrong with a line of a BEIR folder's corpus.jsonl or queries.jsonl, or None. The text may be empty."""
+    name, text = row.get("_id"), row.get("text")
+    return (
+        _check_text(row | {"_id": str(name)} if isinstance(name, int) else row, "_id", required=True)
+        or (None if isinstance(text, str) and not text.strip() else _check_text(row, "text", required=True))
+        or _check_text(row, "title", required=False)
+    )
+
+
 def read_rows(path: str | Path, check: Check) -> list[Row]:
     """All objects of a JSON-lines file, checked; UserError if it holds none."""
     rows = [row for _, row in read_jsonl(path, check)]

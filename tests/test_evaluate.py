@@ -17,6 +17,7 @@ import evaluate
 from bge_core import evaluation
 from bge_core.evaluation import BGE_QUERY_INSTRUCTION
 from bge_core.model import EncoderSettings, read_settings, write_settings
+from bge_core.tasks import read_qrels, read_run, run_as_ranking
 
 Row = dict[str, Any]
 NAMES = ["MRR@1", "MRR@10", "MRR@100", "Recall@1", "Recall@10", "Recall@100", "nDCG@10"]
@@ -392,3 +393,26 @@ def test_a_second_evaluation_from_the_cache_encodes_nothing(tiny_bert: Path, tmp
     caches = [json.loads((folder / "manifest.json").read_text()).get("cache") for folder in folders]
     assert scores[0] == scores[1]
     assert caches == [None, {"encoded": 4, "reused": 0}, {"encoded": 0, "reused": 4}]
+
+
+def test_a_beir_folder_is_a_test_set(
+    by_hand: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "circle"
+    (folder / "qrels").mkdir(parents=True)
+    write_lines(folder / "corpus.jsonl", [{"_id": f"d{i}", "text": text} for i, text in enumerate("正近中远反")])
+    write_lines(folder / "queries.jsonl", [{"_id": f"q{i}", "text": text} for i, text in enumerate(("问二", "问一"))])
+    qrels = folder / "qrels" / "test.tsv"
+    qrels.write_text("query-id\tcorpus-id\tscore\nq1\td1\t1\nq1\td0\t0\nq1\td9\t1\n", encoding="utf-8")
+    assert run(tmp_path / "m", folder, output_dir=tmp_path / "out") == 0
+    (metrics,) = printed(capsys.readouterr().out)
+    assert metrics["MRR@10"] == 0.5 and metrics["Recall@10"] == 0.5  # of q1 alone: d1 is second, d9 is nowhere
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text(encoding="utf-8"))
+    files = [folder / "queries.jsonl", qrels, folder / "corpus.jsonl"]
+    assert [(entry["path"], entry["rows"]) for entry in manifest["inputs"]] == list(
+        zip(map(str, files), (1, 3, 5), strict=True)
+    )
+    assert manifest["missing_positives"] == 1
+
+    ids, ranked, relevant, missing = run_as_ranking(read_run(tmp_path / "out" / "run.m.trec"), read_qrels(qrels))
+    assert (ids, ranked[0].tolist(), relevant, missing) == (["q1"], [0, 1, 2, 3, 4], [{1: 1, 0: 0}], [[1]])

@@ -1,0 +1,422 @@
+"""Test sets: questions, a corpus and which of its texts are right; and TREC's files, which others' tools write.
+
+data.jsonl, data.parquet, org/name:test   rows of query and pos, optionally id and neg; a positive is found by its text
+folder                                    a BEIR folder: corpus.jsonl, queries.jsonl, qrels/*.tsv; found by its id
+folder/qrels/dev.tsv                      the same, with this split
+
+Q: questions. N: rows of the corpus. K: documents of a ranking. A grade says how right a text is: 1 and more is a
+positive, 0 is judged and not relevant.
+"""
+
+import functools
+import itertools
+import logging
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bge_core import UserError, records
+from bge_core.records import Check, Row
+from bge_core.sources import describe_source, is_hub_name, read_source
+
+logger = logging.getLogger(__name__)
+
+Key = int | str  # what a judgement names: a text, by the hash of its normalized form, or the document of that id
+Qrels = dict[str, dict[str, int]]
+
+_BEIR_HEADER = ["query-id", "corpus-id", "score"]
+_QRELS_COLUMNS = "question 0 document grade; or begin with the header query-id, corpus-id, score, with tabs between"
+_RUN_COLUMNS = "question Q0 document rank score tag"
+
+
+@dataclass(frozen=True)
+class RetrievalTask:
+    """A test set: Q questions, a corpus of N texts, and the grades of those that were judged.
+
+    Args:
+        name: the file's stem or the folder's name; of a split that was named, both, as scifact-dev.
+        query_ids, queries: (Q,) equal questions stay separate.
+        corpus_ids, corpus: (N,) each normalized text once (the first of equal ones).
+        relevant: (Q,) for each question {corpus row: grade}.
+        missing: (Q,) for each question the grades of the positives that the corpus lacks.
+        missing_texts: these positives, each once; of a BEIR folder their ids.
+        query_facts: (Q,) what a row says beside: "source" (a text; the column may be called dataset) and "answer" (a
+            text or a list of them), as far as it is there.
+    """
+
+    name: str
+    query_ids: list[str]
+    queries: list[str]
+    corpus_ids: list[str]
+    corpus: list[str]
+    relevant: list[dict[int, int]]
+    missing: list[list[int]]
+    missing_texts: list[str]
+    query_facts: list[dict[str, Any]]
+
+    @property
+    def num_judged(self) -> int:
+        """Questions with at least one positive, in the corpus or not."""
+        judged = zip(self.relevant, self.missing, strict=True)
+        return sum(bool(lacking) or max(grades.values(), default=0) > 0 for grades, lacking in judged)
+
+
+@dataclass(frozen=True)
+class _Corpus:
+    """`row_of` knows each text's hash and each id, those of the repeated texts included."""
+
+    name: str
+    ids: list[str]
+    texts: list[str]
+    row_of: dict[Key, int]
+
+
+def load_task(val_data: str | Path, corpus: str | Path | None = None) -> RetrievalTask:
+    """Read one test set; see `load_tasks`."""
+    return load_tasks([val_data], None if corpus is None else [corpus])[0]
+
+
+def load_tasks(val_data: Sequence[str | Path], corpus: Sequence[str | Path] | None = None) -> list[RetrievalTask]:
+    """Read test sets.
+
+    Of a BEIR folder the questions that have a line in the qrels are the test set; title and text are joined by a space.
+    Its split is test.tsv, or the only file there is. A grade below 0 counts as 0. Where equal texts were judged, the
+    one that is kept gets the largest grade. Warned of and counted: empty questions, repeated texts, positives that the
+    corpus lacks (misses), judged questions that there are not.
+
+    Args:
+        val_data: a file of rows, a dataset of the hub or a BEIR folder each.
+        corpus: files of text and optional id and title, or BEIR folders: one for all, or one for each set. None: each
+            set's own, corpus.jsonl of a BEIR folder, otherwise the distinct `pos` and `neg` texts.
+
+    Returns:
+        A task for each, in order. Equal names get -2, -3 and so on. Sets with the same corpus share its lists.
+
+    Raises:
+        UserError: a file is missing, empty or has bad lines, an id stands twice, no question has a positive, the qrels
+            are those of another test set or corpus, or the number of corpora does not fit.
+
+    Source: BEIR's folders, beir/datasets/data_loader.py (GenericDataLoader) of https://github.com/beir-cellar/beir.
+    """
+    paths, corpora = [str(path) for path in val_data], [str(path) for path in corpus or [""]]
+    corpora *= len(paths) if len(corpora) == 1 else 1
+    if len(corpora) != len(paths):
+        raise UserError(f"{len(corpora)} corpora for {len(paths)} test sets: name one for all, one for each, or none")
+    read_corpus = functools.cache(_read_corpus)  # what several sets search is read once
+    names = make_unique(map(_name, paths))
+    return [_load(*one, read_corpus) for one in zip(names, paths, corpora, strict=True)]
+
+
+def make_unique(names: Iterable[str]) -> list[str]:
+    """The names in order; of equal ones the later get a number: m, m-2, m-3."""
+    unique: list[str] = []
+    for name in names:
+        numbered = (f"{name}-{i}" for i in itertools.count(2))
+        unique.append(next(one for one in itertools.chain([name], numbered) if one not in unique))
+    return unique
+
+
+def describe_task(task: RetrievalTask, val_data: str | Path, corpus: str | Path | None = None) -> list[Row]:
+    """A manifest's entries of what `task` was read from; the arguments are those of `load_task`."""
+    files = [(str(val_data), len(task.queries))]
+    if beir := _beir_files(str(val_data)):
+        num_judged = sum(map(len, task.relevant)) + sum(map(len, task.missing))
+        files = [(str(beir[0] / "queries.jsonl"), len(task.queries)), (str(beir[1]), num_judged)]
+    if found := corpus or (beir and beir[0]):
+        files.append((_corpus_file(str(found)), len(task.corpus)))
+    return [describe_source(file, num_rows) for file, num_rows in files]
+
+
+def _beir_files(path: str) -> tuple[Path, Path] | None:
+    """The folder and the qrels of a BEIR set; None: it is none."""
+    place = Path(path)
+    if place.suffix == ".tsv" and place.parent.name == "qrels":
+        return place.parent.parent, place
+    if not place.is_dir():
+        return None
+    found = sorted((place / "qrels").glob("*.tsv"))
+    test = [file for file in found if file.name == "test.tsv"] or found
+    if not test or not (place / "queries.jsonl").is_file():
+        raise UserError(f"{place}: lacks queries.jsonl or qrels/*.tsv of a BEIR folder; if you mean a file, name it")
+    if len(test) > 1:
+        names = ", ".join(file.name for file in found)
+        raise UserError(f"{place / 'qrels'}: holds no test.tsv, but {names}; name one, as {found[0]}")
+    return place, test[0]
+
+
+def _name(path: str) -> str:
+    if is_hub_name(path):
+        return path.split("/")[1].replace(":", "-")
+    if not (beir := _beir_files(path)):
+        return Path(path).stem
+    folder = os.path.basename(os.path.abspath(beir[0]))
+    return folder if Path(path).is_dir() else f"{folder}-{beir[1].stem}"
+
+
+def _load(name: str, path: str, corpus: str, read_corpus: Callable[[str, bool], _Corpus]) -> RetrievalTask:
+    judged: list[dict[Key, tuple[int, str]]]  # of each question: key -> grade, and how a message shows it
+    if beir := _beir_files(path):
+        folder, path = beir[0], str(beir[1])
+        pairs, qrels = _read_judged(str(folder / "queries.jsonl"), path)
+        judged = [{document: (grade, document) for document, grade in qrels[one].items()} for one, _ in pairs]
+        passages = read_corpus(corpus or str(folder), not corpus)
+        documents = {key for grades in judged for key in grades}
+        if documents.isdisjoint(passages.row_of):
+            raise UserError(
+                f"{path}: none of its {len(documents)} documents (column corpus-id) is in {passages.name}: these are"
+                " qrels of another corpus; name the corpus that they judge"
+            )
+    else:
+        pairs = list(_read(path, records.check_evaluation_row, "id"))
+        judged = [{records.text_id(text): (1, text) for text in row["pos"]} for _, row in pairs]
+        if corpus:
+            passages = read_corpus(corpus, False)
+        else:
+            texts = records.distinct_texts((row for _, row in pairs), "pos", "neg")
+            passages = _make_corpus(path, [str(i) for i in range(len(texts))], texts)
+    queries = [row["text" if beir else "query"] for _, row in pairs]
+    if num_empty := sum(not query.strip() for query in queries):
+        logger.warning("%s: %d questions are empty; they are scored like the others", path, num_empty)
+    relevant: list[dict[int, int]] = [{} for _ in judged]
+    missing: list[list[int]] = [[] for _ in judged]
+    lacking: dict[Key, str] = {}
+    for grades, found, not_found in zip(judged, relevant, missing, strict=True):
+        for key, (grade, shown) in grades.items():
+            row = passages.row_of.get(key)
+            if row is not None:
+                found[row] = max(found.get(row, 0), grade)
+            elif grade > 0:
+                not_found.append(grade)
+                lacking[key] = shown
+    texts = list(lacking.values())
+    if texts:
+        first = "".join(f"\n  {text[:60]}" for text in texts[:3])
+        logger.warning(
+            "%s lacks %d positives of %s, which count as misses; first:%s", passages.name, len(texts), path, first
+        )
+    ids, facts = [one for one, _ in pairs], [_facts(row) for _, row in pairs]
+    return RetrievalTask(name, ids, queries, passages.ids, passages.texts, relevant, missing, texts, facts)
+
+
+def _facts(row: Row) -> Row:
+    source = next((row[name] for name in ("source", "dataset") if isinstance(row.get(name), str)), None)
+    answer = row.get("answer") if isinstance(row.get("answer"), str | list) else None
+    return {name: value for name, value in (("source", source), ("answer", answer)) if value}
+
+
+def _read(path: str, check: Check, *fields: str) -> Iterator[tuple[str, Row]]:
+    """Yield (id, row): the first of `fields` that the row has, otherwise the line's number from 0.
+
+    Raises:
+        UserError: see `read_source`; after the last row: an id stands on several lines.
+    """
+    line_of: dict[str, int] = {}
+    bad = records.BadLines()
+    for (_, number), row in read_source(path, check, streaming=False):
+        field = next((field for field in fields if row.get(field) is not None), None)
+        name = str(row[field]) if field else str(number - 1)
+        if line_of.setdefault(name, number) == number:
+            yield name, row
+        else:
+            remedy = "make ids unique" if field == "_id" else "make ids unique, or leave them out"
+            bad.add(path, number, f"the id {name!r} is that of line {line_of[name]}, too; {remedy}")
+    bad.refuse()
+
+
+def _read_judged(queries: str, file: str) -> tuple[list[tuple[str, Row]], Qrels]:
+    """The (id, row) of the questions that the qrels judge, and the qrels."""
+    qrels = read_qrels(file)
+    pairs = [pair for pair in _read(queries, records.check_beir_row, "_id") if pair[0] in qrels]
+    if not pairs:
+        num = len(qrels)
+        raise UserError(
+            f"{file}: judges {num} questions (column query-id), none of {queries}: qrels of another test set"
+        )
+    unknown = list(qrels.keys() - {name for name, _ in pairs})
+    if unknown:
+        text = "%s judges %d questions that %s lacks; they are left out, as %s"
+        logger.warning(text, file, len(unknown), queries, min(unknown))
+    _refuse_without_positives(file, (qrels[name] for name, _ in pairs))
+    return pairs, qrels
+
+
+def _refuse_without_positives(name: str, judged: Iterable[Mapping[str, int]]) -> None:
+    if not any(grade > 0 for grades in judged for grade in grades.values()):
+        raise UserError(f"{name}: no question has a positive, that is a score above 0; give qrels that have some")
+
+
+def _corpus_file(path: str) -> str:
+    return str(Path(path) / "corpus.jsonl") if Path(path).is_dir() else path
+
+
+def _read_corpus(path: str, is_beir: bool) -> _Corpus:
+    def check(row: Row) -> str | None:
+        return records.check_beir_row(row) if is_beir or "_id" in row else records.check_corpus_row(row)
+
+    ids, texts = [], []
+    for name, row in _read(_corpus_file(path), check, "_id", "id"):
+        text = f"{row['title']} {row['text']}" if row.get("title") else row["text"]
+        ids.append(name)
+        texts.append(text.strip() if "_id" in row else text)
+    return _make_corpus(_corpus_file(path), ids, texts)
+
+
+def _make_corpus(name: str, ids: list[str], texts: list[str]) -> _Corpus:
+    row_of: dict[Key, int] = {}
+    kept: list[int] = []
+    for i, text in enumerate(texts):
+        row_of[ids[i]] = row = row_of.setdefault(records.text_id(text), len(kept))
+        if row == len(kept):
+            kept.append(i)
+    if len(kept) < len(texts):
+        logger.warning("%s: %d repeated texts were left out of the corpus", name, len(texts) - len(kept))
+    return _Corpus(name, [ids[i] for i in kept], [texts[i] for i in kept], row_of)
+
+
+def read_qrels(path: str | Path) -> Qrels:
+    """The grades of a TREC qrels file (`question 0 document grade`), or of BEIR's, which begins with a header.
+
+    Args:
+        path: the file. BEIR's header is query-id, corpus-id, score, with tabs between.
+
+    Returns:
+        {question: {document: grade}} in the file's order; grades below 0 are kept.
+
+    Raises:
+        UserError: no such file, no line in it, or bad lines (the first ten are named): another number of columns, a
+            grade that is no integer, or two grades of one document.
+
+    Source: the formats of trec_eval 9, and of BEIR's data_loader.py.
+    """
+    qrels: Qrels = {}
+    bad = records.BadLines()
+    first = next(_lines(path), (0, ""))[1]
+    layout: tuple[Any, ...] = (4, _QRELS_COLUMNS)
+    if first.split() == _BEIR_HEADER:
+        layout = (3, "as the header says, none of them empty", "\t" if "\t" in first else None, 1)
+    for number, (question, *_, document, text) in _table(path, bad, *layout):
+        known = qrels.setdefault(question, {})
+        if not text.removeprefix("-").isdecimal():
+            bad.add(path, number, f"the score is {text!r}; it must be an integer, 0 for not relevant")
+        elif known.setdefault(document, int(text)) != int(text):
+            bad.add(path, number, f"the score is {text}, but {known[document]} on an earlier line; keep one of them")
+    return qrels
+
+
+def read_run(path: str | Path) -> dict[str, list[tuple[str, float]]]:
+    """The rankings of a TREC run file (`question Q0 document rank score tag`), in trec_eval's order.
+
+    That is: by score, falling, where scores equal in single precision tie; ties by document id, falling. The rank
+    column counts for nothing.
+
+    Returns:
+        {question: [(document, score in single precision)], best first}, the questions in the file's order.
+
+    Raises:
+        UserError: no such file, no line in it, or bad lines (the first ten are named): another number of columns, a
+            score that is no finite number, or a document that a question has twice.
+
+    Source: trec_eval 9, form_res_rels.c (comp_sim_docno) and get_trec_results.c.
+    """
+    found: dict[str, dict[str, float]] = {}
+    bad = records.BadLines()
+    for number, (question, _, document, _, text, _) in _table(path, bad, 6, _RUN_COLUMNS):
+        try:
+            score = float(text)
+        except ValueError:
+            score = math.nan
+        if not math.isfinite(score):
+            bad.add(path, number, f"the score is {text!r}; it must be a finite number")
+        elif document in found.setdefault(question, {}):
+            bad.add(path, number, f"question {question!r} has document {document!r} on an earlier line, too; keep one")
+        else:
+            found[question][document] = score
+    return {question: _ordered(ranking) for question, ranking in found.items()}
+
+
+def run_name(path: str | Path) -> str:
+    """What a run calls itself: the tag, the last column, of its first line. UserError where there is no line."""
+    return next(_table(path, records.BadLines(), 6, _RUN_COLUMNS))[1][-1]
+
+
+def run_as_ranking(
+    run: Mapping[str, Sequence[tuple[str, float]]], qrels: Mapping[str, Mapping[str, int]]
+) -> tuple[list[str], list[np.ndarray], list[dict[int, int]], list[list[int]]]:
+    """A run in the form that `metrics.per_query_metrics` scores: documents become rows of a corpus, all of the run's.
+
+    Every question of the qrels counts (trec_eval -c): one that the run lacks has an empty ranking. What the run has
+    without a judgement is left out, with a warning.
+
+    Args:
+        run: see `read_run`.
+        qrels: see `read_qrels`; a grade below 0 counts as 0.
+
+    Returns:
+        query_ids: (Q,) in the order of the qrels.
+        ranked: (Q,) of (K,) int64, each question's rows, the best first.
+        relevant, missing: (Q,) as in `RetrievalTask`; missing are positives that the run has for no question.
+
+    Raises:
+        UserError: no question of the run is judged, or none has a positive.
+    """
+    _refuse_without_positives("the qrels", qrels.values())
+    unjudged = [question for question in run if question not in qrels]
+    if len(unjudged) == len(run):
+        raise UserError(f"the qrels judge none of the run's {len(run)} questions; give those of the run's test set")
+    if unjudged:
+        logger.warning(
+            "the qrels do not judge %d questions of the run; they are left out; first: %s",
+            len(unjudged), ", ".join(unjudged[:3]),
+        )  # fmt: skip
+    if num_empty := sum(question not in run for question in qrels):
+        logger.warning("the run lacks %d judged questions, which score 0", num_empty)
+    found = [[document for document, _ in run.get(question, ())] for question in qrels]
+    row_of = {document: row for row, document in enumerate(dict.fromkeys(itertools.chain.from_iterable(found)))}
+    return (
+        list(qrels),
+        [np.array([row_of[document] for document in documents], dtype=np.int64) for documents in found],
+        [{row_of[one]: max(grade, 0) for one, grade in of.items() if one in row_of} for of in qrels.values()],
+        [[grade for one, grade in of.items() if one not in row_of and grade > 0] for of in qrels.values()],
+    )
+
+
+def _ordered(ranking: Mapping[str, float]) -> list[tuple[str, float]]:
+    scores: list[float] = np.array(list(ranking.values()), dtype=np.float32).tolist()
+    return [(document, score) for score, document in sorted(zip(scores, ranking, strict=True), reverse=True)]
+
+
+def _table(
+    path: str | Path, bad: records.BadLines, num_columns: int, layout: str, separator: str | None = None, skip: int = 0
+) -> Iterator[tuple[int, list[str]]]:
+    """Yield (line number from 1, columns) after the first `skip` lines; after the last one refuse what is in `bad`."""
+    number = 0
+    for number, line in itertools.islice(_lines(path), skip, None):
+        columns = line.split(separator)
+        if len(columns) == num_columns and all(columns):
+            yield number, columns
+        else:
+            bad.add(path, number, f"has {len(columns)} columns ({line[:60]!r}); write {num_columns}: {layout}")
+    bad.refuse()
+    if not number:
+        raise UserError(f"{path}: holds no line; write {num_columns} columns: {layout}")
+
+
+def _lines(path: str | Path) -> Iterator[tuple[int, str]]:
+    """Yield (number from 1, line) of a text file; blank lines are skipped."""
+    number = 0
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield number, line.rstrip("\r\n")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}; name a file") from None
+    except UnicodeDecodeError:
+        raise UserError(
+            f"{path}: not UTF-8 somewhere after line {number}; convert it, as with iconv -t UTF-8"
+        ) from None
