@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal, cast
 
 from bge_core import UserError
-from bge_core.metrics import check_metric
+from bge_core.metrics import parse_metric
 
 
 def _flag(default: Any, help: str, *aliases: str) -> Any:
@@ -459,4 +459,4 @@ class EvaluateConfig:
                 dtype in ("float32", "float16", "int8", "binary"), "dtypes", dtype, "use float32, float16, int8, binary"
             )
         for metric in self.metrics:
-            check_metric(metric)
+            parse_metric(metric)

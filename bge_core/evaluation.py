@@ -149,7 +149,7 @@ def evaluate(
     rankings = {}
     for name, model in named.items():
         if isinstance(model, tuple):
-            rankings[name] = rank(*model, task, k=k, metrics=metrics)
+            rankings[name] = rank(model[0], model[1], task, k=k, metrics=metrics)
             continue
         encoder = model if isinstance(model, Encoder) else load_encoder(str(model))
         stored = encoder.settings
@@ -197,7 +197,8 @@ def evaluate_encoder(
         k: depth of the ranking.
         metrics: names as in `per_query_metrics`.
     """
-    return rank(*task_vectors(encoder, task, **encoding), task, k=k, metrics=metrics)
+    query_QD, corpus_ND = task_vectors(encoder, task, **encoding)
+    return rank(query_QD, corpus_ND, task, k=k, metrics=metrics)
 
 
 def rank(

@@ -41,8 +41,9 @@ def write_evaluation_report(
     task, names = result.task, list(result.rankings)
     metrics = list(result.metrics[names[0]])
     headline = HEADLINE if HEADLINE in metrics else metrics[0]
-    facts = [len(task.queries), len(task.corpus), ", ".join(names[1:]), names[0]]
-    lead = words["lead"].format(*facts) if len(names) > 1 else words["alone"].format(*facts[:2], names[0])
+    lead = words["lead" if len(names) > 1 else "alone"].format(
+        len(task.queries), len(task.corpus), names[0], ", ".join(names[1:])
+    )
     page = Page(words["title"].format(task.name), lead, lang)
     page.tiles(
         [(name, result.metrics[name][headline], f"{headline}, {_interval(result, name, headline)}") for name in names]
@@ -103,16 +104,16 @@ def write_evaluation_report(
         page.details(words["settings"], settings)
     page.write(folder / "report.html")
 
-    lines = ["| " + " | ".join(header) + " |", "| --- |" + " ---: |" * len(metrics)]
+    markdown = ["| " + " | ".join(header) + " |", "| --- |" + " ---: |" * len(metrics)]
     for name in names:
         cells = [f"{result.metrics[name][metric]:.4f} {_interval(result, name, metric)}" for metric in metrics]
-        lines.append("| " + " | ".join([name, *cells]) + " |")
+        markdown.append("| " + " | ".join([name, *cells]) + " |")
     for line in result.comparisons:
-        lines += [""] * (line is result.comparisons[0])
-        lines.append(f"- {line['model']} - {line['baseline']}, {line['metric']}: {line['difference']:+.4f} "
+        markdown += [""] * (line is result.comparisons[0])
+        markdown.append(f"- {line['model']} - {line['baseline']}, {line['metric']}: {line['difference']:+.4f} "
                      f"[{line['low']:+.4f}, {line['high']:+.4f}], p {line['p_adjusted']:.3g}")  # fmt: skip
     with atomic_path(folder / "report.md") as temporary:
-        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        temporary.write_text("\n".join(markdown) + "\n", encoding="utf-8")
     for name, _, draw in plots:
         _write_png(folder / "plots" / f"{name}.png", draw)
 
