@@ -17,12 +17,12 @@ from bge_core import UserError
 from bge_core.records import Row, atomic_path, read_json, refuse_unwritable, write_json
 from bge_core.search import (
     can_use_gpu,
-    import_faiss,
-    warn_once,
     checked_blocks,
     empty_result,
     exact_search,
+    import_faiss,
     score_pairs,
+    warn_once,
 )
 
 EXAMPLES = "for example Flat, HNSW32, IVF1024,Flat or IVF4096,PQ64"
