@@ -11,7 +11,12 @@ precision (float32), and the median ratio of the pairs is given with the smalles
                     random sentences of the corpus as negatives.
     encode          --texts sentences of the corpus, at most 128 tokens; the call alone
     encode_cls      the same with the first token's vector, as BGE's models are made, instead of the mean
-    mine            15 negatives from ranks 2 to 200 for the training questions; the whole process, cold
+    mine            15 negatives from ranks 2 to 200 for the training questions, guards on; the whole process, cold
+    mine_again      the same job a second time, the embeddings in a folder: our --cache_dir and sentence-transformers'
+                    cache_folder. FlagEmbedding's miner keeps none, so it is as cold as before
+    mine_bf16       as `mine`, ours with --bf16; on a CPU FlagEmbedding always works in float32
+    mine_large      1,000,000 passages of 16 to 40 characters and a model of one layer (384 dimensions, random weights),
+                    ours with --cache_dir: the memory of what is not the encoder. --pairs 1: five minutes a side
     evaluate        three models (the encoder under three names) on the test questions at k = 100; the whole process
     merge           two models of bge-large's shape (1.3 GB each, random weights), 0.5 and 0.5; the whole process
 
@@ -20,8 +25,10 @@ sentence-transformers with MultipleNegativesRankingLoss, each column encoded by 
 to 1.5 times as fast here as its default of one rectangle for queries and passages); both pad to the longest text of a
 batch or column (packing needs flash-attn, which needs a GPU; neither groups by length in training). Both encode sorted
 by length at batch size 32, their fastest here. The miner left
-FlagEmbedding's package after 1.2: --miner is 1.2.11's source, run with 1.4.2's model. For mine and evaluate the corpus
-is the positives and random sentences, --passages in all.
+FlagEmbedding's package after 1.2: --miner is 1.2.11's source, run with 1.4.2's model. sentence-transformers'
+mine_hard_negatives runs with use_faiss, which is faster here, and sampling_strategy="random". For mine and evaluate the
+corpus is the positives and random sentences, --passages in all. Before the pairs of `mine` each miner gives once all
+that the range holds (198, our guards off): how many of a peer's negatives ours has, too.
 
 Activation memory is the peak of the process less what it held before the first step and less gradients and AdamW's two
 moments (12 bytes a parameter), the same for all three. Private memory is the peak of a process's anonymous pages.
@@ -53,6 +60,7 @@ NAMES = {
     "sentence_transformers": "sentence-transformers",
     "lm_cocktail": "LM_Cocktail",
 }
+GUARDS = ("identical", "near_duplicates", "same_questions", "answers")
 NO_INSTRUCTION = ["--query_instruction_for_retrieval", "", "--passage_instruction_for_retrieval", ""]  # as the peers
 WHAT = {
     "train2": "training, group size 2, batch 32",
@@ -60,6 +68,9 @@ WHAT = {
     "encode": "encoding sentences, mean pooling",
     "encode_cls": "encoding sentences, CLS pooling, as BGE's",
     "mine": "mining, 2-200, 15 negatives, cold",
+    "mine_again": "mining the same again, from the cache",
+    "mine_bf16": "mining, cold, ours in bf16",
+    "mine_large": "mining 1,000,000 passages, one layer",
     "evaluate": "evaluating three models, cold",
     "merge": "merging two models of 1.3 GB",
 }
@@ -180,8 +191,7 @@ def train_sentence_transformers(job: Result, folder: str) -> Result:
     from sentence_transformers.base.losses import column_merging_disabled  # type: ignore[import-not-found]
     from sentence_transformers.losses import MultipleNegativesRankingLoss  # type: ignore[import-not-found]
 
-    with open(job["rows"], encoding="utf-8") as lines:
-        rows = [json.loads(line) for line in lines]
+    rows = read_rows(job["rows"])
     columns = {"anchor": [row["query"] for row in rows], "positive": [row["pos"][0] for row in rows]}
     for i in range(job["group"] - 1):
         columns[f"negative_{i}"] = [row["neg"][i] for row in rows]
@@ -259,7 +269,29 @@ def mine_flagembedding(job: Result, folder: str) -> None:
     model.encode = lambda texts, batch_size=None, max_length=PASSAGE_LENGTH, **more: encode_texts(
         texts, batch_size=32, max_length=max_length, **more
     )
-    miner.find_knn_neg(model, job["questions"], job["corpus"], f"{folder}/mined.jsonl", [2, 200], 15, False)
+    output = job.get("output", f"{folder}/mined.jsonl")
+    miner.find_knn_neg(model, job["questions"], job["corpus"], output, [2, 200], job["negatives"], False)
+
+
+def mine_sentence_transformers(job: Result, folder: str) -> None:
+    """mine_hard_negatives, written as training rows."""
+    from datasets import Dataset
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.util import mine_hard_negatives  # type: ignore[import-not-found]
+
+    rows = read_rows(job["questions"])
+    model = SentenceTransformer(job["model"], device="cpu")
+    model.max_seq_length = PASSAGE_LENGTH
+    pairs = {"anchor": [row["query"] for row in rows], "positive": [row["pos"][0] for row in rows]}
+    mined = mine_hard_negatives(
+        Dataset.from_dict(pairs), model, corpus=[row["text"] for row in read_rows(job["corpus"])], range_min=2,
+        range_max=200, num_negatives=job["negatives"], sampling_strategy="random" if job["negatives"] < 198 else "top",
+        output_format="n-tuple", batch_size=32, use_faiss=True, cache_folder=job.get("cache"), verbose=False,
+    )  # fmt: skip
+    with open(job.get("output", f"{folder}/mined.jsonl"), "w", encoding="utf-8") as file:
+        for row in mined:
+            neg = [row[name] for name in mined.column_names if name.startswith("negative")]
+            file.write(json.dumps({"query": row["anchor"], "neg": neg}, ensure_ascii=False) + "\n")
 
 
 def evaluate_sentence_transformers(job: Result, folder: str) -> None:
@@ -269,10 +301,8 @@ def evaluate_sentence_transformers(job: Result, folder: str) -> None:
         InformationRetrievalEvaluator,
     )
 
-    with open(job["questions"], encoding="utf-8") as lines:
-        rows = [json.loads(line) for line in lines]
-    with open(job["corpus"], encoding="utf-8") as lines:
-        corpus = {str(i): json.loads(line)["text"] for i, line in enumerate(lines)}
+    rows = read_rows(job["questions"])
+    corpus = {str(i): row["text"] for i, row in enumerate(read_rows(job["corpus"]))}
     places = {text: i for i, text in corpus.items()}
     queries = {str(i): row["query"] for i, row in enumerate(rows)}
     relevant = {str(i): {places[text] for text in row["pos"]} for i, row in enumerate(rows)}
@@ -294,10 +324,14 @@ def merge_lm_cocktail(job: Result, folder: str) -> None:
 
 
 TRAIN = {"ours": train_ours, "flagembedding": train_flagembedding, "sentence_transformers": train_sentence_transformers}
+MINERS = {"flagembedding": mine_flagembedding, "sentence_transformers": mine_sentence_transformers}
 STAGES = {
-    "mine": ("flagembedding", mine_flagembedding),
-    "evaluate": ("sentence_transformers", evaluate_sentence_transformers),
-    "merge": ("lm_cocktail", merge_lm_cocktail),
+    "mine": MINERS,
+    "mine_again": MINERS,
+    "mine_bf16": {"flagembedding": mine_flagembedding},
+    "mine_large": {"flagembedding": mine_flagembedding},
+    "evaluate": {"sentence_transformers": evaluate_sentence_transformers},
+    "merge": {"lm_cocktail": merge_lm_cocktail},
 }
 
 
@@ -305,12 +339,13 @@ def command_of(python: str, job: Result, folder: str) -> list[str]:
     """What runs a job: this file, or for our side of a stage its script."""
     if job["side"] != "ours" or job["kind"] not in STAGES:
         return [python, str(Path(__file__).resolve()), "--child", json.dumps(job)]
-    if job["kind"] == "mine":
+    if job["kind"].startswith("mine"):
         words = [
             "mine.py", "--model_name_or_path", job["model"], "--input_file", job["questions"], "--candidate_pool",
-            job["corpus"], "--output_file", f"{folder}/mined.jsonl", "--range_for_sampling", "2-200",
-            "--negative_number", "15", "--query_max_len", str(QUERY_LENGTH), "--passage_max_len", str(PASSAGE_LENGTH),
-            *NO_INSTRUCTION,
+            job["corpus"], "--output_file", job.get("output", f"{folder}/mined.jsonl"), "--range_for_sampling",
+            "2-200", "--negative_number", str(job["negatives"]), "--query_max_len", str(QUERY_LENGTH),
+            "--passage_max_len", str(PASSAGE_LENGTH), *NO_INSTRUCTION, *job.get("flags", []),
+            *(["--cache_dir", job["cache"]] if "cache" in job else []),
         ]  # fmt: skip
     elif job["kind"] == "evaluate":
         words = [
@@ -381,15 +416,20 @@ def write_rows(source: Path, target: Path) -> None:
             rows.write(json.dumps(json.loads(line) | {"neg": rng.sample(texts, 7)}, ensure_ascii=False) + "\n")
 
 
+def read_rows(file: str | Path) -> list[Result]:
+    """The lines of a jsonl file."""
+    with open(file, encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
+
+
 def read_texts(source: Path) -> list[str]:
     """The sentences of the corpus."""
-    with open(source / "corpus.jsonl", encoding="utf-8") as lines:
-        return [json.loads(line)["text"] for line in lines]
+    return [row["text"] for row in read_rows(source / "corpus.jsonl")]
 
 
 def write_task(source: Path, folder: Path, questions: str, passages: int) -> Result:
     """The questions, and a corpus of their positives and random sentences."""
-    rows = [json.loads(line) for line in (source / questions).read_text(encoding="utf-8").splitlines()]
+    rows = read_rows(source / questions)
     texts = list(dict.fromkeys(text for row in rows for text in row["pos"]))
     others = sorted(set(read_texts(source)) - set(texts))
     texts += random.Random(0).sample(others, min(len(others), max(0, passages - len(texts))))
@@ -414,6 +454,32 @@ def write_large_models(encoder: Path, folder: Path) -> list[str]:
     return names
 
 
+def write_small_model(encoder: Path, folder: Path) -> str:
+    """A model of one layer with random weights: its vectors cost little, and are as large as others."""
+    import torch
+    from transformers import AutoTokenizer, BertConfig, BertModel
+
+    torch.manual_seed(0)
+    shape = {"hidden_size": 384, "num_hidden_layers": 1, "num_attention_heads": 6, "intermediate_size": 384}
+    BertModel(BertConfig(vocab_size=21_128, **shape)).save_pretrained(folder / "small")
+    AutoTokenizer.from_pretrained(encoder).save_pretrained(folder / "small")
+    return str(folder / "small")
+
+
+def write_many(source: Path, folder: Path, passages: int) -> Result:
+    """Pieces of the corpus's characters as a corpus, and the first 200 of them as questions."""
+    rng, text = random.Random(0), "".join(read_texts(source))
+    starts = rng.sample(range(len(text) - 40), min(passages, len(text) - 40))
+    texts = [text[start : start + rng.randint(16, 40)] for start in starts]
+    while len(texts) < passages:
+        texts.append(texts[rng.randrange(len(starts))][:12] + texts[rng.randrange(len(starts))][:20])
+    rows = [{"query": text[:12], "pos": [text]} for text in texts[:200]]
+    for name, lines in (("questions", rows), ("corpus", [{"text": text} for text in texts])):
+        with open(folder / f"{name}.jsonl", "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    return {"num_passages": passages}
+
+
 def prepare_job(what: str, args: argparse.Namespace, folder: Path) -> Result:
     """Write what both sides read."""
     job: Result = {"kind": what, "model": str(Path(args.encoder).resolve())}
@@ -428,11 +494,29 @@ def prepare_job(what: str, args: argparse.Namespace, folder: Path) -> Result:
         return job | {"rows": f"{folder}/texts.json"}
     if what == "merge":
         return job | {"models": write_large_models(args.encoder, folder)}
-    job |= write_task(args.data, folder, "train.jsonl" if what == "mine" else "test.jsonl", args.passages)
+    job |= write_task(args.data, folder, "test.jsonl" if what == "evaluate" else "train.jsonl", args.passages)
+    if what == "mine_large":
+        job |= {"model": write_small_model(args.encoder, folder)} | write_many(args.data, folder, 1_000_000)
+    if what.startswith("mine"):
+        job["flags"] = ["--bf16"] if what == "mine_bf16" else []
+        return job | {"miner": str(Path(args.miner).resolve()), "negatives": 15}
     models = [folder / name for name in ("one", "two", "three")]
     for name in models:
         name.symlink_to(job["model"])
-    return job | {"models": list(map(str, models)), "miner": str(Path(args.miner).resolve())}
+    return job | {"models": list(map(str, models))}
+
+
+def share_of_candidates(jobs: dict[str, Result], pythons: dict[str, str], threads: int) -> str:
+    """How many of the peer's negatives ours has, too, where both give all that the range holds."""
+    found = []
+    for side, job in jobs.items():
+        job |= {"output": f"{job['output']}-{side}", "negatives": 198, "side": side}
+        measure(pythons[side], job, threads)
+        found.append([set(row["neg"]) for row in read_rows(job["output"])])
+    ours, theirs = found
+    assert len(ours) == len(theirs)
+    common = sum(len(a & b) for a, b in zip(ours, theirs, strict=True))
+    return f"{common:,} of {sum(map(len, theirs)):,}, ours {sum(map(len, ours)):,}"
 
 
 def summarize(file: Path) -> None:
@@ -487,7 +571,7 @@ def main() -> None:
         job = json.loads(args.child)
         with tempfile.TemporaryDirectory() as folder:
             if job["kind"] in STAGES:
-                STAGES[job["kind"]][1](job, folder)
+                STAGES[job["kind"]][job["side"]](job, folder)
             else:
                 result = encode(job, folder) if job["kind"] == "encode" else TRAIN[job["side"]](job, folder)
                 print(json.dumps(result))
@@ -500,13 +584,27 @@ def main() -> None:
     for what in args.what:
         with tempfile.TemporaryDirectory() as folder:
             job = prepare_job(what, args, Path(folder))
-            for peer in [STAGES[what][0]] if what in STAGES else args.against:
-                pairs = []
+            for peer in STAGES.get(what, args.against):
+                pythons = {"ours": sys.executable, peer: args.peers_python}
+                pairs, more = [], dict[str, str]()
+                jobs = {"ours": job, peer: job}
+                if what == "mine":
+                    unguarded = [word for name in GUARDS for word in (f"--guard_{name}", "False")]
+                    all_of = job | {"output": f"{folder}/all", "flags": unguarded}
+                    more["same_candidates"] = share_of_candidates(
+                        {s: dict(all_of) for s in jobs}, pythons, args.threads
+                    )
+                if what in ("mine_again", "mine_large"):
+                    jobs = {side: job | {"cache": f"{folder}/cache-{side}"} for side in jobs}
+                    for side in jobs if what == "mine_again" else ():
+                        if side != "flagembedding":  # which keeps nothing
+                            measure(pythons[side], jobs[side] | {"side": side}, args.threads)
                 for number in range(args.pairs):
                     sides = ["ours", peer] if number % 2 == 0 else [peer, "ours"]
-                    pythons = {"ours": sys.executable, peer: args.peers_python}
-                    pairs.append({side: measure(pythons[side], job | {"side": side}, args.threads) for side in sides})
-                line = {"what": what, "peer": NAMES[peer]} | ratios_of(pairs, peer) | {"pairs": pairs} | facts
+                    pairs.append(
+                        {side: measure(pythons[side], jobs[side] | {"side": side}, args.threads) for side in sides}
+                    )
+                line = {"what": what, "peer": NAMES[peer]} | ratios_of(pairs, peer) | more | {"pairs": pairs} | facts
                 if "num_passages" in job:
                     line["passages"] = job["num_passages"]
                 with open(results, "a", encoding="utf-8") as out:

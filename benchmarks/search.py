@@ -28,6 +28,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -244,6 +245,71 @@ def measure(kind: str, threads: int, **job: Any) -> Result:
     return result
 
 
+# ------------------------------------------------------------------------------------------------------ prediction
+
+LARGE_DIM, SERVER_CORES, EFFICIENCY = 1024, 64, 0.7  # bge-large; cores of a server, and what is left where all work
+MINED_QUERIES, DEPTH = 1_000_000, 200
+GPU_FLOPS = 8 * 0.5 * 67e12  # eight H100, float32 (vendor), of which half is assumed
+CODE_BYTES = 64 + 8  # of PQ64, with the row's number
+
+
+def predict(found: Result) -> list[tuple[int, str, float, float, float, str]]:
+    """(vectors, index, bytes, seconds to make it, seconds of 1,000,000 queries, where): none of it was measured.
+
+        Flat             2 D N FLOP a query
+        IVFn,PQ64        to make: each vector is compared with its centroids, and its code is found
+                         a query: the centroids, then nprobe / n of the codes, which stand beside each other
+        HNSW32           the rate measured with 1,000,000 vectors, times log(1,000,000) / log(N): it visits log N
+                         points, and time for each grows with D
+
+    Constants as measured with 384 dimensions on one thread, FLOP-bound ones scaled by D, on SERVER_CORES at EFFICIENCY.
+    """
+    c, cores, scale = found["constants"], SERVER_CORES * EFFICIENCY, LARGE_DIM / DIM
+    flops = c["knn_gflops_1"] * 1e9 * cores
+    rows = []
+    for num_rows, lists in ((10**8, 65_536), (10**9, 262_144)):
+        product = 2 * LARGE_DIM * num_rows * MINED_QUERIES
+        rows += [
+            (num_rows, "Flat", 4 * LARGE_DIM * num_rows, 0.0, product / flops, "disk; 64 cores"),
+            (num_rows, "Flat", 4 * LARGE_DIM * num_rows, 0.0, product / GPU_FLOPS, "disk; 8 x H100"),
+        ]
+        graph = found["indexes"]["HNSW32"]
+        slower = np.log(num_rows) / np.log(graph["rows"]) * scale / cores * graph["threads"]
+        rows.append((
+            num_rows, "HNSW32", (4 * LARGE_DIM + 4 * 64 + 16) * num_rows,
+            num_rows * graph["build_seconds"] / graph["rows"] * slower,
+            MINED_QUERIES / graph["queries_per_second"] * slower, "memory; 64 cores",
+        ))  # fmt: skip
+        # A graph over the centroids visits some thousands of them instead of all.
+        visited, probes = 4096, max(2 * lists**0.5, 10 * 4 * DEPTH * lists / num_rows)
+        centroids = 2 * LARGE_DIM * visited / flops
+        make = num_rows * (centroids + scale / (c["pq64_encode_per_second"] * cores))
+        codes = probes / lists * num_rows / (c["pq64_codes_per_second"] * cores)
+        rows.append((
+            num_rows, f"IVF{lists}_HNSW32,PQ64", CODE_BYTES * num_rows + 4 * LARGE_DIM * lists, make,
+            MINED_QUERIES * (centroids + codes), "memory; 64 cores",
+        ))  # fmt: skip
+    return rows
+
+
+def time_of(took: float) -> str:
+    """Seconds as a person says them, two digits."""
+    for unit, name in ((86_400, "d"), (3600, "h"), (60, "min")):
+        if took >= 2 * unit:
+            return f"{took / unit:.2g} {name}"
+    return f"{took:.2g} s" if took else "-"
+
+
+def prediction_table(found: Result) -> str:
+    """Markdown, the same in both languages: docs/scaling.md has it between its marks."""
+    lines = ["| N | index_factory | GB | build | 1,000,000 queries | |", "| ---: | --- | ---: | ---: | ---: | --- |"]
+    lines += [
+        f"| {num_rows / 1e6:,.0f} M | {name} | {size / 1e9:,.0f} | {time_of(made)} | {time_of(took)} | {where} |"
+        for num_rows, name, size, made, took, where in predict(found)
+    ]
+    return "\n".join(lines)
+
+
 # ------------------------------------------------------------------------------------------------------ what is shown
 
 
@@ -367,6 +433,11 @@ def main() -> None:
             records.write_json(args.results / "search.json", found)
     with records.atomic_path(args.results / "search.md") as temporary:
         temporary.write_text(as_markdown(found), encoding="utf-8")
+    if "constants" in found and "HNSW32" in found.get("indexes", {}):
+        for page in ("scaling.md", "scaling.zh-CN.md"):
+            path = ROOT / "docs" / page
+            inside = re.compile(r"(<!-- vectors -->\n).*?(\n<!-- /vectors -->)", re.DOTALL)
+            path.write_text(inside.sub(rf"\g<1>{prediction_table(found)}\g<2>", path.read_text(encoding="utf-8")))
     if "growth" in found:
         plot(found["growth"], args.results / "search.png")
 

@@ -15,7 +15,15 @@ import numpy as np
 
 from bge_core import UserError
 from bge_core.records import Row, atomic_path, read_json, refuse_unwritable, write_json
-from bge_core.search import _can_use_gpu, _faiss, _warn_once, checked_blocks, empty_result, exact_search, score_pairs
+from bge_core.search import (
+    can_use_gpu,
+    checked_blocks,
+    empty_result,
+    exact_search,
+    import_faiss,
+    score_pairs,
+    warn_once,
+)
 
 EXAMPLES = "for example Flat, HNSW32, IVF1024,Flat or IVF4096,PQ64"
 CODES = re.compile("PQ|SQ|RQ|BitQ|ITQ|PCA")  # what keeps codes in place of vectors, so that its own order is rough
@@ -70,7 +78,7 @@ def approximate_search(
     if len(queries) == 0 or len(corpus) == 0:
         return scores, rows, facts
     num_candidates = min((4 if CODES.search(factory) else 1) * k, len(corpus))
-    on_gpu = use_gpu and _can_use_gpu(num_candidates)
+    on_gpu = use_gpu and can_use_gpu(num_candidates)
 
     dim, num_rows = corpus.shape[1], len(corpus)
     holds: Row = {"index_factory": factory, "dimension": dim, "rows": num_rows, "content_key": content_key}
@@ -138,7 +146,7 @@ def measure_recall(
 
 def _build(corpus: np.ndarray, factory: str, train_rows: int | None, seed: int) -> tuple[Any, Row]:
     """A trained and filled index, and what is worth knowing of how it was made."""
-    faiss = _faiss()
+    faiss = import_faiss()
     # Without np faiss also orders PQ codes for a search by their bits, which nobody uses: a hundred times as long.
     quick = re.sub(r"(?<!O)(PQ\d+(x\d+)?)(?=,|$)", r"\1np", factory)
     try:
@@ -182,7 +190,7 @@ def _sample(corpus: np.ndarray, factory: str, ivf: Any, train_rows: int | None, 
 def _write(index: Any, path: Path, holds: Row) -> None:
     """Put an index on disk, whole or not at all."""
     with atomic_path(path) as temporary:
-        _faiss().write_index(index, str(temporary))
+        import_faiss().write_index(index, str(temporary))
         # The JSON first: killed between the two, a run leaves a JSON without an index, and the next writes both.
         write_json(f"{path}.json", holds | {"bytes": temporary.stat().st_size})
 
@@ -204,7 +212,7 @@ def _open(path: Path, holds: Row, *, mapped: bool) -> Any | None:
         raise UserError(f"{path}: is the index of something else, by its .json: {'; '.join(wrong)}; {remedy}")
     if path.stat().st_size != stated.get("bytes"):
         raise UserError(f"{path}: is broken: {path.stat().st_size:,} bytes, not {stated.get('bytes')}; {remedy}")
-    faiss = _faiss()
+    faiss = import_faiss()
     # Lists of an IVF are mapped by one flag, vectors and graphs of other types by another, which older faiss lacks.
     flag = faiss.IO_FLAG_MMAP if "IVF" in holds["index_factory"] else getattr(faiss, "IO_FLAG_MMAP_IFC", 0)
     try:
@@ -218,7 +226,7 @@ def _open(path: Path, holds: Row, *, mapped: bool) -> Any | None:
 
 def _set_parameters(index: Any, parameters: str) -> None:
     try:
-        _faiss().ParameterSpace().set_index_parameters(index, parameters)
+        import_faiss().ParameterSpace().set_index_parameters(index, parameters)
     except RuntimeError as error:
         raise UserError(
             f"parameters {parameters!r}: this index has no such ({_reason(error)}); for example nprobe=32 for an IVF,"
@@ -228,20 +236,20 @@ def _set_parameters(index: Any, parameters: str) -> None:
 
 def _to_gpus(index: Any, factory: str) -> tuple[Any, str]:
     """The index on all GPUs, each with a share, and "gpu"; or, where faiss cannot, as it is, and "cpu"."""
-    faiss = _faiss()
+    faiss = import_faiss()
     options = faiss.GpuMultipleClonerOptions()
     options.shard = True
     options.useFloat16 = True  # what it gets wrong, the exact scores set right
     try:
         return faiss.index_cpu_to_all_gpus(index, co=options), "gpu"
     except RuntimeError as error:
-        _warn_once(f"faiss has no {factory} for GPUs ({_reason(error)}): searching on the CPU")
+        warn_once(f"faiss has no {factory} for GPUs ({_reason(error)}): searching on the CPU")
         return index, "cpu"
 
 
 def _ivf(index: Any) -> Any | None:
     """The inverted lists within an index, if it has any."""
-    return _faiss().try_extract_index_ivf(index)
+    return import_faiss().try_extract_index_ivf(index)
 
 
 def _reason(error: RuntimeError) -> str:

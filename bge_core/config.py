@@ -233,7 +233,7 @@ class TrainConfig:
     # model
     model_name_or_path: str = _required("Hub name or folder of the encoder to fine-tune.", "embedder_name_or_path")
     output_dir: str = _required("Run folder: final model, checkpoints, metrics.jsonl, curves.png, manifest.json.")
-    train_data: list[str] = _required("One or more JSONL files, or folders of them.")
+    train_data: list[str] = _required("Files (jsonl, parquet), folders, hub names or a sources.yaml.")
     tokenizer_name: str | None = _flag(None, "Tokenizer, if it lies elsewhere than the model.")
     cache_dir: str | None = _flag(None, "Folder of the hub's downloads.")
     token: str | None = _flag(None, "Hub token; default: the environment's HF_TOKEN.")

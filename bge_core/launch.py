@@ -123,11 +123,13 @@ def _keep_freed_memory() -> None:
     """Let glibc keep what a step frees for the next one.
 
     Blocks above 32 MB else go back to the system, which clears every page anew when they are asked for again: a fifth
-    of the time of a batch of 128. What the process holds stays at its peak.
+    of the time of a batch of 128. What the process holds stays at its peak, in one arena: with one for each thread, as
+    is the default, what one frees is of no use to another, and encoding holds 150 MB more.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):  # musl has none
-        m_trim_threshold, m_mmap_threshold = -1, -3
+        m_trim_threshold, m_mmap_threshold, m_arena_max = -1, -3, -8
+        libc.mallopt(m_arena_max, 1)
         libc.mallopt(m_trim_threshold, 2**31 - 1)
         libc.mallopt(m_mmap_threshold, 2**30)
 

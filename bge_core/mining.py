@@ -288,7 +288,8 @@ def mine(
     as_passage = {"prompt": passage_instruction, "max_length": config.passage_max_len}
     pool_ND = encode_texts(pool, **as_passage, description="encode candidates")
     if math.prod(pool_ND.shape) * pool_ND.dtype.itemsize <= config.search_memory * 2**20:
-        pool_ND = np.asarray(pool_ND)  # a view of a cache is gathered once, where it fits, not row by row
+        # Views of a cache are gathered once, where that fits, not row by row.
+        query_UD, pool_ND = np.asarray(query_UD), np.asarray(pool_ND)
     ranked_UK, searched = on_main(lambda: _retrieve(rows, place_Q, pool, query_UD, pool_ND, config, index_key))
     ranked_QK = ranked_UK[place_Q]
 
@@ -348,8 +349,9 @@ def mine(
         temperature=config.sampling_temperature, scores=scores, refuse=judge if guards or judge.filters else None,
         approve=approve if teacher else None,
     )  # fmt: skip
-    neg = [own + [pool[i] for i in (*ranked, *filled)] for own, (ranked, filled) in zip(own_neg, chosen, strict=True)]
-    neg_score = [text_scores(number, texts) for number, texts in enumerate(neg)]
+    taken = [[*ranked, *filled] for ranked, filled in chosen]
+    neg = [own + [pool[i] for i in of] for own, of in zip(own_neg, taken, strict=True)]
+    neg_score = [text_scores(i, own) + scores(i, taken[i]).tolist() for i, own in enumerate(own_neg)]
     teachers = (
         [[[known[i, text] for text in texts] for i, texts in enumerate(of)] for of in ([r["pos"] for r in rows], neg)]
         if teacher

@@ -65,7 +65,7 @@ def exact_search(
         return scores, rows
     dim = queries.shape[1]
     num_nominees = min(k + EXTRA, len(corpus))
-    search = _gpu_search(dim) if use_gpu and _can_use_gpu(num_nominees) else _cpu_search
+    search = _gpu_search(dim) if use_gpu and can_use_gpu(num_nominees) else _cpu_search
     # Half of the memory for two corpus blocks, the one that is searched and the next; a quarter for the queries and
     # what is kept per nominee (score, row, the copies of a merge); a quarter for the float64 products. Blocks of one
     # row are slow, but still right.
@@ -128,7 +128,7 @@ def gpu_available() -> bool:
     Raises:
         UserError: faiss is not installed.
     """
-    faiss = _faiss()
+    faiss = import_faiss()
     # faiss-cpu has get_num_gpus (which says 0) in some versions and lacks the other GPU names in all.
     return hasattr(faiss, "GpuMultipleClonerOptions") and faiss.get_num_gpus() > 0
 
@@ -214,14 +214,14 @@ def checked_blocks(array: np.ndarray, name: str, num_rows: int) -> Iterator[tupl
 
 
 def _cpu_search(queries: np.ndarray, block: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    faiss = _faiss()
+    faiss = import_faiss()
     scores, rows = faiss.knn(queries, block, k, metric=faiss.METRIC_INNER_PRODUCT)
     return scores, rows
 
 
 def _gpu_search(dim: int) -> Search:
     """A search on all GPUs, each with a share of the block. One index for all blocks: making one takes long."""
-    faiss = _faiss()
+    faiss = import_faiss()
     options = faiss.GpuMultipleClonerOptions()
     options.shard = True
     options.useFloat16 = False  # FlagEmbedding's miner uses True; the error bound is that of float32
@@ -236,23 +236,25 @@ def _gpu_search(dim: int) -> Search:
     return search
 
 
-def _can_use_gpu(num_nominees: int) -> bool:
+def can_use_gpu(num_nominees: int) -> bool:
+    """Whether faiss can find so many rows a query on a GPU; if not, the reason is logged once."""
     if not gpu_available():
-        _warn_once("faiss sees no GPU (faiss-cpu, or none in this machine): searching on the CPU, with the same result")
+        warn_once("faiss sees no GPU (faiss-cpu, or none in this machine): searching on the CPU, with the same result")
         return False
     if num_nominees > GPU_MAX_K:
-        _warn_once(f"faiss on a GPU returns at most {GPU_MAX_K} rows a query: searching on the CPU")
+        warn_once(f"faiss on a GPU returns at most {GPU_MAX_K} rows a query: searching on the CPU")
         return False
     return True
 
 
 @functools.cache
-def _warn_once(message: str) -> None:
+def warn_once(message: str) -> None:
+    """Log a warning, each text once in a process."""
     logger.warning(message)
 
 
-def _faiss() -> Any:
-    """Imported here, so that everything else works without it.
+def import_faiss() -> Any:
+    """The package, imported where it is needed, so that everything else works without it.
 
     By default faiss 1.15 multiplies pair by pair where queries * dimension < 128,000, at an eighth of the speed of a
     matrix product (measured). Below 20, as here, it does not matter.

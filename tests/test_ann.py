@@ -35,9 +35,9 @@ def vectors() -> Vectors:
 
 @pytest.fixture(autouse=True)
 def warnings_start_afresh() -> Iterator[None]:
-    search._warn_once.cache_clear()
+    search.warn_once.cache_clear()
     yield
-    search._warn_once.cache_clear()
+    search.warn_once.cache_clear()
 
 
 def files_of(folder: Path) -> dict[str, tuple[bytes, int]]:
@@ -393,7 +393,7 @@ def test_an_index_goes_to_all_gpus_or_says_why_not(
     }  # fmt: skip
     stub = SimpleNamespace(**{name: getattr(faiss, name) for name in dir(faiss)} | fakes)
     for module in (ann, search):
-        monkeypatch.setattr(module, "_faiss", lambda: stub)
+        monkeypatch.setattr(module, "import_faiss", lambda: stub)
     with caplog.at_level(logging.WARNING):
         for factory, device in (("IVF32,Flat", "gpu"), ("HNSW16", "cpu"), ("HNSW16", "cpu")):
             expected = approximate_search(*vectors, 5, factory, content_key="a")

@@ -255,7 +255,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def state_as_before() -> Iterator[None]:
     level, num_threads = logging.getLogger().level, torch.get_num_threads()
-    search._warn_once.cache_clear()
+    search.warn_once.cache_clear()
     yield
     logging.getLogger().setLevel(level)
     torch.set_num_threads(num_threads)

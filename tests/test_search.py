@@ -49,9 +49,9 @@ def near_equal_vectors(rng: np.random.Generator, num: int, dim: int) -> np.ndarr
 
 @pytest.fixture(autouse=True)
 def warnings_start_afresh() -> Iterator[None]:
-    search._warn_once.cache_clear()
+    search.warn_once.cache_clear()
     yield
-    search._warn_once.cache_clear()
+    search.warn_once.cache_clear()
 
 
 @settings(deadline=None)
@@ -234,7 +234,7 @@ def test_a_gpu_index_is_filled_block_by_block_and_gives_the_same(monkeypatch: py
         knn=faiss.knn,
         METRIC_INNER_PRODUCT=faiss.METRIC_INNER_PRODUCT,
     )
-    monkeypatch.setattr(search, "_faiss", lambda: stub)
+    monkeypatch.setattr(search, "import_faiss", lambda: stub)
     rng = np.random.default_rng(7)
     queries, corpus = unit_vectors(rng, 50, 16), unit_vectors(rng, 2500, 16)
     assert gpu_available()
@@ -249,7 +249,7 @@ def test_without_a_gpu_it_warns_once_and_searches_on_the_cpu(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     without_gpu_names = SimpleNamespace(knn=faiss.knn, METRIC_INNER_PRODUCT=faiss.METRIC_INNER_PRODUCT)
-    monkeypatch.setattr(search, "_faiss", lambda: without_gpu_names)
+    monkeypatch.setattr(search, "import_faiss", lambda: without_gpu_names)
     assert not gpu_available()
     vectors = unit_vectors(np.random.default_rng(8), 20, 8)
     with caplog.at_level(logging.WARNING):
