@@ -121,8 +121,11 @@ def evaluate(config: EvaluateConfig) -> None:
         folder = Path(config.output_dir)
         for name, result in results.items():
             write_results(folder / name if len(tasks) > 1 else folder, config, result, costs[name], used)
-        corpora = config.corpus * len(tasks) if len(config.corpus) == 1 else config.corpus or [None] * len(tasks)
-        described = [describe_task(*one) for one in zip(tasks, config.val_data, corpora, strict=True)]
+        corpora = config.corpus * (len(tasks) if len(config.corpus) == 1 else 1) or [""] * len(tasks)
+        described = [
+            describe_task(task, val_data, corpus or None)
+            for task, val_data, corpus in zip(tasks, config.val_data, corpora, strict=True)
+        ]
         inputs = list({line["path"]: line for lines in described for line in lines}.values())
         manifest = records.make_manifest(
             "evaluate", as_dict(config), inputs, encoders=used,

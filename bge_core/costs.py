@@ -60,6 +60,7 @@ def measure_costs(
 
     Source: binary with rescoring, Yamada et al. 2021, "Efficient Passage Retrieval with Hashing".
     """
+    query_QD, corpus_ND = (np.asarray(vectors, dtype=np.float32) for vectors in (query_QD, corpus_ND))
     size = corpus_ND.shape[1]
     if bad := [dim for dim in dims if not 0 < dim <= size]:
         raise UserError(f"--dims {bad[0]}: these vectors have {size} dimensions; use 1 to {size}")
@@ -84,16 +85,15 @@ def measure_costs(
             else:
                 index = _flat_index(corpus, dtype)
                 add(dim, dtype, index.code_size, lambda some, index=index: index.search(some, k)[1], queries)  # type: ignore[misc]
-    queries, corpus = np.asarray(query_QD, np.float32), np.asarray(corpus_ND, np.float32)
     for factory in factories:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "index.faiss"
 
             def search(some: np.ndarray, factory: str = factory, path: Path = path) -> np.ndarray:
-                return approximate_search(some, corpus, k, factory, content_key="costs", path=path)[1]
+                return approximate_search(some, corpus_ND, k, factory, content_key="costs", path=path)[1]
 
-            search(queries[:1])  # makes it
-            add(size, factory, path.stat().st_size / len(corpus), search, queries)
+            search(query_QD[:1])  # makes it
+            add(size, factory, path.stat().st_size / len(corpus_ND), search, query_QD)
     return found
 
 

@@ -36,8 +36,7 @@ def write_evaluation_report(
         settings: of the run, folded away at the end.
         models: for each model what is known of it ("model": its folder, of which training curves are drawn).
     """
-    text = resources.files("bge_core").joinpath("templates/evaluation.yaml").read_text(encoding="utf-8")
-    words = {key: of[LANGUAGES.index(lang)] for key, of in yaml.safe_load(text).items()}
+    words = _words(lang)
     task, names = result.task, list(result.rankings)
     metrics = list(result.metrics[names[0]])
     headline = HEADLINE if HEADLINE in metrics else metrics[0]
@@ -62,13 +61,11 @@ def write_evaluation_report(
         page.table([words[key] for key in ("model", "metric", "difference")] + ["95 %"] + [
             words[key] for key in ("p", "adjusted", "wins", "losses", "ties")], _difference_rows(result))  # fmt: skip
 
-    plots: list[tuple[str, str, Draw]] = [("recall", words["recall"], partial(_draw_recall, result))]
-    for name in names:
-        plots.append((f"scores-{name}", words["scored"].format(name), partial(_draw_scores, result, name, words)))
-    page.section(words["curves"]).plot(plots[0][2], plots[0][1])
+    plots = _plots(result, models or {}, words)
+    page.section(words["curves"]).plot(*plots["recall"])
     page.section(words["scores"])
-    for _, caption, draw in plots[1:]:
-        page.plot(draw, caption)
+    for name in names:
+        page.plot(*plots[f"scores-{name}"])
     if any(result.thresholds.values()):
         page.section(words["thresholds"], words["threshold_text"])
         page.table([words[key] for key in ("model", "target", "threshold")] + ["95 %"] + [
@@ -92,11 +89,9 @@ def write_evaluation_report(
     page.lookup(["", *names], [
         [query, *(int(ranks[name][i]) or "–" for name in names)] for i, query in enumerate(task.queries[:MAX_LOOKUP])
     ])  # fmt: skip
-    for name, facts in (models or {}).items():
-        curve = Path(str(facts.get("model"))) / "metrics.jsonl"
-        if curve.is_file():
-            plots.append((f"training-{name}", words["loss"], partial(_draw_training, read_metrics(curve), words)))
-            page.section(words["training"].format(name)).plot(plots[-1][2], words["loss"])
+    for name in names:
+        if f"training-{name}" in plots:
+            page.section(words["training"].format(name)).plot(*plots[f"training-{name}"])
     page.section(words["details"])
     for name, facts in (models or {}).items():
         page.details(name, facts)
@@ -114,8 +109,26 @@ def write_evaluation_report(
                      f"[{line['low']:+.4f}, {line['high']:+.4f}], p {line['p_adjusted']:.3g}")  # fmt: skip
     with atomic_path(folder / "report.md") as temporary:
         temporary.write_text("\n".join(markdown) + "\n", encoding="utf-8")
-    for name, _, draw in plots:
+    for name, (draw, _) in _plots(result, models or {}, _words("en")).items():  # whose letters every font has
         _write_png(folder / "plots" / f"{name}.png", draw)
+
+
+def _words(lang: str) -> dict[str, str]:
+    text = resources.files("bge_core").joinpath("templates/evaluation.yaml").read_text(encoding="utf-8")
+    return {key: of[LANGUAGES.index(lang)] for key, of in yaml.safe_load(text).items()}
+
+
+def _plots(
+    result: EvaluationResult, models: Mapping[str, Mapping[str, Any]], words: Mapping[str, str]
+) -> dict[str, tuple[Draw, str]]:
+    """{name: (what draws it on axes, caption)}."""
+    plots: dict[str, tuple[Draw, str]] = {"recall": (partial(_draw_recall, result), words["recall"])}
+    for name in result.rankings:
+        plots[f"scores-{name}"] = partial(_draw_scores, result, name, words), words["scored"].format(name)
+        curve = Path(str(models.get(name, {}).get("model"))) / "metrics.jsonl"
+        if curve.is_file():
+            plots[f"training-{name}"] = partial(_draw_training, read_metrics(curve), words), words["loss"]
+    return plots
 
 
 def _interval(result: EvaluationResult, name: str, metric: str) -> str:
@@ -150,20 +163,16 @@ def _difference_rows(result: EvaluationResult) -> list[list[Any]]:
 
 
 def _threshold_rows(result: EvaluationResult, words: Mapping[str, str]) -> list[list[Any]]:
-    rows = []
-    before = {(line["target"], line["value"]): line for line in next(iter(result.thresholds.values()))}
+    rows, first = [], next(iter(result.thresholds))
+    before = {(line["target"], line["value"]): line["threshold"] for line in result.thresholds[first]}
     for name, lines in result.thresholds.items():
         for line in lines:
-            known = before.get((line["target"], line["value"]), {}).get("threshold")
-            has = line["threshold"] is not None
-            moved = (
-                f"{line['threshold'] - known:+.3f}"
-                if has and known is not None and lines[0] not in before.values()
-                else None
-            )
+            ends, known = (line["low"], line["high"]), before.get((line["target"], line["value"]))
+            moved = None if None in (known, line["threshold"]) or name == first else line["threshold"] - known
             rows.append([
                 name, words[line["target"]].format(line["value"]), line["threshold"],
-                f"[{line['low']:.3f}, {line['high']:.3f}]" if has else None, line["reached"], line["recall"], moved,
+                None if None in ends else "[{:.3f}, {:.3f}]".format(*ends), line["reached"], line["recall"],
+                None if moved is None else f"{moved:+.3f}",
             ])  # fmt: skip
     return rows
 
@@ -263,23 +272,13 @@ def _draw_training(lines: Sequence[Mapping[str, Any]], words: Mapping[str, str],
 
 
 def _write_png(path: Path, draw: Draw) -> None:
-    """The drawing as a picture of 150 dots an inch; letters that matplotlib's fonts lack come from the system's."""
-    import matplotlib
+    """The drawing as a picture of 150 dots an inch."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    families = [
-        "DejaVu Sans",
-        "Noto Sans CJK SC",
-        "Noto Sans CJK JP",
-        "WenQuanYi Zen Hei",
-        "PingFang SC",
-        "Microsoft YaHei",
-    ]
-    with matplotlib.rc_context({"font.family": families}):
-        figure = Figure(figsize=SIZE, layout="constrained")
-        FigureCanvasAgg(figure)
-        draw(figure.subplots())
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_path(path) as temporary:
-            figure.savefig(temporary, format="png", dpi=150)
+    figure = Figure(figsize=SIZE, layout="constrained")
+    FigureCanvasAgg(figure)
+    draw(figure.subplots())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=150)

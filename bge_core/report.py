@@ -173,7 +173,8 @@ def add_to_model_card(folder: Path, name: str, results: Sequence[Any]) -> None:
             was = before.get((line["target"], line["value"]))
             cells = ["not reached", "", ""]
             if line["threshold"] is not None:
-                spread = f"{line['low']:.3f} to {line['high']:.3f}"
+                ends = line["low"], line["high"]
+                spread = "" if None in ends else "{:.3f} to {:.3f}".format(*ends)
                 cells = [f"{line['threshold']:.3f}", spread, f"{line['recall']:.1%}"]
             lines.append("| " + " | ".join([target, *cells, "" if was is None else f"{was:.3f}"]) + " |")
         lines.append("")
