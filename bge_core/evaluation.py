@@ -148,4 +148,5 @@ def evaluate_encoder(
         encoder, task.queries, prompt=query_prompt, max_length=query_length, description="queries", **encoding
     )
     scores, rows = exact_search(query_QD, corpus_ND, min(k, len(task.corpus)))
-    return Ranking(scores, rows, per_query_metrics(rows, task.relevant, task.num_positives))
+    missing = [[1] * (total - len(found)) for total, found in zip(task.num_positives, task.relevant, strict=True)]
+    return Ranking(scores, rows, per_query_metrics(rows, task.relevant, missing))

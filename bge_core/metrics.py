@@ -1,89 +1,144 @@
 """Ranking metrics of each query, from the corpus rows that a search returned and the rows that are right.
 
 Per query, because a comparison of two models is a paired one; `mean_metrics` gives the figures that are printed.
+
+    Q  queries     P  positives of all queries     H  hits: positives that stand in a ranking
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+import difflib
+import itertools
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import numpy as np
 
 from bge_core import UserError
 
-NDCG_CUTOFF = 10
+DEFAULT_METRICS = ("MRR@1", "MRR@10", "MRR@100", "Recall@1", "Recall@10", "Recall@100", "nDCG@10")
+KINDS = ("MRR", "Recall", "CappedRecall", "nDCG", "MAP", "Precision", "Success", "RPrecision")
+_NAMES_ELSEWHERE = {
+    "hit": "Success", "hitrate": "Success", "accuracy": "Success", "p": "Precision", "r": "Recall",
+    "rr": "MRR", "recip_rank": "MRR", "rprec": "RPrecision",
+}  # fmt: skip
+_QUERIES_AT_ONCE = 1024
+
+
+def parse_metric(name: str) -> tuple[str, int | None]:
+    """A metric's kind and its cutoff k: "nDCG@10" is ("nDCG", 10), "RPrecision" is ("RPrecision", None).
+
+    Raises:
+        UserError: there is no such metric, k is missing or no whole number from 1, or RPrecision has one; the message
+            offers the nearest name.
+    """
+    kind, at, k = name.partition("@")
+    has_k = re.fullmatch("[1-9][0-9]{0,8}", k) is not None
+    if name == "RPrecision" or (kind in KINDS and kind != "RPrecision" and has_k):
+        return kind, int(k) if at else None
+    known = {kind.lower(): kind for kind in KINDS} | _NAMES_ELSEWHERE
+    nearest = known[difflib.get_close_matches(kind.lower(), known, n=1, cutoff=0)[0]]
+    right = nearest if nearest == "RPrecision" else f"{nearest}@{k if has_k else 10}"
+    raise UserError(
+        f"unknown metric {name!r}; did you mean {right!r}? There are {', '.join(f'{kind}@k' for kind in KINDS[:-1])}"
+        " with a whole number k from 1, and RPrecision"
+    )
 
 
 def per_query_metrics(
     ranked: Sequence[np.ndarray] | np.ndarray,
-    relevant: Sequence[Iterable[int]],
-    num_relevant: Sequence[int] | np.ndarray | None = None,
-    cutoffs: Sequence[int] = (1, 10, 100),
+    relevant: Sequence[Mapping[int, float] | Iterable[int]],
+    missing: Sequence[Iterable[float]] | None = None,
+    names: Sequence[str] = DEFAULT_METRICS,
 ) -> dict[str, np.ndarray]:
-    """MRR@k and Recall@k at each cutoff k, and nDCG@10, of every query. A row is right or not: relevance is binary.
+    """Each named metric of every query.
 
-        MRR@k    = 1 / rank of the first right row if that rank <= k, else 0
-        Recall@k = right rows within the first k / P
-        nDCG@10  = sum over right rows of rank r <= 10 of 1 / log2(r + 1), divided by the same sum for a ranking that
-                   begins with min(P, 10) right rows
+    A positive is a thing of grade > 0, P their number for this query, those that the corpus lacks included. A hit is a
+    positive in the ranking, r its rank from 1, hits(k) their number at ranks r <= k:
 
-    where P is the number of the query's positives. What happens at the edges:
+        MRR@k           1 / rank of the first hit if that rank <= k, else 0
+        Recall@k        hits(k) / P
+        CappedRecall@k  hits(k) / min(P, k)
+        nDCG@k          sum over hits at r <= k of grade / log2(r + 1), divided by the same sum for the k best positives
+                        in falling order of grade
+        MAP@k           sum over hits at r <= k of hits(r) / r, divided by P
+        Precision@k     hits(k) / k
+        Success@k       1 if hits(k) > 0, else 0
+        RPrecision      hits(P) / P
 
-    - Recall is not capped: with P = 20, Recall@10 is at most 0.5.
-    - A positive that the corpus lacks cannot be found, but counts in P: a miss. Give `num_relevant` for that.
+    What happens at the edges:
+
+    - Recall is not capped: with P = 20, Recall@10 is at most 0.5. Nor is MAP's divisor.
+    - A positive that the corpus lacks cannot be found, but counts in P and in the ideal of nDCG: a miss. Give
+      `missing` for that.
     - A query without positives (P = 0) gets 0 everywhere, as in trec_eval, and takes part in the mean.
-    - A ranking shorter than a cutoff (k or the corpus smaller than 100, an empty corpus) simply ends there: the names
-      stay the same, and what is not in the ranking is not found.
+    - A ranking shorter than k (a short search, a small or empty corpus) simply ends there: the names and divisors stay
+      the same, and what is not in the ranking is not found.
     - -1 means "nothing" and is never right; it keeps its place, so later rows do not move up.
     - A row repeated in a ranking counts at its first place; the repeats keep their places and are not right again.
+    - Ties: the order given is what counts, and no score is looked at. `search.py` puts the smaller row first; trec_eval
+      sorts by score and equal scores by id, so it sees this order only if a run's scores fall strictly.
 
     Args:
         ranked: (Q, K) integers, or Q one-dimensional arrays of any lengths: corpus rows, the best first.
-        relevant: for each query the corpus rows that are right; repeats and -1 are ignored.
-        num_relevant: (Q,) P, the positives of each query including those that the corpus lacks; default: as many as
-            `relevant` has.
-        cutoffs: the ks of MRR and Recall, at least 1.
+        relevant: for each query either {corpus row: grade}, where 0 and below are judged and not relevant, or the rows
+            that are right, of grade 1 each; repeats and negative rows are ignored.
+        missing: for each query the grades of what the corpus lacks; None: it lacks nothing.
+        names: see `parse_metric`.
 
     Returns:
-        {name: (Q,) float64}, in the order MRR@1, MRR@10, MRR@100, Recall@1, Recall@10, Recall@100, nDCG@10.
+        {name: (Q,) float64}, in the order of `names`.
 
     Raises:
-        ValueError: the arguments speak of different numbers of queries, P is below the number of rows in `relevant`,
-            or a cutoff is below 1.
+        UserError: a name is not a metric's.
+        ValueError: the arguments speak of different numbers of queries, or a grade is not finite.
 
-    Source: trec_eval's recip_rank, recall and ndcg_cut. MRR and Recall are also those of FlagEmbedding 1.2.11,
+    Source: trec_eval 9's recip_rank (of a run cut at k), recall, ndcg_cut, map_cut, P, success and Rprec. CappedRecall
+        is BEIR's (Thakur et al. 2021, arXiv:2104.08663). MRR and Recall are also those of FlagEmbedding 1.2.11,
         baai_general_embedding/finetune/eval_msmarco.py:145. Its nDCG is another one: it takes the ideal from the
         right rows that were found, not from all there are, and so is higher.
     """
-    right = [{int(row) for row in rows} - {-1} for rows in relevant]
-    if num_relevant is None:
-        num_relevant = [len(rows) for rows in right]
-    num_queries = len(right)
-    if not len(ranked) == num_queries == len(num_relevant):
+    kinds = {name: parse_metric(name) for name in names}
+    num_queries = len(relevant)
+    judged = [rows if isinstance(rows, Mapping) else dict.fromkeys(rows, 1.0) for rows in relevant]
+    lost: list[tuple[float, ...]] = [()] * num_queries if missing is None else [tuple(grades) for grades in missing]
+    if not len(ranked) == num_queries == len(lost):
         raise ValueError(
-            f"ranked, relevant and num_relevant are about {len(ranked)}, {num_queries} and {len(num_relevant)} queries:"
+            f"ranked, relevant and missing are about {len(ranked)}, {num_queries} and {len(lost)} queries:"
             " give one entry per query in each"
         )
-    if any(cutoff < 1 for cutoff in cutoffs):
-        raise ValueError(f"cutoffs={tuple(cutoffs)}: each must be at least 1")
+    query_P, row_P, grade_P = _list_positives(judged, lost)
+    num_positives_Q = np.bincount(query_P, minlength=num_queries)
+    best_first = np.lexsort((-grade_P, query_P))  # query_P[best_first] is query_P: only the grades are rearranged
+    ideal_rank_P = _count_within(query_P)
+    ideal_gain_P = grade_P[best_first] / np.log2(ideal_rank_P + 1)
 
-    gain = 1 / np.log2(np.arange(2, NDCG_CUTOFF + 2))  # of a right row at rank 1, 2, ...
-    depth = max(NDCG_CUTOFF, *cutoffs)
-    names = [f"MRR@{k}" for k in cutoffs] + [f"Recall@{k}" for k in cutoffs] + [f"nDCG@{NDCG_CUTOFF}"]
-    metrics = {name: np.zeros(num_queries) for name in names}
-    for query in range(num_queries):
-        total = int(num_relevant[query])
-        if total < len(right[query]):
-            raise ValueError(
-                f"num_relevant[{query}] is {total}, but relevant[{query}] has {len(right[query])} rows:"
-                " it must count the positives inside the corpus and outside"
-            )
-        ranks = _ranks_of(right[query], np.asarray(ranked[query])[:depth])
-        if not len(ranks):
-            continue
-        for k in cutoffs:
-            metrics[f"MRR@{k}"][query] = 1 / ranks[0] if ranks[0] <= k else 0.0
-            metrics[f"Recall@{k}"][query] = np.count_nonzero(ranks <= k) / total
-        found = gain[ranks[ranks <= NDCG_CUTOFF] - 1].sum()
-        metrics[f"nDCG@{NDCG_CUTOFF}"][query] = found / gain[: min(total, NDCG_CUTOFF)].sum()
+    found, rank_H = _find(ranked, query_P, row_P)
+    query_H, nth_H = query_P[found], _count_within(query_P[found])
+    weights = {
+        "MRR": (nth_H == 1) / rank_H,
+        "Success": nth_H == 1,
+        "MAP": nth_H / rank_H,
+        "nDCG": grade_P[found] / np.log2(rank_H + 1),
+    }
+    metrics = {}
+    for name, (kind, k) in kinds.items():
+        cutoff_Q = num_positives_Q if k is None else np.full(num_queries, k)
+        within = rank_H <= cutoff_Q[query_H]
+        weight_H = weights.get(kind, np.ones(len(found)))
+        divisor_Q: np.ndarray | float
+        match kind:
+            case "Recall" | "MAP":
+                divisor_Q = num_positives_Q
+            case "CappedRecall":
+                divisor_Q = np.minimum(num_positives_Q, cutoff_Q)
+            case "Precision" | "RPrecision":
+                divisor_Q = cutoff_Q
+            case "nDCG":
+                ideal = ideal_rank_P <= cutoff_Q[query_P]
+                divisor_Q = np.bincount(query_P[ideal], ideal_gain_P[ideal], minlength=num_queries)
+            case _:
+                divisor_Q = 1.0
+        total_Q = np.bincount(query_H[within], weight_H[within], minlength=num_queries)
+        metrics[name] = total_Q / np.where(num_positives_Q > 0, divisor_Q, 1.0)
     return metrics
 
 
@@ -104,12 +159,48 @@ def mean_metrics(per_query: Mapping[str, np.ndarray]) -> dict[str, float]:
     return {name: float(np.mean(values)) for name, values in per_query.items()}
 
 
-def _ranks_of(right: set[int], ranking: np.ndarray) -> np.ndarray:
-    """The ranks, from 1 and ascending, at which right rows stand for the first time."""
-    missing = set(right)
-    ranks = []
-    for rank, row in enumerate(ranking.tolist(), start=1):
-        if row in missing:
-            missing.remove(row)
-            ranks.append(rank)
-    return np.array(ranks, dtype=np.int64)
+def _list_positives(
+    judged: Sequence[Mapping[int, float]], lost: Sequence[Collection[float]]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Query, row (-1: the corpus lacks it) and grade of every positive, ordered by query and row."""
+    sizes = np.fromiter(map(len, (*judged, *lost)), np.int64)
+    query = np.repeat(np.tile(np.arange(len(judged)), 2), sizes)
+    row = np.fromiter(itertools.chain.from_iterable(judged), np.int64)
+    lost_grade = np.fromiter(itertools.chain.from_iterable(lost), np.float64)
+    grade = np.fromiter(itertools.chain.from_iterable(rows.values() for rows in judged), np.float64)
+    if not np.isfinite(grade).all() or not np.isfinite(lost_grade).all():
+        raise ValueError("a grade is NaN or infinite: give whole numbers, above 0 for what is relevant")
+    grade = np.concatenate([np.where(row < 0, 0.0, grade), lost_grade])
+    row = np.concatenate([row, np.full(len(lost_grade), -1)])
+    order = np.lexsort((row, query))
+    order = order[grade[order] > 0]
+    return query[order], row[order], grade[order]
+
+
+def _find(
+    ranked: Sequence[np.ndarray] | np.ndarray, query_P: np.ndarray, row_P: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Which positives stand in the rankings (indices into P), and at which rank: ordered by query and rank."""
+    stride = int(row_P.max(initial=-1)) + 2  # (query, row) becomes query * stride + row, for rows from -1 on
+    founds, ranks = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+    for start in range(0, len(ranked), _QUERIES_AT_ONCE):  # in blocks: memory, and keys that fit into the CPU's cache
+        rankings = [np.asarray(ranking, dtype=np.int64) for ranking in ranked[start : start + _QUERIES_AT_ONCE]]
+        lengths = [len(ranking) for ranking in rankings]
+        first, last = np.searchsorted(query_P, [start, start + len(rankings)])
+        keys = (query_P[first:last] - start) * stride + row_P[first:last]
+        rows = np.concatenate(rankings)
+        place = np.flatnonzero((rows >= 0) & (rows < stride - 1))
+        wanted = np.repeat(np.arange(len(rankings)) * stride, lengths)[place] + rows[place]
+        at = np.searchsorted(keys, wanted)
+        hit = np.flatnonzero(np.append(keys, -1)[at] == wanted)
+        hit = hit[np.sort(np.unique(at[hit], return_index=True)[1])]  # of a repeated row the first place
+        found = first + at[hit]
+        begins = np.cumsum(lengths) - lengths
+        founds.append(found)
+        ranks.append(place[hit] - begins[query_P[found] - start] + 1)
+    return np.concatenate(founds), np.concatenate(ranks)
+
+
+def _count_within(query: np.ndarray) -> np.ndarray:
+    """1, 2, ... within each run of equal entries of a sorted array."""
+    return np.arange(1, len(query) + 1) - np.searchsorted(query, query)
