@@ -219,5 +219,19 @@ def rank(
             f"questions have {query_QD.shape[1]} dimensions and passages {corpus_ND.shape[1]}: of two models?"
         )
     scores, rows = exact_search(query_QD, corpus_ND, min(k, len(task.corpus)))
-    missing = [[1] * (total - len(found)) for total, found in zip(task.num_positives, task.relevant, strict=True)]
-    return Ranking(scores, rows, per_query_metrics(rows, task.relevant, missing))
+    positives = [[row for row, grade in relevant.items() if grade > 0] for relevant in task.relevant]
+    positive_score = np.full(len(rows), np.nan, dtype=np.float32)
+    for i, own in enumerate(positives):
+        if own:
+            positive_score[i] = score_pairs(query_QD[i : i + 1], corpus_ND, np.array([own])).max()
+    wrong = ~is_positive(rows, task)
+    first = wrong.argmax(axis=1)[:, None]
+    negative_score = np.where(wrong.any(axis=1), np.take_along_axis(scores, first, axis=1)[:, 0], np.nan)
+    per_query = per_query_metrics(rows, task.relevant, task.missing, metrics)
+    return Ranking(scores, rows, per_query, positive_score, negative_score.astype(np.float32))
+
+
+def is_positive(rows: np.ndarray, task: RetrievalTask) -> np.ndarray:
+    """(Q, k) bool: which of the rows (Q, k) are a positive of their question."""
+    own = [[row for row, grade in relevant.items() if grade > 0] for relevant in task.relevant]
+    return np.stack([np.isin(found, right) for found, right in zip(rows, own, strict=True)])
