@@ -82,6 +82,8 @@ def advice(name: str, known: set[str]) -> str:
 
 
 Attention = Literal["auto", "padded", "sdpa", "varlen", "flash", "flex"]
+MergeMethod = Literal["linear", "slerp", "task_arithmetic", "ties", "greedy_soup"]
+MergeType = Literal["float32", "float16", "bfloat16", "keep"]
 _MAX_TOKENS = "At most this many tokens per encoding batch. Default: 8192, on a CPU 2048."
 _CACHE = "Folder where vectors are kept, by content: a second run on the same texts encodes nothing. Default: none."
 _ATTENTION = "How attention is computed without padding: auto takes the fastest that works; padded: as stock models."
@@ -378,20 +380,43 @@ class TrainConfig:
 
 @dataclass
 class MergeConfig:
-    """Several checkpoints -> their weighted average."""
+    """Several checkpoints -> one model: their weighted average, or merged in another way."""
 
     models: list[str] = _required("Two or more hub names or folders.")
     output_path: str = _required("Where the merged model goes.")
-    weights: list[float] = _flag([], "One weight a model, summing to 1. Default: equal, or from --example_data.")
+    method: MergeMethod = _flag(
+        "linear",
+        "linear: weighted average; slerp: along the sphere, two models; task_arithmetic, ties: differences to "
+        "--base_model, summed, or cleaned of contradictions; greedy_soup: the average that scores best on --val_data.",
+    )
+    weights: list[float] = _flag(
+        [], "One weight a model, summing to 1 (of task_arithmetic: any). Default: equal, or from --example_data."
+    )
+    base_model: str | None = _flag(None, "Of task_arithmetic and ties: the model that those of --models started from.")
+    density: float | None = _flag(None, "Of ties: the share of each difference that is kept, by size. Default: 0.2.")
+    dtype: MergeType = _flag("float32", "Type of the merged weights; keep: that of the first model.")
     example_data: str | None = _flag(None, "JSONL with query, pos, neg: weights from each model's loss on it.")
+    val_data: str | None = _flag(None, "Of greedy_soup: JSONL with query and pos, on which averages are scored.")
+    corpus: str | None = _flag(None, "Of greedy_soup: JSONL with text; default: the distinct pos and neg of val_data.")
+    metric: str | None = _flag(None, "Of greedy_soup: what decides. Default: MRR@10.")
     temperature: float = _flag(5.0, "Of the softmax over the losses; larger: more equal weights.")
     neg_number: int = _flag(7, "Negatives per example when the loss is computed.")
-    max_input_length: int = _flag(512, "Longest text in tokens when the loss is computed.")
+    max_input_length: int = _flag(512, "Longest text in tokens when a loss or a score is computed.")
     batch_size: int = _flag(2, "Examples per batch when the loss is computed.")
     seed: int = _flag(42, "Seed of the choice of negatives.")
     overwrite_output_dir: bool = _flag(False, "Replace an earlier model in output_path.")
     cache_dir: str | None = _flag(None, "Folder of the hub's downloads.")
     trust_remote_code: bool = _flag(False, "Run model code that comes with the checkpoint.")
+
+    def __post_init__(self) -> None:
+        soup = self.method == "greedy_soup"
+        _need(not soup or self.val_data is not None, "method", self.method, "needs --val_data, to score averages on")
+        for name in ("val_data", "corpus", "metric"):
+            value = getattr(self, name)
+            _need(soup or value is None, name, value, "goes with --method greedy_soup alone: drop it")
+        for name in ("weights", "example_data"):
+            value = getattr(self, name)
+            _need(not (soup and value), name, value, "--method greedy_soup averages with equal weights: drop it")
 
 
 @dataclass
