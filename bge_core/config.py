@@ -294,6 +294,7 @@ class TrainConfig:
     adam_beta1: float = _flag(0.9, "AdamW's beta1.")
     adam_beta2: float = _flag(0.999, "AdamW's beta2.")
     adam_epsilon: float = _flag(1e-8, "AdamW's epsilon.")
+    ema_decay: float | None = _flag(None, "Evaluate and publish a moving average of the weights, with this decay.")
     max_grad_norm: float = _flag(1.0, "Clip the whole gradient to this norm; 0: never.")
     fp16: bool = _flag(False, "float16 autocast with loss scaling (GPU).")
     bf16: bool = _flag(False, "bfloat16 autocast.")
@@ -336,6 +337,8 @@ class TrainConfig:
             "per_device_eval_batch_size",
         )  # fmt: skip
         _need(0 <= (self.attention_dropout or 0) < 1, "attention_dropout", self.attention_dropout, "use 0 to below 1")
+        decay = self.ema_decay
+        _need(decay is None or 0 < decay < 1, "ema_decay", decay, "use a number above 0 and below 1, as 0.999")
         for name in ("weight_decay", "max_grad_norm", "warmup_steps", "save_steps", "dataloader_num_workers"):
             _need(getattr(self, name) >= 0, name, getattr(self, name), "use 0 or a number above it")
         epochs = self.num_train_epochs
