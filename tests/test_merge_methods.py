@@ -496,6 +496,10 @@ def test_the_base_is_never_overwritten(models: list[Path], capsys: pytest.Captur
     words = ["--method", "ties", "--base_model", str(models[3]), "--overwrite_output_dir"]
     assert run(models[:2], models[3], *words) == 2
     assert "is one of the models to merge" in capsys.readouterr().err and contents(models[3]) == before
+    with pytest.raises(UserError, match="is one of the models to merge"):
+        names, base = [str(folder) for folder in models[:2]], str(models[3])
+        merge_folders(names, [0.5, 0.5], base, method="ties", base_model=base, overwrite=True)
+    assert contents(models[3]) == before
 
 
 @pytest.mark.parametrize("method", ["greedy_soup", "dare"])
