@@ -3,9 +3,9 @@
     python recipe.py --config configs/recipes/two_rounds.yaml --train_data T --corpus C --val_data V --output_dir OUT
 
 `{name: round1, stage: train, model: base, data: mined, learning_rate: 2e-5}` is train.py with that flag; its output is
-OUT/round1 (of mine: OUT/NAME.jsonl), and OUT/round1.recipe.json says what it was made from. `model`, `data`, `models`
-and `encoder` name stages before, `base`, or, with a slash, a path or hub model. With --val_data, base and OUT/model are
-scored. --launcher "accelerate launch --num_processes 2" starts mine, train and evaluate in the place of this Python.
+OUT/round1 (of mine: OUT/NAME.jsonl), and OUT/round1.recipe.json says what it was made from. `model`, `data`, `models`,
+`base_model` and `encoder` name stages before, `base`, or, with a slash, a path or hub model. With --val_data, base and
+OUT/model are scored. --launcher "accelerate launch --num_processes 2" starts mine, train and evaluate, not this Python.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from bge_core import UserError, records
 Stage = tuple[str, str, dict[str, list[str]], Path]  # name, kind, the words behind each flag, output
 OUTPUT_FLAG = {"mine": "output_file", "train": "output_dir", "merge": "output_path", "evaluate": "output_dir"}
 DATA_FLAG = {"mine": "input_file", "train": "train_data"}
-MODEL_FLAG = {"model": "model_name_or_path", "models": "models", "encoder": "encoder"}
+MODEL_FLAG = {"model": "model_name_or_path", "models": "models", "base_model": "base_model", "encoder": "encoder"}
 REPORTS = {"manifest.json", "metrics.jsonl", "curves.png", "README.md"}  # they tell times and paths: no content
 
 

@@ -23,7 +23,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -54,7 +54,7 @@ from bge_core.launch import resolve_sharding, start, tracker_options
 from bge_core.loss import LossConfig, training_loss
 from bge_core.metrics import per_query_metrics
 from bge_core.model import Encoder, compile_layers, load_encoder
-from bge_core.optim import build_optimizer, learning_rate_schedule
+from bge_core.optim import ExponentialMovingAverage, build_optimizer, learning_rate_schedule
 from bge_core.runlog import append_metrics
 from bge_core.step import LossFunction, StepSettings, forward_backward
 from bge_core.tasks import load_task
@@ -99,7 +99,7 @@ def train(config: TrainConfig, at_end: ExitStack) -> int:
     # ---- build
     if config.full_determinism:
         transformers.enable_full_determinism(config.seed)
-    shard = resolve_sharding(config.fsdp)
+    shard = resolve_sharding(config.fsdp, config.ema_decay)
     # A collective waits longer than the watchdog, which says more.
     accelerator = start(config.fp16, config.bf16, config.ddp_timeout + 60, **tracker_options(config))
     rank, world_size = world()
@@ -155,6 +155,8 @@ def train(config: TrainConfig, at_end: ExitStack) -> int:
     optimizer = build_optimizer(
         encoder, config.learning_rate, config.weight_decay, (config.adam_beta1, config.adam_beta2), config.adam_epsilon
     )
+    ema = ExponentialMovingAverage(encoder, config.ema_decay) if config.ema_decay else None
+    averaged = ema.applied if ema else nullcontext  # within it the encoder has the weights to evaluate and publish
     scaler = accelerator.scaler or torch.amp.GradScaler(enabled=False)
     settings = StepSettings(
         loss=loss,
@@ -190,6 +192,8 @@ def train(config: TrainConfig, at_end: ExitStack) -> int:
         first_step, progress = state["step"], state["progress"]
         load_optimizer(optimizer, state["optimizer"])
         scaler.load_state_dict(state["scaler"])
+        if ema and "ema" in state:
+            ema.load_state_dict(state["ema"])
         if len(state["random_states"]) == world_size:
             checkpoint.restore_random_state(state["random_states"][rank])
         else:
@@ -225,6 +229,8 @@ def train(config: TrainConfig, at_end: ExitStack) -> int:
     def save(step: int) -> None:
         best = f"checkpoint-{progress['best_step']}" if config.load_best_model_at_end else None
         state = {"progress": progress, "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+        if ema:
+            state["ema"] = ema.state_dict()
         saver.save(step, state, keep=best)
 
     def log(values: dict[str, Any]) -> None:
@@ -271,7 +277,10 @@ def train(config: TrainConfig, at_end: ExitStack) -> int:
         scale = scaler.get_scale()
         scaler.step(optimizer)
         scaler.update()
-        progress["skipped"] += scaler.get_scale() < scale
+        skipped = scaler.get_scale() < scale
+        progress["skipped"] += skipped
+        if ema and not skipped:
+            ema.update()
         optimizer.zero_grad(set_to_none=True)
         watchdog.step_ends()
 
@@ -292,7 +301,8 @@ def train(config: TrainConfig, at_end: ExitStack) -> int:
             window.clear()
 
         if task and (step == num_steps or (eval_every and step % eval_every == 0)):
-            progress["scores"] = scores = evaluate_encoder(encoder, task, **evaluation).means
+            with averaged():
+                progress["scores"] = scores = evaluate_encoder(encoder, task, **evaluation).means
             log({"step": step} | scores)
             logger.info("step %d  %s", step, "  ".join(f"{name} {value:.4f}" for name, value in scores.items()))
             is_best = scores[config.metric_for_best_model] > progress["best_value"]
@@ -327,7 +337,11 @@ def train(config: TrainConfig, at_end: ExitStack) -> int:
     if rank == 0:
         best = output_dir / f"checkpoint-{progress['best_step']}"
         use_best = config.load_best_model_at_end and best.is_dir()
-        checkpoint.publish_model(output_dir, best if use_best else encoder, weights)
+        best_ema = checkpoint.load_checkpoint(best).get("ema") if ema and use_best else None
+        if ema and best_ema:  # the files of the checkpoint hold the weights in training
+            ema.load_state_dict(best_ema)
+        with averaged():
+            checkpoint.publish_model(output_dir, best if use_best and not best_ema else encoder, weights)
         scores = progress["best_scores" if use_best else "scores"]
         if use_best:
             logger.info(

@@ -83,6 +83,8 @@ def advice(name: str, known: set[str]) -> str:
 
 
 Attention = Literal["auto", "padded", "sdpa", "varlen", "flash", "flex"]
+MergeMethod = Literal["linear", "slerp", "task_arithmetic", "ties", "greedy_soup"]
+MergeType = Literal["float32", "float16", "bfloat16", "keep"]
 _MAX_TOKENS = "At most this many tokens per encoding batch. Default: 8192, on a CPU 2048."
 _CACHE = "Folder where vectors are kept, by content: a second run on the same texts encodes nothing. Default: none."
 _ATTENTION = "How attention is computed without padding: auto takes the fastest that works; padded: as stock models."
@@ -293,6 +295,7 @@ class TrainConfig:
     adam_beta1: float = _flag(0.9, "AdamW's beta1.")
     adam_beta2: float = _flag(0.999, "AdamW's beta2.")
     adam_epsilon: float = _flag(1e-8, "AdamW's epsilon.")
+    ema_decay: float | None = _flag(None, "Evaluate and publish a moving average of the weights, with this decay.")
     max_grad_norm: float = _flag(1.0, "Clip the whole gradient to this norm; 0: never.")
     fp16: bool = _flag(False, "float16 autocast with loss scaling (GPU).")
     bf16: bool = _flag(False, "bfloat16 autocast.")
@@ -335,6 +338,8 @@ class TrainConfig:
             "per_device_eval_batch_size",
         )  # fmt: skip
         _need(0 <= (self.attention_dropout or 0) < 1, "attention_dropout", self.attention_dropout, "use 0 to below 1")
+        decay = self.ema_decay
+        _need(decay is None or 0 < decay < 1, "ema_decay", decay, "use a number above 0 and below 1, as 0.999")
         for name in ("weight_decay", "max_grad_norm", "warmup_steps", "save_steps", "dataloader_num_workers"):
             _need(getattr(self, name) >= 0, name, getattr(self, name), "use 0 or a number above it")
         epochs = self.num_train_epochs
@@ -379,20 +384,64 @@ class TrainConfig:
 
 @dataclass
 class MergeConfig:
-    """Several checkpoints -> their weighted average."""
+    """Several checkpoints -> one model: their weighted average, or merged in another way."""
 
     models: list[str] = _required("Two or more hub names or folders.")
     output_path: str = _required("Where the merged model goes.")
-    weights: list[float] = _flag([], "One weight a model, summing to 1. Default: equal, or from --example_data.")
+    method: MergeMethod = _flag(
+        "linear",
+        "linear: weighted average; slerp: along the sphere, two models; task_arithmetic, ties: differences to "
+        "--base_model, summed, or cleaned of contradictions; greedy_soup: the average that scores best on --val_data.",
+    )
+    weights: list[float] = _flag(
+        [], "One weight a model, summing to 1 (of task_arithmetic: any). Default: equal, or from --example_data."
+    )
+    base_model: str | None = _flag(None, "Of task_arithmetic and ties: the model that those of --models started from.")
+    density: float | None = _flag(None, "Of ties: the share of each difference that is kept, by size. Default: 0.2.")
+    dtype: MergeType = _flag("float32", "Type of the merged weights; keep: that of the first model.")
     example_data: str | None = _flag(None, "JSONL with query, pos, neg: weights from each model's loss on it.")
+    sweep: str | None = _flag(
+        None, "start:stop:step, as 0:1:0.1: measure these weights of the second model, the first being the base, and "
+        "write the best: the best domain score whose general loss is not significant.",
+    )  # fmt: skip
+    val_data: str | None = _flag(None, "Of sweep and greedy_soup: test set of the domain, as evaluate.py reads it.")
+    corpus: str | None = _flag(None, "Its corpus; default: the distinct pos and neg of val_data.")
+    general_data: str | None = _flag(None, "Of sweep: test set of what the model should not forget.")
+    general_corpus: str | None = _flag(None, "Its corpus; default: the distinct pos and neg of general_data.")
+    general_weight: float | None = _flag(None, "Of sweep: choose by (1 - a) domain + a general instead, 0 <= a <= 1.")
+    metric: str | None = _flag(None, "Of sweep and greedy_soup: what decides. Default: MRR@10.")
+    fp16: bool = _flag(False, "Score in float16 (GPU).")
+    bf16: bool = _flag(False, "Score in bfloat16.")
     temperature: float = _flag(5.0, "Of the softmax over the losses; larger: more equal weights.")
     neg_number: int = _flag(7, "Negatives per example when the loss is computed.")
-    max_input_length: int = _flag(512, "Longest text in tokens when the loss is computed.")
+    max_input_length: int = _flag(512, "Longest text in tokens when a loss or a score is computed.")
     batch_size: int = _flag(2, "Examples per batch when the loss is computed.")
     seed: int = _flag(42, "Seed of the choice of negatives.")
     overwrite_output_dir: bool = _flag(False, "Replace an earlier model in output_path.")
     cache_dir: str | None = _flag(None, "Folder of the hub's downloads.")
     trust_remote_code: bool = _flag(False, "Run model code that comes with the checkpoint.")
+
+    def __post_init__(self) -> None:
+        soup, sweep = self.method == "greedy_soup", self.sweep is not None
+        _need(not soup or self.val_data is not None, "method", self.method, "needs --val_data, to score averages on")
+        _need(not sweep or self.val_data is not None, "sweep", self.sweep, "needs --val_data, to score weights on")
+        _need(not sweep or len(self.models) == 2, "sweep", self.sweep, "takes two models: the base, the fine-tuned one")
+        _need(not sweep or self.method == "linear", "sweep", self.sweep, "goes with --method linear")
+        for name in ("val_data", "corpus", "metric", "fp16", "bf16"):
+            value = getattr(self, name)
+            _need(soup or sweep or not value, name, value, "goes with --sweep or --method greedy_soup: drop it")
+        for name in ("general_data", "general_corpus", "general_weight"):
+            value = getattr(self, name)
+            _need(sweep or value is None, name, value, "goes with --sweep alone: drop it")
+        for name in ("general_corpus", "general_weight"):
+            value = getattr(self, name)
+            _need(self.general_data is not None or value is None, name, value, "needs --general_data")
+        _need(0 <= (self.general_weight or 0) <= 1, "general_weight", self.general_weight, "use a share from 0 to 1")
+        for name in ("weights", "example_data"):
+            value = getattr(self, name)
+            _need(not ((soup or sweep) and value), name, value, "--sweep and greedy_soup find the weights: drop it")
+        if self.metric:
+            parse_metric(self.metric)
 
 
 @dataclass

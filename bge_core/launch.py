@@ -43,15 +43,20 @@ def resolve_precision(fp16: bool, bf16: bool, *, cuda: bool) -> str:
     return precision
 
 
-def resolve_sharding(fsdp: bool) -> bool:
+def resolve_sharding(fsdp: bool, ema_decay: float | None = None) -> bool:
     """Whether the weights lie in shards (FSDP2): by the flag, or by `accelerate launch` with an FSDP configuration.
 
     To be asked before `start`. One process has nothing to shard: off, with a warning.
 
     Raises:
-        UserError: the launcher was told FSDP version 1.
+        UserError: the launcher was told FSDP version 1; or shards and a moving average of the weights were asked for.
     """
     launcher = _is_true("ACCELERATE_USE_FSDP")
+    if ema_decay is not None and (fsdp or launcher):
+        raise UserError(
+            f"--ema_decay {ema_decay}: cannot go with FSDP, whose weights lie in shards: drop it, or use DDP (no "
+            "--fsdp, no FSDP in the launch file)"
+        )
     if launcher and os.environ.get("FSDP_VERSION", "1") != "2":
         raise UserError(
             "accelerate launch was told fsdp_version 1, which was never run here: write `fsdp_version: 2`, as in "

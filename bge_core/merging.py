@@ -1,4 +1,4 @@
-"""Weighted averages of checkpoints, read and written tensor by tensor.
+"""Merged checkpoints, read and written tensor by tensor: weighted averages, and the other ways of merge_methods.py.
 
     theta = sum_m w_m theta_m,   sum_m w_m = 1,   in float32
 
@@ -17,7 +17,7 @@ import random
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, replace
 from itertools import combinations
 from pathlib import Path
@@ -30,19 +30,24 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer
 from transformers.utils import cached_file
 
 from bge_core import UserError, records
+from bge_core.config import MergeMethod, MergeType
 from bge_core.encode import encode
 from bge_core.loss import info_nce
+from bge_core.merge_methods import DENSITY, Merged, check_arguments, linear, slerp, task_arithmetic, ties
 from bge_core.model import EncoderSettings, load_encoder, read_settings, save_tokenizer, write_settings
 from bge_core.records import Row
 
 logger = logging.getLogger(__name__)
 
+_QUIET: Any = {f"_raise_exceptions_for_{x}": False for x in ("missing_entries", "gated_repo", "connection_errors")}
 OUTPUTS = ("model.safetensors", "manifest.json", "the files of configuration and tokenizer")
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 _INTEGERS = {torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8"}
-_TYPE_NAMES = {torch.float32: "F32", torch.bool: "BOOL", **_INTEGERS}
+_FLOATS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+_TYPE_NAMES = {**_FLOATS, torch.bool: "BOOL", **_INTEGERS}
 PIECE = 2**15  # entries that are averaged at a time: they stay in the cache, and torch takes no second thread for them
 Averages = Iterator[tuple[str, Tensor]]
+Combine = Callable[[Sequence[Tensor], Sequence[float]], Merged]
 
 
 @dataclass(frozen=True)
@@ -206,9 +211,11 @@ def mean_loss(query_BD: Tensor, passage_ND: Tensor, group_sizes: Sequence[int], 
 
 def merge_folders(
     models: Sequence[str], weights: Sequence[float], output_path: str | Path,
-    *, overwrite: bool = False, config: Row | None = None, inputs: Sequence[Row] = (), **hub: Any,
+    *, method: MergeMethod = "linear", base_model: str | None = None, density: float | None = None,
+    dtype: MergeType = "float32", overwrite: bool = False, config: Row | None = None, inputs: Sequence[Row] = (),
+    facts: Row | None = None, **hub: Any,
 ) -> Row:  # fmt: skip
-    """Write the weighted average of models as a model folder, float32, whole or not at all.
+    """Write the weighted average of models, or what another method makes of them, as a folder, whole or not at all.
 
     Configuration, tokenizer, pooling and prompts are the first model's (a setting that it does not state, the next
     one's that does). Integer tensors are copied from the first; one that differs elsewhere is an error (LM_Cocktail
@@ -216,34 +223,45 @@ def merge_folders(
 
     Args:
         models: hub names or folders; at least one.
-        weights: one a model, summing to 1 within 1e-3 and used as they are; below 0 is allowed.
+        weights: one a model, used as they are, summing to 1 within 1e-3 (of task_arithmetic: any finite numbers); below
+            0 is allowed (not of ties).
         output_path: where the result goes.
+        method: "linear", "slerp" (of two models), "task_arithmetic" or "ties", see merge_methods.py.
+        base_model: of the last two: what the models were fine-tuned from.
+        density: of ties; None: 0.2.
+        dtype: of the result, computed in float32; "keep": the first model's.
         overwrite: replace a model there; files of other names stay.
-        config, inputs: settings and further input files for the manifest.
+        config, inputs, facts: settings, further input files and further entries for the manifest.
         hub: cache_dir, token, trust_remote_code.
 
     Returns:
         The manifest.
 
     Raises:
-        UserError: weights that do not fit, models that differ (they and what differs are named), an output folder that
-            holds something, a disk that is full.
+        UserError: weights or arguments that do not fit, models that differ (they and what differs are named), an output
+            folder that holds something, a disk that is full.
     """
-    refuse_output(output_path, models, overwrite)
-    checkpoints = open_checkpoints(models, weights, **hub)
+    check_arguments(method, len(models), base_model, density)
+    refuse_output(output_path, [*models, *filter(None, [base_model])], overwrite)
+    checkpoints = open_checkpoints(models, weights, method=method, base_model=base_model, **hub)
     settings, names, first = merged_settings(checkpoints), merged_names(checkpoints), checkpoints[0]
+    density = DENSITY if density is None else density
+    combine, result_type = _combine(method, density), _result_type(dtype, first)
     facts = {
-        "models": [c.name for c in checkpoints],
-        "weights": [float(w) for w in weights],
-        "pooling": settings.pooling,
-    }
+        "models": [str(model) for model in models], "weights": [float(w) for w in weights],
+        "pooling": settings.pooling, "method": method, "dtype": str(result_type).removeprefix("torch."),
+        **({"base_model": base_model} if base_model else {}), **({"density": density} if method == "ties" else {}),
+        **(facts or {}),
+    }  # fmt: skip
     try:
         with _model_folder(Path(output_path)) as temporary, ThreadPoolExecutor() as hashing:
             hashes = {file: hashing.submit(records.sha256, file) for c in checkpoints for file in c.files}
             temporary.mkdir()
             like = {name: torch.empty_like(first.tensors[name](), device="meta") for name in names}
-            _write_safetensors(temporary / "model.safetensors", like, average(checkpoints, weights, names))
-            _save_config_and_tokenizer(temporary, first)
+            like = {name: t.to(result_type) if t.is_floating_point() else t for name, t in like.items()}
+            merged = average(checkpoints, weights, names, combine, result_type)
+            _write_safetensors(temporary / "model.safetensors", like, merged)
+            _save_config_and_tokenizer(temporary, first, result_type)
             write_settings(temporary, settings, first.backbone.config.hidden_size)
             files = [
                 {"path": str(file), "sha256": hashes[file].result(), "model": c.name}
@@ -268,18 +286,32 @@ def refuse_output(output_path: str | Path, models: Sequence[str], overwrite: boo
         folder.rmdir()
 
 
-def open_checkpoints(models: Sequence[str], weights: Sequence[float] | None = None, **hub: Any) -> list[Checkpoint]:
-    """Open all models; UserError where they, or they and the weights (None: not known yet), do not fit."""
+def open_checkpoints(
+    models: Sequence[str], weights: Sequence[float] | None = None,
+    *, method: MergeMethod = "linear", base_model: str | None = None, **hub: Any,
+) -> list[Checkpoint]:  # fmt: skip
+    """Open all models, then the base; UserError where they, or the weights (None: not known yet), do not fit."""
     if weights is not None:
-        what = f"weights {_joined(weights)} for the models {_joined(models)}"
-        if len(weights) != len(models):
-            raise UserError(f"{what}: give one a model ({len(models)})")
-        if not abs(math.fsum(weights) - 1) <= 1e-3:
-            raise UserError(f"{what}: they sum to {math.fsum(weights):g}; make it 1")
-    checkpoints = [open_checkpoint(str(name), **hub) for name in models]
+        _refuse_weights(models, weights, method)
+    checkpoints = [open_checkpoint(str(name), **hub) for name in [*models, *filter(None, [base_model])]]
     for one, other in combinations(checkpoints, 2):
         _refuse_difference(one, other)
     return checkpoints
+
+
+def _refuse_weights(models: Sequence[str], weights: Sequence[float], method: MergeMethod) -> None:
+    what = f"weights {_joined(weights)} for the models {_joined(models)}"
+    if len(weights) != len(models):
+        raise UserError(f"{what}: give one a model ({len(models)})")
+    total = math.fsum(weights) if all(map(math.isfinite, weights)) else math.nan
+    if method == "task_arithmetic" and math.isnan(total):
+        raise UserError(f"{what}: use finite numbers")
+    if method != "task_arithmetic" and not abs(total - 1) <= 1e-3:
+        raise UserError(f"{what}: they sum to {total:g}; make it 1")
+    if method == "ties" and min(weights) < 0:
+        raise UserError(f"{what}: --method ties takes none below 0")
+    if method == "task_arithmetic" and math.isclose(total, 1):
+        logger.warning("%s sum to 1: the base cancels out, and the result is that of --method linear", what)
 
 
 def open_checkpoint(name: str, **hub: Any) -> Checkpoint:
@@ -289,8 +321,10 @@ def open_checkpoint(name: str, **hub: Any) -> Checkpoint:
     head: a prefix more). Any other checkpoint (pytorch_model.bin, names of old versions) transformers loads whole.
 
     Raises:
-        UserError: not a model, not reachable, damaged, weights missing.
+        UserError: not a model, not reachable, damaged, weights missing, a LoRA adapter.
     """
+    access = {key: hub.get(key) for key in ("cache_dir", "token")}
+    _refuse_adapter(name, **access)
     try:
         config = AutoConfig.from_pretrained(name, **hub)
         tokenizer = AutoTokenizer.from_pretrained(name, **hub)
@@ -300,7 +334,6 @@ def open_checkpoint(name: str, **hub: Any) -> Checkpoint:
         load_encoder(name, attention="padded", **hub)  # says what is wrong, as in every other stage
         raise
     names = set(backbone.state_dict())
-    access = {key: hub.get(key) for key in ("cache_dir", "token")}
     files = _weight_files(name, **access)
     tensors: dict[str, Callable[[], Tensor]] = {}
     for file in files if all(file.suffix == ".safetensors" for file in files) else []:
@@ -320,6 +353,24 @@ def open_checkpoint(name: str, **hub: Any) -> Checkpoint:
     return Checkpoint(name, backbone, tokenizer, read_settings(name, **access), files, tensors)
 
 
+def _refuse_adapter(name: str, **access: Any) -> None:
+    found: str | None = None
+    with suppress(OSError, ValueError):  # what is no model at all is told of later
+        found = cached_file(name, "adapter_config.json", **access, **_QUIET)
+    if found is None:
+        return
+    base = json.loads(Path(found).read_text(encoding="utf-8")).get("base_model_name_or_path") or "BASE"
+    raise UserError(
+        f"{name}: is a LoRA adapter (adapter_config.json), no whole model; merge it into its base first, in Python:\n"
+        "  from peft import PeftModel\n"
+        "  from transformers import AutoModel, AutoTokenizer\n"
+        f"  adapted = PeftModel.from_pretrained(AutoModel.from_pretrained({base!r}), {name!r})\n"
+        "  adapted.merge_and_unload().save_pretrained('whole_model')\n"
+        f"  AutoTokenizer.from_pretrained({base!r}).save_pretrained('whole_model')\n"
+        "and name the folder whole_model in its place"
+    )
+
+
 def _read_tensor(stored: Any, key: str) -> Tensor:
     """Memory-mapped: nothing is copied."""
     tensor: Tensor = stored.get_tensor(key)
@@ -328,8 +379,7 @@ def _read_tensor(stored: Any, key: str) -> Tensor:
 
 def _weight_files(name: str, **hub: Any) -> list[Path]:
     """The files that transformers would take: one, or the shards that an index lists; none where it finds none."""
-    quiet: Any = {f"_raise_exceptions_for_{x}": False for x in ("missing_entries", "gated_repo", "connection_errors")}
-    find: Callable[[str], str | None] = functools.partial(cached_file, name, **hub, **quiet)
+    find: Callable[[str], str | None] = functools.partial(cached_file, name, **hub, **_QUIET)
     present = next(filter(None, map(find, _WEIGHTS)), None)
     if present is None or not present.endswith(".json"):
         return [Path(present)] if present else []
@@ -386,16 +436,26 @@ def merged_names(checkpoints: Sequence[Checkpoint]) -> list[str]:
     return sorted(names)
 
 
-def average(checkpoints: Sequence[Checkpoint], weights: Sequence[float], names: Iterable[str]) -> Averages:
-    """Yield sum_m w_m theta_m in float32, flattened, piece by piece with its name; integers as in the first model.
+def average(
+    checkpoints: Sequence[Checkpoint], weights: Sequence[float], names: Iterable[str],
+    combine: Combine = linear, dtype: torch.dtype = torch.float32,
+) -> Averages:  # fmt: skip
+    """Yield sum_m w_m theta_m, or what `combine` gives, flattened, in pieces, each with its name; integers are copied.
 
     A tensor of more than PIECE entries comes in several pieces: its whole size is never held.
-    A model of weight 0 is not read, so [1, 0] gives the first model bit for bit.
+
+    Args:
+        checkpoints: the models, and behind them the base where `combine` wants one.
+        weights: one a model.
+        names: the tensors, in the order in which they come.
+        combine: a way of merge_methods.py, which computes in float32.
+        dtype: to which the result is rounded.
 
     Raises:
-        UserError: an integer tensor that differs between models, or an average that is not finite.
+        UserError: an integer tensor that differs between models, or a result that is not finite.
     """
     models = _joined(c.name for c in checkpoints)
+    remedy = " in float16; try --dtype bfloat16" if dtype == torch.float16 else "; is one of them broken?"
     for name in names:
         readers = [c.tensors[name] for c in checkpoints if name in c.tensors]
         first = readers[0]()
@@ -404,12 +464,11 @@ def average(checkpoints: Sequence[Checkpoint], weights: Sequence[float], names: 
                 raise UserError(f"{models} cannot be merged: {name} holds integers, and they differ")
             yield name, first.reshape(-1)
             continue
-        used = [(weight, read().reshape(-1)) for weight, read in zip(weights, readers, strict=True) if weight != 0]
+        merged = combine([read().reshape(-1) for read in readers], weights)
         for start in range(0, first.numel(), PIECE):
-            terms = (flat[start : start + PIECE].to(torch.float32) * weight for weight, flat in used)
-            total = functools.reduce(Tensor.add_, terms)
+            total = merged(slice(start, start + PIECE)).to(dtype)
             if not (total.sum().isfinite() or total.isfinite().all()):  # the sum is faster, but may overflow
-                raise UserError(f"{models} cannot be merged: {name} would be NaN or infinite; is one of them broken?")
+                raise UserError(f"{models} cannot be merged: {name} would be NaN or infinite{remedy}")
             yield name, total
 
 
@@ -443,19 +502,40 @@ def _write_safetensors(path: Path, like: dict[str, Tensor], pieces: Averages) ->
     header: Row = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, tensor in like.items():
-        dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
-        start, end = end, end + tensor.numel() * dtype.itemsize
-        header[name] = {"dtype": _TYPE_NAMES[dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+        start, end = end, end + tensor.numel() * tensor.dtype.itemsize
+        header[name] = {"dtype": _TYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for _, piece in pieces:
-            file.write(piece.numpy().data)
+            file.write(piece.view(torch.uint8).numpy().data)  # numpy has no bfloat16
 
 
-def _save_config_and_tokenizer(folder: Path, first: Checkpoint) -> None:
+def _combine(method: str, density: float) -> Combine:
+    """The function of merge_methods.py; a soup is no way to merge, but a choice of models."""
+    ways: dict[str, Combine] = {
+        "linear": linear, "slerp": slerp, "task_arithmetic": task_arithmetic,
+        "ties": functools.partial(ties, density=density),
+    }  # fmt: skip
+    if method not in ways:
+        raise UserError(f"method {method!r}: use one of {_joined(ways)}")
+    return ways[method]
+
+
+def _result_type(name: MergeType, first: Checkpoint) -> torch.dtype:
+    """A type by its name; `keep`: what the first model's configuration says, else its tensors."""
+    if name != "keep":
+        return getattr(torch, name)  # type: ignore[no-any-return]
+    stored = [read().dtype for read in first.tensors.values() if read().is_floating_point()]
+    dtype: torch.dtype = first.backbone.config.dtype or functools.reduce(torch.promote_types, stored)
+    if dtype not in _FLOATS:
+        raise UserError(f"--dtype keep: {first.name} is {dtype}; name the type, as --dtype float32")
+    return dtype
+
+
+def _save_config_and_tokenizer(folder: Path, first: Checkpoint, dtype: torch.dtype) -> None:
     config = first.backbone.config
-    config.architectures, config.dtype = [type(first.backbone).__name__], torch.float32
+    config.architectures, config.dtype = [type(first.backbone).__name__], dtype
     config.save_pretrained(folder)
     save_tokenizer(first.tokenizer, folder)

@@ -305,6 +305,7 @@ def plan_run(
     states = [s for state in optimizer.state.values() for s in state.values() if isinstance(s, torch.Tensor)]
     parameters_mb = _mb(model.parameters())
     optimizer_mb = _mb(states)
+    average_mb = _mb(trainable) if config.ema_decay else 0.0
 
     # ---- checkpoints
     written, kept = checkpoint_steps(data.num_steps, save_every, config.save_total_limit)
@@ -338,7 +339,7 @@ def plan_run(
         "tokens_per_step": round(statistics.fmean(sum(m.tokens for m in of_step) for of_step in sample), 1),
         "checkpoints": kept,
         "checkpoints_written": written,
-        "checkpoint_mb": round(parameters_mb + optimizer_mb, 3),
+        "checkpoint_mb": round(parameters_mb + optimizer_mb + average_mb, 3),
         "evaluations": evaluations,
         "best_checkpoint_among": evaluations if config.load_best_model_at_end else [],
         "measured": [

@@ -40,7 +40,7 @@ def parse_sweep(text: str) -> list[float]:
 
 
 def sweep(
-    weights: Sequence[float], merge: Merge, score: Score, folder: Path, *, key: str, metric: str,
+    weights: Sequence[float], merge: Merge, score: Score, file: Path, *, key: str, metric: str,
     general_weight: float | None = None, resamples: int = 10_000, seed: int = 0,
 ) -> Row:  # fmt: skip
     """Measure every weight, and choose one.
@@ -50,13 +50,13 @@ def sweep(
     smallest. With `general_weight` a: the largest (1 - a) domain + a general. Without general questions: the best
     domain score.
 
-    A weight that was measured is not measured again: `folder`/sweep_scores.json keeps the score of each question.
+    A weight that was measured is not measured again: `file` keeps the score of each question.
 
     Args:
         weights: w; the base, 0, is measured too if it is not among them.
         merge: writes theta(w) as a model folder.
         score: {"domain": (Q,), "general": (Q,)} of a model folder; general may be absent.
-        folder: where to keep what was measured.
+        file: JSON of what was measured; models are written beside it, one at a time, and removed.
         key: names all that the scores depend on but the weight; what was kept under another is not used.
         metric: its name, for the table.
         general_weight: a; None: the rule.
@@ -66,14 +66,13 @@ def sweep(
         {"metric", "rule", "chosen": w, "weights": [{"weight", "domain", "domain_difference", "domain_low",
         "domain_high", and the same of general}]}, differences to the base.
     """
-    file = folder / "sweep_scores.json"
     kept = records.read_json(file) or {}
     if kept.get("key") != key:
         kept = {"key": key, "scores": {}}
     known: dict[float, dict[str, np.ndarray]] = {}
     for weight in dict.fromkeys((0.0, *weights)):
         if str(weight) not in kept["scores"]:
-            model = folder / ".sweep"
+            model = file.with_name(f".{file.name}.model")
             try:
                 merge(weight, str(model))
                 kept["scores"][str(weight)] = {name: of.tolist() for name, of in score(str(model)).items()}

@@ -11,13 +11,13 @@ import pytest
 from conftest import ROOT
 
 LEVELS = {
-    "config": 0, "cli": 1, "records": 0, "metrics": 0, "runlog": 0, "watchdog": 0, "batch": 0, "dropout": 0,
-    "loss": 1, "kernels": 1, "packing": 2, "launch": 1, "distributed": 1, "search": 1, "optim": 1,
-    "guards": 1, "lexical": 1, "sources": 1, "checks": 1, "page": 1, "significance": 1,
+    "config": 1, "cli": 2, "records": 0, "metrics": 0, "runlog": 0, "watchdog": 0, "batch": 0, "dropout": 0,
+    "loss": 1, "merge_methods": 1, "kernels": 1, "packing": 2, "launch": 1, "distributed": 1, "search": 1, "optim": 1,
+    "guards": 1, "lexical": 1, "sources": 1, "checks": 1, "page": 1, "significance": 1, "sweep": 2, "tasks": 2,
     "encode": 2, "data": 2, "ann": 2, "mining_report": 2,
     "model": 3, "step": 3, "cache": 3, "reranker": 4,
     "checkpoint": 4,
-    "mining": 5, "merging": 5, "evaluation": 5, "report": 5, "plan": 5,
+    "mining": 5, "merging": 5, "evaluation": 5, "report": 5, "plan": 5, "costs": 5, "evaluation_report": 6,
 }  # fmt: skip
 TALKS_TO_THE_GROUP = {
     "launch", "distributed", "watchdog", "encode", "step", "checkpoint", "cache", "reranker", "mining",

@@ -108,6 +108,63 @@ def test_many_processes_resume_to_the_same_bits(
     assert_same_run(folder, tmp_path / "unbroken")
 
 
+def test_a_run_with_a_moving_average_resumes_to_the_same_bits(
+    tiny_bert_dropout: Path, data: Path, tmp_path: Path, resume: Callable[..., int]
+) -> None:
+    """The average, the number of its updates, and the evaluations of it; the average of other decays is refused."""
+    settings = SETTINGS | {"val_data": data, "ema_decay": 0.3}
+    assert run(tiny_bert_dropout, data, tmp_path / "whole", **settings) == 0
+    folder = runs.copy_run(tmp_path / "whole", tmp_path / "run", "checkpoint-6")
+    assert resume(folder, ema_decay=0.3) == 0
+    assert_same_run(folder, tmp_path / "whole")
+    assert runs.training_state(folder / "checkpoint-6")["ema"]["num_updates"] == 6
+    again = runs.copy_run(tmp_path / "whole", tmp_path / "again", "checkpoint-6")
+    assert resume(again, ema_decay=0.5) == 2
+    assert resume(again, ema_decay=0.5, allow_changed="ema_decay") == 0
+    assert not runs.equal_weights(again, folder)
+
+
+def test_a_moving_average_may_begin_where_a_run_is_resumed(
+    unbroken: Path, tmp_path: Path, resume: Callable[..., int]
+) -> None:
+    """With --allow_changed; it begins as the weights of the checkpoint, which holds none."""
+    folder = runs.copy_run(unbroken, tmp_path / "run", "checkpoint-6")
+    assert resume(folder, ema_decay=0.3, allow_changed="ema_decay", save_steps=1) == 0
+    slow = {name: value.double() for name, value in runs.weights(folder / "checkpoint-3").items()}
+    for update, step in enumerate(range(4, 9), start=1):
+        decay = min(0.3, (1 + update) / (10 + update))
+        for name, value in runs.weights(folder / f"checkpoint-{step}").items():
+            slow[name] = decay * slow[name] + (1 - decay) * value.double()
+    for name, value in runs.weights(folder).items():
+        torch.testing.assert_close(value.double(), slow[name], rtol=1e-6, atol=1e-6)
+
+
+def test_two_processes_keep_the_moving_average_of_one(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
+    """Each by itself: of what is learned all but 1e-5 is the same; they score it together, and resume to the same bits."""
+    settings = {
+        "negatives_cross_device": True, "save_steps": 3, "adam_epsilon": 1e-3, "learning_rate": 1e-2, "ema_decay": 0.3,
+        "val_data": data, "eval_steps": 3, "max_steps": 6,
+    }  # fmt: skip
+
+    def two(folder: Path, **changes: Any) -> None:
+        argv = runs.flags(tiny_bert, data, folder, **settings | {"per_device_train_batch_size": 2} | changes)
+        log = tmp_path / f"{folder.name}.log"
+        codes = runs.finish(runs.start_two(argv, log))
+        assert codes == [0, 0], [file.read_text(encoding="utf-8") for file in tmp_path.glob(f"{folder.name}*")]
+
+    two(tmp_path / "two")
+    assert run(tiny_bert, data, tmp_path / "one", **settings) == 0
+    begin, one, other = (runs.weights(folder) for folder in (tiny_bert, tmp_path / "one", tmp_path / "two"))
+    learned = sum(float((one[name] - begin[name]).double().norm() ** 2) for name in one) ** 0.5
+    differ = sum(float((one[name] - other[name]).double().norm() ** 2) for name in one) ** 0.5
+    assert learned > 0.1 and differ < 1e-5 * learned, (learned, differ)
+    scores = [[line for line in read_steps(tmp_path / name) if "MRR@10" in line] for name in ("one", "two")]
+    assert len(scores[0]) == 2 and scores[0] == scores[1]
+    folder = runs.copy_run(tmp_path / "two", tmp_path / "again", "checkpoint-6")
+    two(folder, resume_from_checkpoint="latest")
+    assert_same_run(folder, tmp_path / "two")
+
+
 def test_a_resumed_run_may_log_and_work_otherwise(unbroken: Path, tmp_path: Path, resume: Callable[..., int]) -> None:
     folder = runs.copy_run(unbroken, tmp_path / "run", "checkpoint-6")
     assert resume(folder, dataloader_num_workers=0, logging_steps=1, save_steps=0, val_data=None, eval_steps=None) == 0

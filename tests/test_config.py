@@ -167,6 +167,8 @@ def test_a_hub_token_is_no_setting_to_record() -> None:
         (("--temperature", "0"), "--temperature 0.0: use a number above 0"),
         (("--warmup_ratio", "2"), "--warmup_ratio 2.0: use a share from 0 to 1"),
         (("--weight_decay", "-1"), "--weight_decay -1.0: use 0 or a number above it"),
+        (("--ema_decay", "1"), "--ema_decay 1.0: use a number above 0 and below 1"),
+        (("--ema_decay", "0"), "--ema_decay 0.0: use a number above 0 and below 1"),
         (("--fp16", "--bf16"), "--fp16 True: cannot go with --bf16"),
         (("--use_mrl",), "--mrl_dims []: go with --use_mrl"),
         (("--mrl_dims", "8"), "--mrl_dims [8]: go with --use_mrl"),

@@ -339,6 +339,21 @@ def test_sharding_is_the_flags_or_the_launchers(monkeypatch: pytest.MonkeyPatch)
     assert resolve_sharding(False)
 
 
+def test_shards_and_a_moving_average_are_refused_together(
+    tiny_bert: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the flag, with one process, too, and by the launcher."""
+    assert runs.run(tiny_bert, data, tmp_path / "run", fsdp=True, ema_decay=0.9) == 2
+    err = capsys.readouterr().err
+    assert "--ema_decay 0.9: cannot go with FSDP" in err and err.count("error: ") == 1 and "Traceback" not in err
+    assert not (tmp_path / "run").exists()
+    assert not resolve_sharding(False, 0.9)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    with pytest.raises(UserError, match="cannot go with FSDP.*no FSDP in the launch file"):
+        resolve_sharding(False, 0.9)
+
+
 def test_deepspeed_is_refused(
     tiny_bert: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -165,7 +165,8 @@ def test_a_plan_adds_up(
     monkeypatch.setattr(plan, "measure_steps", measure_steps)
     monkeypatch.setattr(plan, "memory_mb", lambda: 900.0)
     monkeypatch.setattr(plan, "available_memory_mb", lambda: 2000.0)
-    assert run(tiny_bert, data, tmp_path / "out", sub_batch_size=chunk, dataloader_num_workers=0, **SETTINGS) == 0
+    words = {"sub_batch_size": chunk, "dataloader_num_workers": 0, "ema_decay": 0.9}
+    assert run(tiny_bert, data, tmp_path / "out", **SETTINGS, **words) == 0
     told = told_by(capsys)
     micro_batches = [micro for of_step in seen[0] for micro in of_step]
     tokens, held = [micro.tokens for micro in micro_batches], [micro.held for micro in micro_batches]
@@ -173,6 +174,8 @@ def test_a_plan_adds_up(
     # eight updates and loads, all tokens, and what the first step took longer
     assert told["seconds"] == pytest.approx(8 * (3 + 0.25) + 0.01 * sum(tokens) + 2, abs=0.05)
     assert told["tokens_per_step"] == pytest.approx(sum(tokens) / 8, abs=0.1)
+    kept = ("parameters_mb", "optimizer_mb", "gradients_mb")  # the moving average is as large as the gradients
+    assert told["checkpoint_mb"] == pytest.approx(sum(told[name] for name in kept), abs=0.002)
     assert told["fixed_mb"] == 1000 and told["activation_mb"] == pytest.approx(0.5 * max(held), abs=0.01)
     assert told["memory_mb"] == 1200  # the highest that was seen
     rows = 1000 / (0.5 * max(tokens) / 4)  # were there no loss

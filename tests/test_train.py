@@ -239,6 +239,92 @@ def test_loss_curve_is_the_stored_one(tiny_bert: Path, tmp_path: Path) -> None:
     assert np.mean([line["loss"] for line in want[-3:]]) < 0.6 * want[0]["loss"]  # it learns
 
 
+# ------------------------------------------------------------------------------------------ moving average of the weights
+
+AVERAGED = {"ema_decay": 0.3, "save_steps": 1, "eval_steps": 2}  # the decay is reached at the third of 7 updates
+
+
+@pytest.fixture(scope="module")
+def averaged(tiny_bert_dropout: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """7 steps, each with its checkpoint. Read only."""
+    folder = tmp_path_factory.mktemp("runs") / "averaged"
+    assert run(tiny_bert_dropout, data, folder, val_data=data, **AVERAGED) == 0
+    return folder
+
+
+def average_of(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """The moving average that a checkpoint holds, by the names of the model's file."""
+    average = runs.training_state(checkpoint)["ema"]["average"]
+    return {name.removeprefix("backbone."): value for name, value in average.items()}
+
+
+def test_the_final_model_is_the_moving_average_of_the_weights(averaged: Path, tiny_bert_dropout: Path) -> None:
+    """Of the initial weights and those of all checkpoints, in float64; what is not trained stays as it was."""
+    base = runs.weights(tiny_bert_dropout)
+    slow = {name: value.double() for name, value in base.items()}
+    for step in range(1, 8):
+        decay = min(0.3, (1 + step) / (10 + step))
+        for name, value in runs.weights(averaged / f"checkpoint-{step}").items():
+            slow[name] = decay * slow[name] + (1 - decay) * value.double()
+        assert runs.training_state(averaged / f"checkpoint-{step}")["ema"]["num_updates"] == step
+        for name, value in average_of(averaged / f"checkpoint-{step}").items():
+            torch.testing.assert_close(value.double(), slow[name], rtol=1e-6, atol=1e-6)
+    final, last = runs.weights(averaged), average_of(averaged / "checkpoint-7")
+    frozen = {name for name in base if name.startswith("pooler.")}
+    assert last.keys() == base.keys() - frozen and frozen
+    assert all(
+        torch.equal(final[name], value) for name, value in (base | last).items() if name in last or name in frozen
+    )
+    assert not runs.equal_weights(averaged, averaged / "checkpoint-7")
+
+
+def test_a_moving_average_changes_no_training(
+    averaged: Path, tiny_bert_dropout: Path, data: Path, tmp_path: Path
+) -> None:
+    """With and without it, the same weights, optimizer and losses, bit for bit, though evaluations lie between."""
+    assert run(tiny_bert_dropout, data, tmp_path / "run", val_data=data, **AVERAGED | {"ema_decay": None}) == 0
+    for step in range(1, 8):
+        one, other = (folder / f"checkpoint-{step}" for folder in (averaged, tmp_path / "run"))
+        assert runs.equal_weights(one, other)
+        state, plain = runs.training_state(one), runs.training_state(other)
+        assert state.keys() - plain.keys() == {"ema"} and plain.keys() <= state.keys()
+        for name in ("optimizer", "scaler", "random_states", "step"):
+            assert runs.equal(state[name], plain[name])
+    losses = [[line for line in read_steps(folder) if "loss" in line] for folder in (averaged, tmp_path / "run")]
+    assert losses[0] == losses[1]
+    assert runs.equal_weights(tmp_path / "run", tmp_path / "run" / "checkpoint-7")
+    assert set(runs.tree(averaged)) == set(runs.tree(tmp_path / "run"))
+
+
+def test_evaluations_score_the_moving_average(
+    tiny_bert_dropout: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scored: list[dict[str, torch.Tensor]] = []
+
+    def look(encoder: Any, *_: Any, **__: Any) -> SimpleNamespace:
+        scored.append({name: value.clone() for name, value in encoder.backbone.state_dict().items()})
+        return SimpleNamespace(means={"MRR@10": 0.0})
+
+    monkeypatch.setattr(train, "evaluate_encoder", look)
+    assert run(tiny_bert_dropout, data, tmp_path / "run", val_data=data, **AVERAGED) == 0
+    for step, weights in zip((2, 4, 6, 7), scored, strict=True):
+        expected = average_of(tmp_path / "run" / f"checkpoint-{step}")
+        assert all(torch.equal(weights[name], value) for name, value in expected.items())
+
+
+@pytest.mark.parametrize("save_steps", [3, 1, 0], ids=["between", "each", "none"])
+def test_the_best_model_is_the_moving_average_that_was_scored(
+    tiny_bert: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, save_steps: int
+) -> None:
+    scripted(monkeypatch, [*SCORES[:6], 0.2])  # best at step 2
+    settings = {"eval_steps": 1, "load_best_model_at_end": True, "save_total_limit": 1, "ema_decay": 0.5}
+    assert run(tiny_bert, data, tmp_path / "run", val_data=data, save_steps=save_steps, **settings) == 0
+    final = runs.weights(tmp_path / "run")
+    expected = average_of(tmp_path / "run" / "checkpoint-2")
+    assert all(torch.equal(final[name], value) for name, value in expected.items())
+    assert not runs.equal_weights(tmp_path / "run", tmp_path / "run" / "checkpoint-2")
+
+
 # ------------------------------------------------------------------------------------------------- what it learns from
 
 
@@ -521,6 +607,17 @@ def test_a_step_with_an_infinite_gradient_is_skipped(
     assert run(tiny_bert_dropout, data, half, resume_from_checkpoint="latest", **settings) == 0
     assert read_steps(half) == read_steps(whole) and runs.equal_weights(half, whole)
     assert runs.training_state(half / "checkpoint-6")["scaler"] == runs.training_state(whole / "checkpoint-6")["scaler"]
+
+
+def test_a_skipped_step_is_no_update_of_the_moving_average(
+    tiny_bert: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, poison: Row
+) -> None:
+    monkeypatch.setattr(train, "start", train.start)
+    use_cpu_scaler()
+    assert run(tiny_bert, data, tmp_path / "run", ema_decay=0.9, **poison) == 0
+    states = [runs.training_state(tmp_path / "run" / f"checkpoint-{step}")["ema"] for step in range(1, 7)]
+    assert [state["num_updates"] for state in states] == [1, 2, 2, 3, 4, 5]
+    assert runs.equal(states[1], states[2]) and not runs.equal(states[2]["average"], states[3]["average"])
 
 
 def test_metrics_of_a_skipped_step_are_json(
