@@ -140,10 +140,10 @@ def test_a_moving_average_may_begin_where_a_run_is_resumed(
 
 
 def test_two_processes_keep_the_moving_average_of_one(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
-    """Each by itself: of what is learned all but 1e-5 is the same; they score it together, and resume to the same bits."""
+    """Each by itself: the same but for sums in another order; they score it together, and resume to the same bits."""
     settings = {
-        "negatives_cross_device": True, "save_steps": 3, "adam_epsilon": 1e-3, "learning_rate": 1e-2, "ema_decay": 0.3,
-        "val_data": data, "eval_steps": 3, "max_steps": 6,
+        "negatives_cross_device": True, "save_steps": 2, "adam_epsilon": 1e-3, "learning_rate": 1e-2, "ema_decay": 0.3,
+        "val_data": data, "eval_steps": 2, "max_steps": 4,
     }  # fmt: skip
 
     def two(folder: Path, **changes: Any) -> None:
@@ -157,10 +157,10 @@ def test_two_processes_keep_the_moving_average_of_one(tiny_bert: Path, data: Pat
     begin, one, other = (runs.weights(folder) for folder in (tiny_bert, tmp_path / "one", tmp_path / "two"))
     learned = sum(float((one[name] - begin[name]).double().norm() ** 2) for name in one) ** 0.5
     differ = sum(float((one[name] - other[name]).double().norm() ** 2) for name in one) ** 0.5
-    assert learned > 0.1 and differ < 1e-5 * learned, (learned, differ)
+    assert learned > 0.1 and differ < 1e-4 * learned, (learned, differ)
     scores = [[line for line in read_steps(tmp_path / name) if "MRR@10" in line] for name in ("one", "two")]
     assert len(scores[0]) == 2 and scores[0] == scores[1]
-    folder = runs.copy_run(tmp_path / "two", tmp_path / "again", "checkpoint-6")
+    folder = runs.copy_run(tmp_path / "two", tmp_path / "again", "checkpoint-4")
     two(folder, resume_from_checkpoint="latest")
     assert_same_run(folder, tmp_path / "two")
 

@@ -300,6 +300,14 @@ def test_words_of_the_yaml_become_words_of_a_command(tiny_bert: Path, tmp_path: 
     assert not {"name", "stage", "model", "data"} & flags.keys()
 
 
+def test_the_base_of_a_merge_is_named_like_any_model(tiny_bert: Path, tmp_path: Path) -> None:
+    write_data(tmp_path)
+    stages = changed(4, models=["round1", "round2"], weights=None, method="ties", base_model="base")
+    flags = plan_of(Workplace(tmp_path, tiny_bert), stages)["model"][2]
+    assert flags["base_model"] == [str(tiny_bert)] and flags["method"] == ["ties"]
+    assert flags["models"] == [str(tmp_path / "out/round1"), str(tmp_path / "out/round2")]
+
+
 def test_the_shipped_recipe_gives_flags_that_every_stage_accepts(tmp_path: Path) -> None:
     write_data(tmp_path)
     file = ROOT / "configs/recipes/two_rounds.yaml"
