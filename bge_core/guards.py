@@ -32,7 +32,7 @@ MIN_ANSWER = 2  # letters: a shorter answer stands in too many passages
 MAX_SAMPLE = 50_000  # texts to count words in
 RARE = 1 / 2000  # a word in a smaller share of the texts is rare
 MIN_PART = 0.5  # a candidate this much shorter than the positive is no duplicate, even if the positive holds it
-MIN_EXCHANGED = 3  # letters that a question shares with what was exchanged: of two, most are words and no names
+SUBJECT = 3  # letters that a question and its answer both begin with: of two, most are words and no names
 _NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?|[零〇一二两三四五六七八九十百千万亿]+")
 _TITLE = re.compile(r"《([^《》]+)》")
 _LATIN = re.compile(r"[a-z][a-z0-9]*")
@@ -191,15 +191,11 @@ class Guards:
     def _lacks_subject(self, query: str, positive: str, candidate: str) -> bool:
         """Whether the question names something that the positive holds and the candidate does not.
 
-        Names are those of `_find_facts`, and what the candidate has exchanged for something else: a name may be made
-        of common words.
+        Names are those of `_find_facts`, and what question and positive both begin with: a name may be made of common
+        words, and begins as it does in one place only.
         """
-        from rapidfuzz.distance import Levenshtein
-
         (asked, _, names), (there, *_), (here, *_) = map(self._facts, (query, positive, candidate))
-        changes = Levenshtein.opcodes(there, here)
-        exchanged = {there[c.src_start : c.src_end] for c in changes if c.tag == "replace"}
-        named = names | {text for text in exchanged if len(text) >= MIN_EXCHANGED and text in asked}
+        named = names | {asked[:SUBJECT]} if there[:SUBJECT] == asked[:SUBJECT] else names
         return any(name in there and name not in here for name in named)
 
     def facts_differ(self, one: str, other: str) -> bool:

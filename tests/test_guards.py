@@ -192,3 +192,19 @@ def test_any_text_is_taken(positive: str, candidate: str) -> None:
     found = Guards([candidate], [[positive]], [[candidate]], GuardSettings()).reasons(0, [candidate, positive])
     assert found[1] is not None or not plain(positive)
     assert set(found) <= {None, "identical", "answer", "near_duplicate", "same_question"}
+
+
+@pytest.mark.parametrize(
+    ("query", "positive", "candidate", "reason"),
+    [  # names of common words: what question and positive begin with
+        ("大曲车站在哪里？", "大曲车站位于青森县上北郡的六户町犬落濑。", "三泽车站位于青森县上北郡的六户町犬落濑。", None),
+        ("大曲车站在哪里？", "大曲车站位于青森县上北郡的六户町犬落濑。", "据悉，大曲车站位于青森县上北郡的六户町犬落濑。",
+         "near_duplicate"),
+        ("哪里有大曲车站？", "大曲车站位于青森县上北郡的六户町犬落濑。", "大曲车站坐落于青森县上北郡的六户町犬落濑。",
+         "near_duplicate"),
+    ],
+)  # fmt: skip
+def test_another_subject_is_no_duplicate(query: str, positive: str, candidate: str, reason: str | None) -> None:
+    common = frozenset(words("大曲三泽车站位于坐落据悉青森县上北郡的六户町犬落濑哪里").split())
+    guards = Guards([query], [[positive]], [[]], GuardSettings(), common)
+    assert guards.reasons(0, [candidate]) == [reason]
