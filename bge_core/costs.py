@@ -73,7 +73,8 @@ def measure_costs(
             rows = search(queries)
             took.append(time.perf_counter() - started)
         means = mean_metrics(per_query_metrics(rows, task.relevant, task.missing, metrics))
-        found.append({"dimension": dim, "type": kind, **means, "bytes_per_passage": bytes_each,
+        whole = int(bytes_each) if bytes_each == int(bytes_each) else bytes_each
+        found.append({"dimension": dim, "type": kind, **means, "bytes_per_passage": whole,
                       "queries_per_second": len(queries) / min(took)})  # fmt: skip
 
     k = min(k, len(corpus_ND))

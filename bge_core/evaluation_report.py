@@ -74,12 +74,13 @@ def write_evaluation_report(
     if parts:
         page.section(words["parts"], headline)
         page.table(["", "", words["questions"], *names], parts)
-    for name, lines in (costs or {}).items():
-        page.section(words["costs"], words["cost_text"].format(name))
-        keys = list(lines[0])
+    if costs:
+        keys = list(next(iter(costs.values()))[0])
         labels = {"bytes_per_passage": "bytes", "queries_per_second": "qps"}
+        page.section(words["costs"], words["cost_text"])
         page.table(
-            [words.get(labels.get(key, key), key) for key in keys], [[line[key] for key in keys] for line in lines]
+            [words["model"], *(words.get(labels.get(key, key), key) for key in keys)],
+            [[name, *(line[key] for key in keys)] for name, lines in costs.items() for line in lines],
         )
     if len(names) > 1:
         for key, cards in zip(("better", "worse"), _changed(result, headline, words), strict=True):
@@ -217,7 +218,7 @@ def _changed(result: EvaluationResult, headline: str, words: Mapping[str, str]) 
             lines: list[tuple[str, str, Any, str]] = []
             for name in pair:
                 rank = int(ranks[name][i])
-                lines.append(("", name, None, f"{words['rank']} {rank}" if rank else words["not"]))
+                lines.append(("", name, "", f"{words['rank']} {rank}" if rank else words["not"]))
                 ranking = result.rankings[name]
                 for place, (row, score) in enumerate(zip(ranking.rows[i, :TOP], ranking.scores[i], strict=False)):
                     is_right = bool(right[name][i, place])
