@@ -3,8 +3,8 @@
     python benchmarks/sweep.py --data path/to/cmrc [--bf16] [--sweep 0:1.2:0.1]
     make demo && python benchmarks/sweep.py --demo
 
-CMRC 2018  domain: questions -> the sentence that answers them. Trained by the reference recipe of benchmarks/README.md
-           with mine.py's defaults (seed 42) on the training questions less 400, which choose the weight (ablation.py's
+CMRC 2018  domain: questions -> the sentence that answers them. Trained by the reference recipe of benchmarks/README.md,
+           but with mine.py's defaults and the encoder's own prompts (seed 42), on the training questions less 400, which choose the weight (ablation.py's
            split); reported on the 1,002 test questions.
            general: another task, on paragraphs that no training question is about: a sentence -> the one that follows
            it. The sentences of the test paragraphs in their order, every second a query; halves choose and report.
@@ -31,7 +31,6 @@ from ablation import split_validation  # noqa: E402
 
 from bge_core import records  # noqa: E402
 
-NO_INSTRUCTION = ["--query_instruction_for_retrieval", "", "--passage_instruction_for_retrieval", ""]
 LENGTHS = ["--query_max_len", "64", "--passage_max_len", "128"]
 Row = dict[str, Any]
 
@@ -57,10 +56,10 @@ def prepare_cmrc(data: Path, encoder: str, out: Path, half: list[str]) -> tuple[
     if not (model / "manifest.json").exists():
         run("mine.py", "--model_name_or_path", encoder, "--input_file", out / "choose.jsonl", "--candidate_pool",
             corpus, "--output_file", out / "mined.jsonl", "--range_for_sampling", "2-200", "--negative_number", "15",
-            "--cache_dir", out / "cache", *NO_INSTRUCTION, *LENGTHS, *half)  # fmt: skip
+            "--cache_dir", out / "cache",  *LENGTHS, *half)  # fmt: skip
         run("train.py", "--model_name_or_path", encoder, "--train_data", out / "mined.jsonl", "--output_dir", model,
             "--num_train_epochs", "1", "--per_device_train_batch_size", "32", "--train_group_size", "2",
-            "--learning_rate", "2e-5", "--save_steps", "0", "--overwrite_output_dir", "True", *NO_INSTRUCTION,
+            "--learning_rate", "2e-5", "--save_steps", "0", "--overwrite_output_dir", "True", 
             *LENGTHS, *half)  # fmt: skip
     return model, corpus, corpus
 
