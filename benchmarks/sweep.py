@@ -4,8 +4,8 @@
     make demo && python benchmarks/sweep.py --demo
 
 CMRC 2018  domain: questions -> the sentence that answers them. Trained by the reference recipe of benchmarks/README.md,
-           but with mine.py's defaults and the encoder's own prompts (seed 42), on the training questions less 400, which choose the weight (ablation.py's
-           split); reported on the 1,002 test questions.
+           but with mine.py's defaults and the encoder's own prompts (seed 42), on the training questions less 400,
+           which choose the weight (ablation.py's split); reported on the 1,002 test questions.
            general: another task, on paragraphs that no training question is about: a sentence -> the one that follows
            it. The sentences of the test paragraphs in their order, every second a query; halves choose and report.
            About one pair in ten crosses the border of two paragraphs, which costs every model the same.
