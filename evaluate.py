@@ -32,7 +32,7 @@ from bge_core.distributed import world
 from bge_core.evaluation import EvaluationResult, Ranking, bge_instruction, rank, task_vectors
 from bge_core.evaluation_report import write_evaluation_report
 from bge_core.launch import start
-from bge_core.metrics import DEFAULT_METRICS, mean_metrics, per_query_metrics
+from bge_core.metrics import DEFAULT_METRICS, mean_metrics, parse_metric, per_query_metrics
 from bge_core.model import Encoder, load_encoder
 from bge_core.report import add_to_model_card, comparison_tables, text_table
 from bge_core.significance import compare_to_baseline
@@ -64,9 +64,11 @@ def evaluate(config: EvaluateConfig) -> None:
         records.refuse_foreign_folder(config.output_dir, config.overwrite_output_dir, OWN_FILES)
     if config.update_model_card and (absent := [name for name in config.encoder if not Path(name).is_dir()]):
         raise UserError(f"--update_model_card: {absent[0]} is no folder; evaluate a local copy of it")
+    metrics = config.metrics or list(DEFAULT_METRICS)
+    for name in metrics:
+        parse_metric(name)
     if config.run:
         return score_runs(config) if is_main else None
-    metrics = config.metrics or list(DEFAULT_METRICS)
     tasks = load_tasks(config.val_data, config.corpus or None)
     for task in tasks:
         logger.info("%s: %d questions, %d passages", task.name, len(task.queries), len(task.corpus))

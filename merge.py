@@ -41,13 +41,13 @@ from bge_core.merging import (
     refuse_output,
     weights_from_losses,
 )
+from bge_core.metrics import parse_metric
 from bge_core.model import load_encoder, read_settings
 from bge_core.report import text_table, write_model_card
 from bge_core.sweep import parse_sweep, plot_sweep, sweep, sweep_rows
 from bge_core.tasks import RetrievalTask, describe_task, load_task
 
 METRIC = "MRR@10"
-QUERY_LENGTH = 64  # of questions, as evaluate.py's default
 
 
 def merge(config: MergeConfig) -> None:
@@ -58,6 +58,7 @@ def merge(config: MergeConfig) -> None:
     """
     if config.weights and config.example_data:
         raise UserError("--weights: cannot go with --example_data, which computes them: choose one")
+    parse_metric(config.metric or METRIC)
     check_arguments(config.method, len(config.models), config.base_model, config.density)
     read_too = [config.base_model] if config.base_model else []
     refuse_output(config.output_path, [*config.models, *read_too], config.overwrite_output_dir)
@@ -185,7 +186,7 @@ def score_model(config: MergeConfig, name: str, tasks: Sequence[RetrievalTask], 
     rankings = [
         evaluate_encoder(
             encoder, task, k=100, metrics=[metric], query_prompt=encoder.settings.query_prompt or "",
-            passage_prompt=encoder.settings.passage_prompt or "", query_max_length=QUERY_LENGTH,
+            passage_prompt=encoder.settings.passage_prompt or "", query_max_length=config.max_input_length,
             passage_max_length=config.max_input_length,
             precision="fp16" if config.fp16 else "bf16" if config.bf16 else "no",
         )

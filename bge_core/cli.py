@@ -21,7 +21,7 @@ from transformers import HfArgumentParser
 from transformers.utils import logging as transformers_logging
 
 from bge_core import UserError
-from bge_core.config import advice
+from bge_core.refused import advice
 
 T = TypeVar("T")
 

@@ -1,12 +1,11 @@
 """One dataclass a stage: the names of its flags and YAML keys, their types, defaults and bounds. cli.py reads them."""
 
-import difflib
 import json
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, cast
 
 from bge_core import UserError
-from bge_core.metrics import parse_metric
+from bge_core.refused import advice
 
 
 def _flag(default: Any, help: str, *aliases: str) -> Any:
@@ -36,6 +35,11 @@ def _need_positive(config: Any, *names: str) -> None:
         _need(value is None or value > 0, name, value, "use a number above 0")
 
 
+def _need_unset(config: Any, names: str, remedy: str) -> None:
+    for name in names.split():
+        _need(not getattr(config, name), name, getattr(config, name), remedy)
+
+
 def _two_placeholders(name: str, value: str) -> str:
     value = value.replace("\\n", "\n")
     try:
@@ -45,41 +49,6 @@ def _two_placeholders(name: str, value: str) -> str:
         complete = False
     _need(complete, name, value, "must hold '{}' twice: first the instruction, then the text")
     return value
-
-
-# Flags of FlagEmbedding and its examples that mean nothing here; the reason is what the user reads.
-REFUSED = {
-    "deepspeed": "DeepSpeed is not tested here; launch with accelerate or torchrun (DDP, or --fsdp)",
-    "small_threshold": "merge small files yourself; every row is used",
-    "drop_threshold": "merge small files yourself; every row is used",
-    "shuffle_ratio": "it reorders thirds of a passage, which no evaluation does",
-    "cache_path": "rows are memory-mapped by datasets; set HF_DATASETS_CACHE",
-    "pad_to_multiple_of": "padding is the encoder's own affair",
-    "use_fast_tokenizer": "the fast tokenizer is always used",
-    "config_name": "the configuration always comes from the model; FlagEmbedding only printed it",
-    "save_strategy": "use --save_steps (below 1: a share of all steps; 0: none)",
-    "evaluation_strategy": "use --eval_steps with --val_data",
-    "eval_strategy": "use --eval_steps with --val_data",
-    "ddp_find_unused_parameters": "never needed: parameters without a gradient are frozen",
-    "optim": "AdamW is the optimizer; change it in bge_core/optim.py",
-    "remove_unused_columns": "unknown columns are always ignored",
-    "index_factory": "the search is exact",
-    "save_embedding": "--cache_dir keeps embeddings, by content",
-    "load_embedding": "--cache_dir keeps embeddings, by content",
-    "save_path": "--cache_dir keeps embeddings, by content",
-    "query_data": "it is called --val_data here",
-    "corpus_data": "it is called --corpus here",
-    "do_train": "train.py always trains",
-    "local_rank": "the launcher sets it in the environment",
-}
-
-
-def advice(name: str, known: set[str]) -> str:
-    """What to say of a name that is no flag or key: why not, or which one it resembles."""
-    if name in REFUSED:
-        return REFUSED[name]
-    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"did you mean --{nearest[0]}?" if nearest else "--help lists the flags"
 
 
 Attention = Literal["auto", "padded", "sdpa", "varlen", "flash", "flex"]
@@ -388,25 +357,16 @@ class MergeConfig:
 
     models: list[str] = _required("Two or more hub names or folders.")
     output_path: str = _required("Where the merged model goes.")
-    method: MergeMethod = _flag(
-        "linear",
-        "linear: weighted average; slerp: along the sphere, two models; task_arithmetic, ties: differences to "
-        "--base_model, summed, or cleaned of contradictions; greedy_soup: the average that scores best on --val_data.",
-    )
-    weights: list[float] = _flag(
-        [], "One weight a model, summing to 1 (of task_arithmetic: any). Default: equal, or from --example_data."
-    )
+    method: MergeMethod = _flag("linear", "Weighted average; slerp, task_arithmetic, ties; greedy_soup of checkpoints.")
+    weights: list[float] = _flag([], "One a model, summing to 1 (task_arithmetic: any). Default: equal.")
     base_model: str | None = _flag(None, "Of task_arithmetic and ties: the model that those of --models started from.")
     density: float | None = _flag(None, "Of ties: the share of each difference that is kept, by size. Default: 0.2.")
     dtype: MergeType = _flag("float32", "Type of the merged weights; keep: that of the first model.")
     example_data: str | None = _flag(None, "JSONL with query, pos, neg: weights from each model's loss on it.")
-    sweep: str | None = _flag(
-        None, "start:stop:step, as 0:1:0.1: measure these weights of the second model, the first being the base, and "
-        "write the best: the best domain score whose general loss is not significant.",
-    )  # fmt: skip
+    sweep: str | None = _flag(None, "start:stop:step: measure these weights of the second model, and write the best.")
     val_data: str | None = _flag(None, "Of sweep and greedy_soup: test set of the domain, as evaluate.py reads it.")
     corpus: str | None = _flag(None, "Its corpus; default: the distinct pos and neg of val_data.")
-    general_data: str | None = _flag(None, "Of sweep: test set of what the model should not forget.")
+    general_data: str | None = _flag(None, "Of sweep: test set of what should not get significantly worse.")
     general_corpus: str | None = _flag(None, "Its corpus; default: the distinct pos and neg of general_data.")
     general_weight: float | None = _flag(None, "Of sweep: choose by (1 - a) domain + a general instead, 0 <= a <= 1.")
     metric: str | None = _flag(None, "Of sweep and greedy_soup: what decides. Default: MRR@10.")
@@ -416,32 +376,27 @@ class MergeConfig:
     neg_number: int = _flag(7, "Negatives per example when the loss is computed.")
     max_input_length: int = _flag(512, "Longest text in tokens when a loss or a score is computed.")
     batch_size: int = _flag(2, "Examples per batch when the loss is computed.")
-    seed: int = _flag(42, "Seed of the choice of negatives.")
+    seed: int = _flag(42, "Seed of the choice of negatives, and of the sweep's intervals.")
     overwrite_output_dir: bool = _flag(False, "Replace an earlier model in output_path.")
     cache_dir: str | None = _flag(None, "Folder of the hub's downloads.")
     trust_remote_code: bool = _flag(False, "Run model code that comes with the checkpoint.")
 
     def __post_init__(self) -> None:
-        soup, sweep = self.method == "greedy_soup", self.sweep is not None
-        _need(not soup or self.val_data is not None, "method", self.method, "needs --val_data, to score averages on")
-        _need(not sweep or self.val_data is not None, "sweep", self.sweep, "needs --val_data, to score weights on")
-        _need(not sweep or len(self.models) == 2, "sweep", self.sweep, "takes two models: the base, the fine-tuned one")
-        _need(not sweep or self.method == "linear", "sweep", self.sweep, "goes with --method linear")
-        for name in ("val_data", "corpus", "metric", "fp16", "bf16"):
-            value = getattr(self, name)
-            _need(soup or sweep or not value, name, value, "goes with --sweep or --method greedy_soup: drop it")
-        for name in ("general_data", "general_corpus", "general_weight"):
-            value = getattr(self, name)
-            _need(sweep or value is None, name, value, "goes with --sweep alone: drop it")
-        for name in ("general_corpus", "general_weight"):
-            value = getattr(self, name)
-            _need(self.general_data is not None or value is None, name, value, "needs --general_data")
+        if self.method == "greedy_soup" or self.sweep:
+            name = "method" if self.method == "greedy_soup" else "sweep"
+            _need(self.val_data is not None, name, getattr(self, name), "needs --val_data, to score on")
+            _need_unset(self, "weights example_data", "--sweep and --method greedy_soup find the weights: drop it")
+        else:
+            remedy = "goes with --sweep or --method greedy_soup alone: drop it"
+            _need_unset(self, "val_data corpus metric fp16 bf16", remedy)
+        if self.sweep:
+            _need(len(self.models) == 2, "sweep", self.sweep, "takes two models: the base, then the fine-tuned one")
+            _need(self.method == "linear", "sweep", self.sweep, "goes with --method linear")
+        else:
+            _need_unset(self, "general_data general_corpus general_weight", "goes with --sweep alone: drop it")
+        if self.general_data is None:
+            _need_unset(self, "general_corpus general_weight", "needs --general_data")
         _need(0 <= (self.general_weight or 0) <= 1, "general_weight", self.general_weight, "use a share from 0 to 1")
-        for name in ("weights", "example_data"):
-            value = getattr(self, name)
-            _need(not ((soup or sweep) and value), name, value, "--sweep and greedy_soup find the weights: drop it")
-        if self.metric:
-            parse_metric(self.metric)
 
 
 @dataclass
@@ -451,14 +406,12 @@ class EvaluateConfig:
     val_data: list[str] = _required("Test sets: JSONL with query and pos, BEIR folders, hub names; with --run: qrels.")
     encoder: list[str] = _flag([], "One or more hub names or folders; the first is what the others are compared with.")
     corpus: list[str] = _flag(
-        [], "JSONL with text, one for all or one a test set; default: each set's own pos and neg."
+        [], "JSONL with text: one for all, or one a test set. Default: each set's own pos and neg."
     )
     run: list[str] = _flag([], "TREC run files to score, in place of encoders.")
     k: int = _flag(100, "Depth of the ranking.")
     metrics: list[str] = _flag([], "Such as MRR@10 nDCG@20 Recall@100 MAP@100 Precision@5 Success@1 CappedRecall@10.")
-    add_instruction: bool = _flag(
-        False, "Use the model's stored prompts, else BGE's query instruction for its language."
-    )
+    add_instruction: bool = _flag(False, "Use the model's stored prompts, else BGE's instruction for its language.")
     query_instruction_for_retrieval: str | None = _flag(None, "Put before each query; beats --add_instruction.")
     passage_instruction_for_retrieval: str | None = _flag(None, "Put before each passage; beats --add_instruction.")
     pooling_method: Literal["cls", "mean", "last_token"] | None = _flag(
@@ -495,17 +448,11 @@ class EvaluateConfig:
         _need(
             bool(self.encoder) != bool(self.run), "encoder", self.encoder, "name models to encode with, or --run files"
         )
-        for name in ("encoder", "run"):
-            of = getattr(self, name)
-            _need(len(set(of)) == len(of), name, of, "is named twice")
-        for name in ("corpus", "dims", "dtypes", "index_factories", "update_model_card", "cache_dir"):
-            _need(not self.run or not getattr(self, name), name, getattr(self, name), "has no meaning with --run")
-        _need(not self.run or len(self.val_data) == 1, "val_data", self.val_data, "with --run: one file of qrels")
+        if self.run:
+            _need_unset(self, "corpus dims dtypes index_factories update_model_card", "has no meaning with --run")
+            _need(len(self.val_data) == 1, "val_data", self.val_data, "with --run: one file of qrels")
         fits = len(self.corpus) in (0, 1, len(self.val_data))
         _need(fits, "corpus", self.corpus, f"give one for all, or one for each of {len(self.val_data)} test sets")
         for dtype in self.dtypes:
-            _need(
-                dtype in ("float32", "float16", "int8", "binary"), "dtypes", dtype, "use float32, float16, int8, binary"
-            )
-        for metric in self.metrics:
-            parse_metric(metric)
+            known = dtype in ("float32", "float16", "int8", "binary")
+            _need(known, "dtypes", dtype, "use float32, float16, int8 or binary")

@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT
 
 LEVELS = {
-    "config": 1, "cli": 2, "records": 0, "metrics": 0, "runlog": 0, "watchdog": 0, "batch": 0, "dropout": 0,
+    "refused": -1, "config": 0, "cli": 1, "records": 0, "metrics": 0, "runlog": 0, "watchdog": 0, "batch": 0, "dropout": 0,
     "loss": 1, "merge_methods": 1, "kernels": 1, "packing": 2, "launch": 1, "distributed": 1, "search": 1, "optim": 1,
     "guards": 1, "lexical": 1, "sources": 1, "checks": 1, "page": 1, "significance": 1, "sweep": 2, "tasks": 2,
     "encode": 2, "data": 2, "ann": 2, "mining_report": 2,
@@ -134,7 +134,7 @@ def test_modules_stay_small() -> None:
     lines = {file.name: num_code_lines(file) for file in MODULES}
     assert {name: count for name, count in lines.items() if count > 400} == {}
     assert sum(num_code_lines(ROOT / file) for file in CORE) <= 1200
-    assert sum(lines.values()) + sum(num_code_lines(script) for script in SCRIPTS if script.exists()) <= 7200
+    assert sum(lines.values()) + sum(num_code_lines(script) for script in SCRIPTS if script.exists()) <= 8_500
 
 
 IMPORT_ALL = """

@@ -14,7 +14,8 @@ from conftest import ROOT
 
 from bge_core import UserError
 from bge_core.cli import as_dict, changed_fields, parse_config, run_stage
-from bge_core.config import REFUSED, EvaluateConfig, MergeConfig, MineConfig, PrepareConfig, TrainConfig
+from bge_core.config import EvaluateConfig, MergeConfig, MineConfig, PrepareConfig, TrainConfig
+from bge_core.refused import REFUSED
 
 STAGES: dict[str, tuple[type, list[str]]] = {  # and the flags that each needs
     "prepare": (PrepareConfig, ["--input_dir", "i", "--output_dir", "o"]),
@@ -277,6 +278,7 @@ COMPANIONS = {  # what a flag needs beside it
     "use_mrl": ["--mrl_dims", "8"],
     "mrl_dims": ["--use_mrl"],
     "eval_steps": ["--val_data", "v"],
+    "corpus_data": ["--val_data", "v", "w"],  # as many as corpora
 }
 SAMPLES = {"query_instruction_format": "{}-{}", "passage_instruction_format": "{}-{}", "range_for_sampling": "3-30",
            "report_to": "tensorboard", "kd_loss_type": "m3_kd_loss", "sentence_pooling_method": "mean"}  # fmt: skip

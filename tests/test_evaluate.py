@@ -81,6 +81,7 @@ def by_hand(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
 
     monkeypatch.setattr(evaluation, "encode", vectors)
     monkeypatch.setattr(evaluate, "load_encoder", lambda path, **options: Texts())
+    monkeypatch.setattr(evaluate, "fingerprint", lambda encoder: "none")
     return prompts
 
 
@@ -210,7 +211,8 @@ def test_files_of_an_evaluation(evaluated: tuple[Path, list[Path]], retrieval: t
     folder, models = evaluated
     val, corpus, _ = retrieval
     assert set(os.listdir(folder)) == {
-        "metrics.json", "per_query.jsonl", "run.tuned.trec", "run.tuned-2.trec", "manifest.json"
+        "metrics.json", "per_query.jsonl", "run.tuned.trec", "run.tuned-2.trec", "manifest.json",
+        "significance.json", "report.html", "report.md", "plots",
     }  # fmt: skip
     metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     assert list(metrics) == ["tuned", "tuned-2"] and metrics["tuned"] != metrics["tuned-2"]
@@ -265,9 +267,8 @@ def test_several_models_are_compared(
     assert printed(out) == [want["tuned"], want["tuned-2"]]
     header, *lines = out[out.index("model ") :].splitlines()
     assert header.split() == ["model", *NAMES]
-    difference = [float(value) for value in lines[-1].split()[3:]]
-    assert lines[-1].startswith("tuned-2 - tuned ")
-    assert difference == pytest.approx([want["tuned-2"][name] - want["tuned"][name] for name in NAMES], abs=6e-5)
+    found = {words[3]: float(words[4]) for words in map(str.split, lines) if words[:3] == ["tuned-2", "-", "tuned"]}
+    assert found == pytest.approx({name: want["tuned-2"][name] - want["tuned"][name] for name in NAMES}, abs=6e-5)
     assert run(models[:1], retrieval[0], corpus=retrieval[1]) == 0
     assert "model " not in capsys.readouterr().out
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import runs
 import torch
@@ -406,20 +407,20 @@ REFUSED: dict[str, tuple[int, list[str], str]] = {  # models, flags, message
     "soup without data": (2, ["--method", "greedy_soup"], "--method 'greedy_soup': needs --val_data"),
     "soup with weights": (
         2, ["--method", "greedy_soup", "--val_data", "v", "--weights", "0.5", "0.5"],
-        "--weights [0.5, 0.5]: --method greedy_soup averages with equal weights: drop it",
+        "--weights [0.5, 0.5]: --sweep and --method greedy_soup find the weights: drop it",
     ),
     "soup with examples": (
         2, ["--method", "greedy_soup", "--val_data", "v", "--example_data", "e"],
-        "--example_data 'e': --method greedy_soup averages with equal weights: drop it",
+        "--example_data 'e': --sweep and --method greedy_soup find the weights: drop it",
     ),
     "soup with a base": (
         2, [*BASE, "--method", "greedy_soup", "--val_data", "v"], "--base_model {3}: means nothing to --method greedy",
     ),
-    "data of no soup": (2, ["--val_data", "v"], "--val_data 'v': goes with --method greedy_soup alone: drop it"),
-    "corpus of no soup": (2, ["--corpus", "c"], "--corpus 'c': goes with --method greedy_soup alone: drop it"),
-    "metric of no soup": (2, ["--metric", "MRR@1"], "--metric 'MRR@1': goes with --method greedy_soup alone: drop it"),
+    "data of no soup": (2, ["--val_data", "v"], "--val_data 'v': goes with --sweep or --method greedy_soup alone: drop it"),
+    "corpus of no soup": (2, ["--corpus", "c"], "--corpus 'c': goes with --sweep or --method greedy_soup alone: drop it"),
+    "metric of no soup": (2, ["--metric", "MRR@1"], "--metric 'MRR@1': goes with --sweep or --method greedy_soup alone: drop it"),
     "unknown metric": (
-        2, ["--method", "greedy_soup", "--val_data", "v", "--metric", "MAP"], "--metric 'MAP': use one of MRR@1, MRR@10,",
+        2, ["--method", "greedy_soup", "--val_data", "v", "--metric", "MAP"], "unknown metric 'MAP'; did you mean 'MAP@10'?",
     ),
     "no such data": (2, ["--method", "greedy_soup", "--val_data", "/no/such.jsonl"], "/no/such.jsonl: no such file"),
 }  # fmt: skip
@@ -584,10 +585,10 @@ def scripted(monkeypatch: pytest.MonkeyPatch, scores: Sequence[float], average: 
     """Scores one after the other; the averages that were scored are kept."""
     values = iter(scores)
 
-    def score_model(name: str, *_: Any, **__: Any) -> float:
+    def score_model(_: Any, name: str, *__: Any, **___: Any) -> list[np.ndarray]:
         if Path(name).name == "average":
             average.append(load_file(Path(name, "model.safetensors")))
-        return next(values)
+        return [np.array([next(values)])]
 
     monkeypatch.setattr(merge, "score_model", score_model)
 
