@@ -48,7 +48,10 @@ from bge_core.tasks import (
 )
 
 logger = logging.getLogger(__name__)
-OWN_FILES = ("metrics.json", "per_query.jsonl", "run.<model>.trec", "significance.json", "report.html", "manifest.json")
+OWN_FILES = (
+    "metrics.json", "per_query.jsonl", "run.<model>.trec", "significance.json", "costs.json", "report.html", "report.md",
+    "plots", "manifest.json",
+)  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -65,10 +68,9 @@ def evaluate(config: EvaluateConfig) -> None:
     if config.update_model_card and (absent := [name for name in config.encoder if not Path(name).is_dir()]):
         raise UserError(f"--update_model_card: {absent[0]} is no folder; evaluate a local copy of it")
     metrics = config.metrics or list(DEFAULT_METRICS)
-    for name in metrics:
-        parse_metric(name)
+    depth = max([config.k, *(parse_metric(name)[1] or 0 for name in config.metrics)])
     if config.run:
-        return score_runs(config) if is_main else None
+        return score_runs(config, depth) if is_main else None
     tasks = load_tasks(config.val_data, config.corpus or None)
     for task in tasks:
         logger.info("%s: %d questions, %d passages", task.name, len(task.queries), len(task.corpus))
@@ -93,7 +95,7 @@ def evaluate(config: EvaluateConfig) -> None:
                 precision=accelerator.mixed_precision, query_prompt=query_prompt, passage_prompt=passage_prompt,
                 query_max_length=config.max_query_length, passage_max_length=config.max_passage_length,
             )  # fmt: skip
-            rankings[task.name][name] = found = rank(query_QD, corpus_ND, task, k=config.k, metrics=metrics)
+            rankings[task.name][name] = found = rank(query_QD, corpus_ND, task, k=depth, metrics=metrics)
             if not is_main:
                 continue
             on_set = f" on {task.name}" if len(tasks) > 1 else ""
@@ -102,7 +104,7 @@ def evaluate(config: EvaluateConfig) -> None:
             if config.dims or config.dtypes or config.index_factories:
                 costs[task.name][name] = measure_costs(
                     query_QD, corpus_ND, task, dims=config.dims, dtypes=config.dtypes or ["float32"],
-                    factories=config.index_factories, k=config.k,
+                    factories=config.index_factories, k=depth,
                 )  # fmt: skip
                 print(cost_table(costs[task.name][name]))
     if not is_main:
@@ -152,14 +154,14 @@ def macro_average(of_sets: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[
     }
 
 
-def score_runs(config: EvaluateConfig) -> None:
-    """Rankings that something else made, against qrels."""
+def score_runs(config: EvaluateConfig, depth: int) -> None:
+    """Rankings that something else made, down to `depth`, against qrels."""
     qrels = read_qrels(config.val_data[0])
     names = make_unique(map(run_name, config.run))
     per_query, query_ids = {}, list[str]()
     for path, name in zip(config.run, names, strict=True):
         query_ids, ranked, relevant, missing = run_as_ranking(read_run(path), qrels)
-        ranked = [rows[: config.k] for rows in ranked]
+        ranked = [rows[:depth] for rows in ranked]
         per_query[name] = per_query_metrics(ranked, relevant, missing, config.metrics or DEFAULT_METRICS)
         print(f"# {name}\n{mean_metrics(per_query[name])}", flush=True)
     means = {name: mean_metrics(values) for name, values in per_query.items()}

@@ -185,7 +185,7 @@ def score_model(config: MergeConfig, name: str, tasks: Sequence[RetrievalTask], 
     metric = config.metric or METRIC
     rankings = [
         evaluate_encoder(
-            encoder, task, k=100, metrics=[metric], query_prompt=encoder.settings.query_prompt or "",
+            encoder, task, k=max(100, parse_metric(metric)[1] or 0), metrics=[metric], query_prompt=encoder.settings.query_prompt or "",
             passage_prompt=encoder.settings.passage_prompt or "", query_max_length=config.max_input_length,
             passage_max_length=config.max_input_length,
             precision="fp16" if config.fp16 else "bf16" if config.bf16 else "no",

@@ -409,7 +409,7 @@ class EvaluateConfig:
         [], "JSONL with text: one for all, or one a test set. Default: each set's own pos and neg."
     )
     run: list[str] = _flag([], "TREC run files to score, in place of encoders.")
-    k: int = _flag(100, "Depth of the ranking.")
+    k: int = _flag(100, "Depth of the ranking; a deeper one of --metrics counts.")
     metrics: list[str] = _flag([], "Such as MRR@10 nDCG@20 Recall@100 MAP@100 Precision@5 Success@1 CappedRecall@10.")
     add_instruction: bool = _flag(False, "Use the model's stored prompts, else BGE's instruction for its language.")
     query_instruction_for_retrieval: str | None = _flag(None, "Put before each query; beats --add_instruction.")

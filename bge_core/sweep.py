@@ -19,6 +19,7 @@ from bge_core.significance import bootstrap_means
 
 logger = logging.getLogger(__name__)
 MAX_POINTS = 101
+UNSEEN = 0.02  # a general loss that should be seen
 Score = Callable[[str], Mapping[str, np.ndarray]]
 Merge = Callable[[float, str], object]
 
@@ -91,6 +92,10 @@ def sweep(
                      f"{name}_low": float(low), f"{name}_high": float(high)}  # fmt: skip
         lines.append(line)
     rule, chosen = _choose(lines, general_weight)
+    unseen = max((line["general_difference"] - line["general_low"] for line in lines if "general" in line), default=0)
+    if unseen > UNSEEN and general_weight is None:
+        text = "%d general questions are few: of the weights here, a loss of %.3f could go unseen; give more"
+        logger.warning(text, len(base["general"]), unseen)
     return {"metric": metric, "rule": rule, "chosen": chosen, "questions": {n: len(v) for n, v in base.items()},
             "resamples": resamples, "seed": seed, "weights": lines}  # fmt: skip
 
