@@ -49,8 +49,8 @@ from bge_core.tasks import (
 
 logger = logging.getLogger(__name__)
 OWN_FILES = (
-    "metrics.json", "per_query.jsonl", "run.<model>.trec", "significance.json", "costs.json", "report.html", "report.md",
-    "plots", "manifest.json",
+    "metrics.json", "per_query.jsonl", "run.<model>.trec", "significance.json", "costs.json", "report.html",
+    "report.md", "plots", "manifest.json",
 )  # fmt: skip
 
 

@@ -183,15 +183,13 @@ def score_model(config: MergeConfig, name: str, tasks: Sequence[RetrievalTask], 
     """The metric of each question, for each test set, with the prompts that the model stores."""
     encoder = load_encoder(name, **loading).to("cuda" if torch.cuda.is_available() else "cpu")
     metric = config.metric or METRIC
-    rankings = [
-        evaluate_encoder(
-            encoder, task, k=max(100, parse_metric(metric)[1] or 0), metrics=[metric], query_prompt=encoder.settings.query_prompt or "",
-            passage_prompt=encoder.settings.passage_prompt or "", query_max_length=config.max_input_length,
-            passage_max_length=config.max_input_length,
-            precision="fp16" if config.fp16 else "bf16" if config.bf16 else "no",
-        )
-        for task in tasks
-    ]  # fmt: skip
+    options: dict[str, Any] = {
+        "k": max(100, parse_metric(metric)[1] or 0), "metrics": [metric],
+        "query_prompt": encoder.settings.query_prompt or "", "passage_prompt": encoder.settings.passage_prompt or "",
+        "query_max_length": config.max_input_length, "passage_max_length": config.max_input_length,
+        "precision": "fp16" if config.fp16 else "bf16" if config.bf16 else "no",
+    }  # fmt: skip
+    rankings = [evaluate_encoder(encoder, task, **options) for task in tasks]
     return [ranking.per_query[metric] for ranking in rankings]
 
 
