@@ -1,4 +1,4 @@
-"""Evaluate encoders: encode, search exactly, score. A positive is found by its text, as FlagEmbedding does."""
+"""Evaluate encoders: encode, search exactly, score."""
 
 from dataclasses import dataclass
 from typing import Any

@@ -1,6 +1,6 @@
 """Test sets: questions, a corpus and which of its texts are right; and TREC's files, which others' tools write.
 
-data.jsonl, data.parquet, org/name:test   rows of query and pos, optionally id and neg; a positive is found by its text
+data.jsonl, data.parquet, org/name:test   rows of query and pos; a positive is found by its text, as in FlagEmbedding
 folder                                    a BEIR folder: corpus.jsonl, queries.jsonl, qrels/*.tsv; found by its id
 folder/qrels/dev.tsv                      the same, with this split
 
