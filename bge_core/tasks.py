@@ -1,6 +1,6 @@
 """Test sets: questions, a corpus and which of its texts are right; and TREC's files, which others' tools write.
 
-data.jsonl, data.parquet, org/name:test   rows of query and pos, optionally id and neg; a positive is found by its text
+data.jsonl, data.parquet, org/name:test   rows of query and pos; a positive is found by its text, as in FlagEmbedding
 folder                                    a BEIR folder: corpus.jsonl, queries.jsonl, qrels/*.tsv; found by its id
 folder/qrels/dev.tsv                      the same, with this split
 
@@ -182,25 +182,31 @@ def _load(name: str, path: str, corpus: str, read_corpus: Callable[[str, bool], 
     queries = [row["text" if beir else "query"] for _, row in pairs]
     if num_empty := sum(not query.strip() for query in queries):
         logger.warning("%s: %d questions are empty; they are scored like the others", path, num_empty)
+    relevant, missing, lacking = _resolve(judged, passages.row_of)
+    if lacking:
+        first = "".join(f"\n  {text[:60]}" for text in lacking[:3])
+        logger.warning(
+            "%s lacks %d positives of %s, which count as misses; first:%s", passages.name, len(lacking), path, first
+        )
+    ids, facts = [one for one, _ in pairs], [_facts(row) for _, row in pairs]
+    return RetrievalTask(name, ids, queries, passages.ids, passages.texts, relevant, missing, lacking, facts)
+
+
+def _resolve(
+    judged: Sequence[Mapping[Key, tuple[int, str]]], row_of: Mapping[Key, int]
+) -> tuple[list[dict[int, int]], list[list[int]], list[str]]:
+    """For each question {row: grade} and the grades of the positives without a row; these positives, each once."""
     relevant: list[dict[int, int]] = [{} for _ in judged]
     missing: list[list[int]] = [[] for _ in judged]
     lacking: dict[Key, str] = {}
     for grades, found, not_found in zip(judged, relevant, missing, strict=True):
         for key, (grade, shown) in grades.items():
-            row = passages.row_of.get(key)
-            if row is not None:
-                found[row] = max(found.get(row, 0), grade)
+            if key in row_of:
+                found[row_of[key]] = max(found.get(row_of[key], 0), grade)
             elif grade > 0:
                 not_found.append(grade)
                 lacking[key] = shown
-    texts = list(lacking.values())
-    if texts:
-        first = "".join(f"\n  {text[:60]}" for text in texts[:3])
-        logger.warning(
-            "%s lacks %d positives of %s, which count as misses; first:%s", passages.name, len(texts), path, first
-        )
-    ids, facts = [one for one, _ in pairs], [_facts(row) for _, row in pairs]
-    return RetrievalTask(name, ids, queries, passages.ids, passages.texts, relevant, missing, texts, facts)
+    return relevant, missing, list(lacking.values())
 
 
 def _facts(row: Row) -> Row:

@@ -97,10 +97,10 @@ def test_rows_in_a_corpus(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> N
     corpus = write(tmp_path / "c" / "corpus.jsonl", passages)
     rows = [
         {"query": "甲", "pos": [" 丹", "题 二"]},
-        {"query": " ", "pos": ["无", "丹", "也无"]},
+        {"query": "", "pos": ["无", "丹", " 无", "也无"]},
         {"query": "丙", "pos": ["无"]},
     ]
-    val = write(tmp_path / "v.jsonl", [rows[0], rows[1] | {"query": ""}, rows[2]])
+    val = write(tmp_path / "v.jsonl", rows)
     task = load_task(val, corpus)
     assert (task.corpus_ids, task.corpus) == (["0", "x", "3"], ["丹", "题 二", "四"])
     assert task.relevant == [{0: 1, 1: 1}, {0: 1}, {}] and task.missing == [[], [1, 1], [1]]
@@ -167,10 +167,12 @@ def test_a_beir_folder_and_equal_rows_are_one_task(tmp_path: Path) -> None:
     assert load_task(folder, tmp_path / "c.jsonl") == replace(want, corpus=["丹", "题 二", "三", "只有题"])
 
 
-def test_ids_may_be_numbers(tmp_path: Path) -> None:
-    folder = beir(tmp_path, "1 7 1", corpus=[{"_id": 7, "text": "丹"}], queries=[{"_id": 1, "text": "甲"}])
+def test_ids_may_be_numbers_and_texts_empty(tmp_path: Path) -> None:
+    folder = beir(
+        tmp_path, "1 7 1", corpus=[{"_id": 7, "text": "丹"}, {"_id": 8, "text": ""}], queries=[{"_id": 1, "text": "甲"}]
+    )
     task = load_task(folder)
-    assert (task.query_ids, task.corpus_ids, task.relevant) == (["1"], ["7"], [{0: 1}])
+    assert (task.query_ids, task.corpus_ids, task.relevant) == (["1"], ["7", "8"], [{0: 1}])
 
 
 def test_the_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
