@@ -325,7 +325,9 @@ def test_the_shipped_recipe_gives_flags_that_every_stage_accepts(tmp_path: Path)
     for name, kind, flags, _ in stages.values():
         words = [word for flag in flags for word in (f"--{flag}", *flags[flag])]
         parsed[name] = parse_config(configs[kind], words)
-    assert [getattr(parsed[name], "seed", None) for name in ALL] == [3] * 5 + [None]
+    assert [getattr(parsed[name], "seed", None) for name in ALL] == [3] * 5 + [
+        0
+    ]  # that of the resamples is no training seed
     assert parsed["mined2"].model_name_or_path == str(tmp_path / "out/round1")
     assert parsed["round2"].train_data == [str(tmp_path / "out/mined2.jsonl")]
     assert parsed["round2"].learning_rate == parsed["round1"].learning_rate == 2e-5
