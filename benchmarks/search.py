@@ -11,8 +11,8 @@ memory. Every measurement is a process of its own with --threads threads.
     speed      the same over faiss.knn on one block that lies in memory, in (query, vector) pairs per second: knn,
                exact_search, knn, exact_search, ..., knn; each search against the two knn beside it
     growth     seconds of exact_search against the number of vectors and of queries
-    indexes    1,000,000 clustered vectors, 1,000 queries, k = 100: time and peak memory of building, bytes a vector on
-               disk, queries per second from the index on disk with exact rescoring, recall@100
+    indexes    --index_rows clustered vectors, 1,000 queries, k = 100: time and peak memory of building, bytes a vector
+               on disk, queries per second from the index on disk with exact rescoring, recall@100
     constants  what docs/scaling.md predicts with: faiss's matrix products, its scan of PQ codes, reading and adding
 
 "noise" are independent normal numbers, the hardest case for an index and an easy one to state; "clustered": 10,000
@@ -341,16 +341,15 @@ def as_markdown(found: Result) -> str:
         lines += [f"| {rows:,} | {NUM_QUERIES:,} | {took:.1f} |" for rows, took in g["by_rows"]]
         lines += [f"| {g['rows_of_by_queries']:,} | {number:,} | {took:.1f} |" for number, took in g["by_queries"]]
     if found.get("indexes"):
-        rows = next(iter(found["indexes"].values()))["rows"]
         lines += [
             "",
-            f"{rows:,} clustered vectors of {DIM} dimensions, {NUM_QUERIES:,} queries, k = {INDEX_K}, all defaults:",
+            f"Clustered vectors of {DIM} dimensions, {NUM_QUERIES:,} queries, k = {INDEX_K}, all defaults:",
             "",
-            "| index | build, s | its memory, MiB | bytes a vector | queries/s | recall@100 | parameters | load |",
-            "| --- | ---: | ---: | ---: | ---: | ---: | --- | ---: |",
+            "| index | vectors | build, s | memory, MiB | bytes/vector | queries/s | recall@100 | parameters | load |",
+            "| --- | ---: | ---: | ---: | ---: | ---: | ---: | --- | ---: |",
         ]
         lines += [
-            f"| {one['factory']} | {one['build_seconds']:,.0f} | {one['build_private_mb']:,.0f} |"
+            f"| {one['factory']} | {one['rows']:,} | {one['build_seconds']:,.0f} | {one['build_private_mb']:,.0f} |"
             f" {one['bytes_per_vector']:,.0f} | {one['queries_per_second']:,.0f} | {one['recall']:.3f} |"
             f" {one['parameters'] or '-'} | {one['load_before']} |"
             for one in found["indexes"].values()
