@@ -85,7 +85,7 @@ def main() -> int:
 data        {data}/train.jsonl test.jsonl corpus.jsonl train_minedHN.jsonl
 trained     {trained}   (curves.png, metrics.jsonl, README.md)
 merged      {merged}
-evaluation  {OUTPUT}/evaluation   (metrics.json, per_query.jsonl)
+evaluation  {OUTPUT}/evaluation   (report.html, metrics.json, per_query.jsonl)
 
 next: make ask     type a question, see the five best answers before and after""")
     return 0
