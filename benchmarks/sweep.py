@@ -7,7 +7,8 @@ CMRC 2018  domain: questions -> the sentence that answers them. Trained by the r
            but with mine.py's defaults and the encoder's own prompts (seed 42), on the training questions less 400,
            which choose the weight (ablation.py's split); reported on the 1,002 test questions.
            general: another task, on paragraphs that no training question is about: a sentence -> the one that follows
-           it. The sentences of the test paragraphs in their order, every second a query; halves choose and report.
+           it. The sentences of the test paragraphs in their order are the corpus, every second a query; every second of
+           those chooses, the others report.
            About one pair in ten crosses the border of two paragraphs, which costs every model the same.
 demo       the model of `make demo`; of its test questions every second chooses, the others report. General: examples/
            general_zh, likewise.
@@ -52,6 +53,8 @@ def prepare_cmrc(data: Path, encoder: str, out: Path, half: list[str]) -> tuple[
     start = 1 + max(place[text] for row in rows for text in row["pos"])  # the test questions' paragraphs come last
     pairs = [{"query": texts[i], "pos": [texts[i + 1]]} for i in range(start, len(texts) - 1, 2)]
     write_halves(pairs, out, "general")
+    general_corpus = out / "general_corpus.jsonl"
+    records.write_jsonl(general_corpus, ({"text": text} for text in texts[start:]))
     model, corpus = out / "trained", data / "corpus.jsonl"
     if not (model / "manifest.json").exists():
         run("mine.py", "--model_name_or_path", encoder, "--input_file", out / "choose.jsonl", "--candidate_pool",
@@ -61,7 +64,7 @@ def prepare_cmrc(data: Path, encoder: str, out: Path, half: list[str]) -> tuple[
             "--num_train_epochs", "1", "--per_device_train_batch_size", "32", "--train_group_size", "2",
             "--learning_rate", "2e-5", "--save_steps", "0", "--overwrite_output_dir", "True", 
             *LENGTHS, *half)  # fmt: skip
-    return model, corpus, corpus
+    return model, corpus, general_corpus
 
 
 def prepare_demo(out: Path) -> tuple[Path, Path, Path | None]:
