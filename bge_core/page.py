@@ -168,7 +168,7 @@ class Page:
         head = "".join(_tag("th", _text(text), class_="n" * (i > 0)) for i, text in enumerate(header))
         table = _tag("table", _tag("thead", _tag("tr", head)) + _tag("tbody", "", id=f"{name}-shown"))
         script = f'<script type="application/json" id="{name}">{data.replace("<", chr(92) + "u003c")}</script>'
-        return self._add(_tag("div", box, class_="search") + _tag("div", table, class_="examples") + script)
+        return self._add(_tag("div", box, class_="search") + _scrolling(table) + script)
 
     def details(self, summary: str, content: "str | Mapping[str, Any] | Page") -> "Page":
         """What is folded away below `summary`: a text as it stands, names and values, or the parts of another page."""
