@@ -2,20 +2,26 @@
 
     PYTHONPATH=. outputs/peers/bin/python benchmarks/interoperability.py outputs/encoder --data path/to/cmrc
 
-The first --questions test questions of CMRC, and their positives with other sentences up to --passages as corpus. A
-library that is not installed is listed as such. Writes benchmarks/results/interoperability.md.
+The first --questions test questions of CMRC, and their positives with other sentences up to --passages as corpus.
+LangChain, LlamaIndex and FlagEmbedding are called as docs/evaluating.md has it. A library that is not installed is
+listed as such, not as passed. Into the peers' environment, besides its requirements:
+
+    pip install mteb langchain-huggingface llama-index-embeddings-huggingface onnx onnxscript onnxruntime
+
+Writes benchmarks/results/interoperability.md.
 """
 
 import argparse
-import importlib.util
 import json
+import tempfile
 from collections.abc import Callable
 from datetime import date
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from bge_core.evaluation import EvaluationResult, evaluate
 from bge_core.model import Encoder, load_encoder
@@ -23,8 +29,17 @@ from bge_core.tasks import RetrievalTask
 
 ROOT = Path(__file__).resolve().parent.parent
 LENGTH = 128
-METRICS = ["MRR@10", "nDCG@10", "Recall@1", "Recall@10", "Recall@100", "Precision@10", "Success@10", "MAP@100"]
+# ours, and sentence-transformers' name for it
+METRICS = {"MRR@10": "mrr@10", "nDCG@10": "ndcg@10", "MAP@100": "map@100"} | {
+    f"{ours}@{k}": f"{theirs}@{k}"
+    for ours, theirs in (("Recall", "recall"), ("Precision", "precision"), ("Success", "accuracy"))
+    for k in (1, 10, 100)
+}
 Found = list[tuple[str, float, float]]  # what was compared, largest difference, bound
+
+
+class NotComparable(Exception):
+    """A library cannot do what the folder asks for."""
 
 
 def read_task(data: Path, num_questions: int, num_passages: int) -> RetrievalTask:
@@ -52,6 +67,16 @@ def largest(ours: Any, theirs: Any) -> float:
     return float(np.abs(np.asarray(ours, np.float64) - np.asarray(theirs, np.float64)).max())
 
 
+def own_vectors(encoder: Encoder, task: RetrievalTask, max_length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Our vectors of the first 32 questions and passages, with the prompts that the folder states."""
+    prompts = encoder.settings.query_prompt or "", encoder.settings.passage_prompt or ""
+    texts = task.queries[:32], task.corpus[:32]
+    of_queries, of_passages = (
+        encoder.encode(some, max_length=max_length, prompt=prompt) for some, prompt in zip(texts, prompts, strict=True)
+    )
+    return of_queries, of_passages
+
+
 def sentence_transformers(model: str, task: RetrievalTask, ours: EvaluationResult, encoder: Encoder) -> Found:
     """Vectors with prompts by name, similarity, and InformationRetrievalEvaluator."""
     from sentence_transformers import SentenceTransformer
@@ -62,27 +87,23 @@ def sentence_transformers(model: str, task: RetrievalTask, ours: EvaluationResul
     theirs = SentenceTransformer(model, device="cpu")
     theirs.max_seq_length = LENGTH
     some = task.queries[:32], task.corpus[:32]
-    vectors = theirs.encode(some[0], prompt_name="query"), theirs.encode(some[1], prompt_name="passage")
-    own = (
-        encoder.encode(some[0], max_length=LENGTH, prompt=encoder.settings.query_prompt or ""),
-        encoder.encode(some[1], max_length=LENGTH, prompt=encoder.settings.passage_prompt or ""),
-    )
+    own = own_vectors(encoder, task, LENGTH)
+    named = theirs.encode(some[0], prompt_name="query"), theirs.encode(some[1], prompt_name="passage")
+    asked = theirs.encode_query(some[0]), theirs.encode_document(some[1])
     found: Found = [
-        ("encode, both prompts", max(map(largest, own, vectors)), 1e-5),
-        ("similarity", largest(own[0] @ own[1].T, theirs.similarity(*vectors)), 1e-5),
+        ("encode with prompt names", max(map(largest, own, named)), 1e-5),
+        ("encode_query, encode_document", max(map(largest, own, asked)), 1e-5),
+        ("similarity", largest(own[0] @ own[1].T, theirs.similarity(*named)), 1e-5),
     ]
     evaluator = InformationRetrievalEvaluator(
         dict(zip(task.query_ids, task.queries, strict=True)), dict(zip(task.corpus_ids, task.corpus, strict=True)),
         {q: {task.corpus_ids[row] for row in of} for q, of in zip(task.query_ids, task.relevant, strict=True)},
-        mrr_at_k=[10], ndcg_at_k=[10], accuracy_at_k=[10], precision_recall_at_k=[1, 10, 100], map_at_k=[100],
+        mrr_at_k=[10], ndcg_at_k=[10], accuracy_at_k=[1, 10, 100], precision_recall_at_k=[1, 10, 100], map_at_k=[100],
         show_progress_bar=False, query_prompt_name="query", corpus_prompt_name="passage",
     )  # fmt: skip
     scores = evaluator(theirs)
-    names = {"MRR@10": "mrr@10", "nDCG@10": "ndcg@10", "Recall@1": "recall@1", "Recall@10": "recall@10",
-             "Recall@100": "recall@100", "Precision@10": "precision@10", "Success@10": "accuracy@10",
-             "MAP@100": "map@100"}  # fmt: skip
     means = ours.metrics["model"]
-    pairs = [(means[name], scores[f"cosine_{key}"]) for name, key in names.items()]
+    pairs = [(means[name], scores[f"cosine_{key}"]) for name, key in METRICS.items()]
     return [*found, (f"InformationRetrievalEvaluator, {len(pairs)} figures", largest(*zip(*pairs, strict=True)), 1e-6)]
 
 
@@ -90,23 +111,19 @@ def flag_embedding(model: str, task: RetrievalTask, ours: EvaluationResult, enco
     """FlagModel reads neither pooling nor prompts of a folder: both are given."""
     from FlagEmbedding import FlagModel  # type: ignore[import-not-found]
 
-    prompt = encoder.settings.query_prompt or ""
+    if encoder.settings.pooling not in ("cls", "mean"):
+        raise NotComparable("FlagModel pools by cls and mean only")
     theirs = FlagModel(
         model, use_fp16=False, devices="cpu", pooling_method=encoder.settings.pooling,
-        query_instruction_for_retrieval=prompt, query_instruction_format="{}{}",
+        normalize_embeddings=encoder.settings.normalize,
+        query_instruction_for_retrieval=encoder.settings.query_prompt or "",
+        passage_instruction_for_retrieval=encoder.settings.passage_prompt or "",
     )  # fmt: skip
-    some = task.queries[:32], [(encoder.settings.passage_prompt or "") + text for text in task.corpus[:32]]
-    return [
-        (
-            "encode_queries, encode_corpus",
-            max(
-                largest(encoder.encode(some[0], max_length=LENGTH, prompt=prompt),
-                        theirs.encode_queries(some[0], max_length=LENGTH)),
-                largest(encoder.encode(some[1], max_length=LENGTH), theirs.encode_corpus(some[1], max_length=LENGTH)),
-            ),
-            1e-5,
-        )
-    ]  # fmt: skip
+    vectors = (
+        theirs.encode_queries(task.queries[:32], max_length=LENGTH),
+        theirs.encode_corpus(task.corpus[:32], max_length=LENGTH),
+    )
+    return [("encode_queries, encode_corpus", max(map(largest, own_vectors(encoder, task, LENGTH), vectors)), 1e-5)]
 
 
 def mteb(model: str, task: RetrievalTask, ours: EvaluationResult, encoder: Encoder) -> Found:
@@ -143,35 +160,115 @@ def mteb(model: str, task: RetrievalTask, ours: EvaluationResult, encoder: Encod
     means = ours.metrics["model"]
     pairs = [(means["nDCG@10"], scores["ndcg_at_10"]), (means["MRR@10"], scores["mrr_at_10"]),
              (means["Recall@100"], scores["recall_at_100"])]  # fmt: skip
-    return [("a local retrieval task: nDCG@10, MRR@10, Recall@100", largest(*zip(*pairs, strict=True)), 1e-4)]
+    return [
+        (
+            "a local retrieval task (it rounds to 5 decimals): nDCG@10, MRR@10, Recall@100",
+            largest(*zip(*pairs, strict=True)),
+            1e-4,
+        )
+    ]
 
 
 def langchain(model: str, task: RetrievalTask, ours: EvaluationResult, encoder: Encoder) -> Found:
     """HuggingFaceEmbeddings, as docs/evaluating.md has it."""
     from langchain_huggingface import HuggingFaceEmbeddings  # type: ignore[import-not-found]
 
-    theirs = HuggingFaceEmbeddings(model_name=model, query_encode_kwargs={"prompt_name": "query"})
-    own = encoder.encode(task.queries[:1], max_length=512, prompt=encoder.settings.query_prompt or "")[0]
-    return [("embed_query", largest(own, theirs.embed_query(task.queries[0])), 1e-5)]
+    theirs = HuggingFaceEmbeddings(
+        model_name=model,
+        encode_kwargs={"prompt_name": "document"},
+        query_encode_kwargs={"prompt_name": "query"},
+    )
+    vectors = [theirs.embed_query(text) for text in task.queries[:32]], theirs.embed_documents(task.corpus[:32])
+    return [("embed_query, embed_documents", max(map(largest, own_vectors(encoder, task, 512), vectors)), 1e-5)]
 
 
 def llama_index(model: str, task: RetrievalTask, ours: EvaluationResult, encoder: Encoder) -> Found:
     """HuggingFaceEmbedding, as docs/evaluating.md has it."""
     from llama_index.embeddings.huggingface import HuggingFaceEmbedding  # type: ignore[import-not-found]
 
-    prompt = encoder.settings.query_prompt or ""
-    theirs = HuggingFaceEmbedding(model_name=model, query_instruction=prompt, device="cpu")
-    own = encoder.encode(task.queries[:1], max_length=512, prompt=prompt)[0]
-    return [("get_query_embedding", largest(own, theirs.get_query_embedding(task.queries[0])), 1e-5)]
+    theirs = HuggingFaceEmbedding(
+        model_name=model,
+        query_instruction=encoder.settings.query_prompt or "",
+        text_instruction=encoder.settings.passage_prompt or "",
+        device="cpu",
+    )
+    vectors = (
+        [theirs.get_query_embedding(text) for text in task.queries[:32]],
+        theirs.get_text_embedding_batch(task.corpus[:32]),
+    )
+    difference = max(map(largest, own_vectors(encoder, task, 512), vectors))
+    return [("get_query_embedding, get_text_embedding_batch", difference, 1e-5)]
 
 
-LIBRARIES: dict[str, tuple[str, Callable[..., Found]]] = {
-    "sentence-transformers": ("sentence_transformers", sentence_transformers),
-    "FlagEmbedding": ("FlagEmbedding", flag_embedding),
-    "mteb": ("mteb", mteb),
-    "langchain-huggingface": ("langchain_huggingface", langchain),
-    "llama-index-embeddings-huggingface": ("llama_index", llama_index),
+class Padded(torch.nn.Module):
+    """Backbone, pooling and normalization of a padded batch: what is exported."""
+
+    def __init__(self, encoder: Encoder, backbone: torch.nn.Module) -> None:
+        super().__init__()
+        self.settings = encoder.settings
+        self.backbone = backbone
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """(S, L) each -> (S, D); padding is on the right."""
+        hidden_SLD = self.backbone(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        mask_SL1 = attention_mask[..., None].to(hidden_SLD.dtype)
+        if self.settings.pooling == "mean":
+            vector_SD = (hidden_SLD * mask_SL1).sum(1) / mask_SL1.sum(1)
+        elif self.settings.pooling == "cls":
+            vector_SD = hidden_SLD[:, 0]
+        else:
+            last_S11 = (attention_mask.sum(1) - 1)[:, None, None]
+            vector_SD = hidden_SLD.gather(1, last_S11.expand(-1, 1, hidden_SLD.shape[-1]))[:, 0]
+        return torch.nn.functional.normalize(vector_SD, dim=-1) if self.settings.normalize else vector_SD
+
+
+def onnx(model: str, task: RetrievalTask, ours: EvaluationResult, encoder: Encoder) -> Found:
+    """The folder by transformers, exported with torch.onnx and run by onnxruntime."""
+    import onnxruntime  # type: ignore[import-not-found]
+    from transformers import AutoModel, AutoTokenizer
+
+    tokenizer, padded = AutoTokenizer.from_pretrained(model), Padded(encoder, AutoModel.from_pretrained(model)).eval()
+    names = ["input_ids", "attention_mask"]
+
+    def inputs(texts: list[str], kind: str) -> dict[str, Any]:
+        found = tokenizer(texts, padding=True, truncation=True, max_length=LENGTH, return_tensors=kind)
+        return {name: found[name] for name in names}
+
+    example = inputs(["什么是向量检索？", "信用卡在境外取现怎么收费"], "pt")
+    shape = {0: torch.export.Dim("texts"), 1: torch.export.Dim("tokens", max=encoder.max_positions)}
+    prompts = encoder.settings.query_prompt or "", encoder.settings.passage_prompt or ""
+    texts = [prompts[0] + text for text in task.queries[:32]], [prompts[1] + text for text in task.corpus[:32]]
+    with tempfile.TemporaryDirectory() as folder:
+        file = f"{folder}/model.onnx"
+        torch.onnx.export(
+            padded, tuple(example.values()), file, dynamo=True, input_names=names, output_names=["vectors"],
+            dynamic_shapes=(shape, shape), verbose=False,
+        )  # fmt: skip
+        session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+        vectors = [session.run(None, inputs(some, "np"))[0] for some in texts]
+        one = session.run(None, inputs(texts[0][:1], "np"))[0]  # a batch of one, a size that exporters like to fix
+    own = own_vectors(encoder, task, LENGTH)
+    difference = max(*map(largest, own, vectors), largest(own[0][:1], one))
+    return [("torch.onnx.export with pooling: questions, passages", difference, 1e-5)]
+
+
+# the packages that a comparison needs; the first one's version is shown
+LIBRARIES: dict[Callable[..., Found], list[str]] = {
+    sentence_transformers: ["sentence-transformers"],
+    flag_embedding: ["FlagEmbedding"],
+    mteb: ["mteb"],
+    langchain: ["langchain-huggingface"],
+    llama_index: ["llama-index-embeddings-huggingface"],
+    onnx: ["onnxruntime", "onnx", "onnxscript"],
 }
+
+
+def installed(package: str) -> str | None:
+    """Its version."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def main() -> None:
@@ -185,24 +282,42 @@ def main() -> None:
     task = read_task(args.data, args.questions, args.passages)
     encoder = load_encoder(args.model)
     ours = evaluate(
-        {"model": encoder}, task, metrics=METRICS, query_max_length=LENGTH, passage_max_length=LENGTH, resamples=10
+        {"model": encoder},
+        task,
+        metrics=list(METRICS),
+        query_max_length=LENGTH,
+        passage_max_length=LENGTH,
+        resamples=10,
     )
     lines = [
         "| library | version | compared | largest difference | bound | |",
         "| --- | --- | --- | ---: | ---: | --- |",
     ]
     failed = False
-    for name, (module, compare) in LIBRARIES.items():
-        if importlib.util.find_spec(module) is None:
-            lines.append(f"| {name} | - | not installed | - | - | - |")
+    for compare, packages in LIBRARIES.items():
+        lacking = [package for package in packages if installed(package) is None]
+        if lacking:
+            lines.append(f"| {packages[0]} | - | not installed: {', '.join(lacking)} | - | - | - |")
             continue
-        for what, difference, bound in compare(args.model, task, ours, encoder):
+        try:
+            found = compare(args.model, task, ours, encoder)
+        except NotComparable as reason:
+            lines.append(f"| {packages[0]} | {installed(packages[0])} | not compared: {reason} | - | - | - |")
+            continue
+        for what, difference, bound in found:
             fine = difference <= bound
             failed |= not fine
             lines.append(
-                f"| {name} | {version(name)} | {what} | {difference:.1e} | {bound:.0e} | {'ok' if fine else 'NO'} |"
+                f"| {packages[0]} | {installed(packages[0])} | {what} | {difference:.1e} | {bound:.0e} "
+                f"| {'ok' if fine else 'NO'} |"
             )
-    lines += ["", f"{len(task.queries)} questions, {len(task.corpus):,} passages; {date.today()}"]
+    stated = encoder.settings
+    lines += [
+        "",
+        f"{len(task.queries)} questions, {len(task.corpus):,} passages; {stated.pooling} pooling, prompts "
+        f"`{stated.query_prompt or ''}` and `{stated.passage_prompt or ''}`; torch {version('torch')}, "
+        f"transformers {version('transformers')}; {date.today()}",
+    ]
     (ROOT / "benchmarks/results/interoperability.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     print("\n".join(lines))
     raise SystemExit(failed)
