@@ -15,7 +15,7 @@ from sentence_transformers import SentenceTransformer
 from transformers import AutoModel, AutoTokenizer
 
 from bge_core.encode import encode
-from bge_core.model import load_encoder, pool
+from bge_core.model import load_encoder
 
 TEXTS = ["什么是向量检索？", "信用卡在境外取现怎么收费", "hello world", "长" * 600, "1"]
 
@@ -25,7 +25,13 @@ def with_transformers(folder: str, pooling: str, normalize: bool, max_length: in
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
     inputs = tokenizer(TEXTS, padding=True, truncation=True, max_length=max_length, return_tensors="pt")
     with torch.no_grad():
-        vectors = pool(model(**inputs).last_hidden_state, inputs["attention_mask"], pooling)
+        hidden_BTD, mask_BT1 = model(**inputs).last_hidden_state, inputs["attention_mask"][..., None]
+    lengths = mask_BT1.sum(1)
+    vectors = {
+        "cls": hidden_BTD[:, 0],
+        "mean": (hidden_BTD * mask_BT1).sum(1) / lengths,
+        "last_token": hidden_BTD[torch.arange(len(TEXTS)), lengths[:, 0] - 1],
+    }[pooling]
     return (torch.nn.functional.normalize(vectors, dim=-1) if normalize else vectors).numpy()
 
 
