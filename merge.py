@@ -21,6 +21,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -29,6 +30,7 @@ import numpy as np
 import torch
 
 from bge_core import UserError, records
+from bge_core.cache import EmbeddingCache
 from bge_core.cli import as_dict, changed_fields, run_stage
 from bge_core.config import MergeConfig
 from bge_core.evaluation import evaluate_encoder
@@ -189,7 +191,10 @@ def score_model(config: MergeConfig, name: str, tasks: Sequence[RetrievalTask], 
         "query_max_length": config.max_input_length, "passage_max_length": config.max_input_length,
         "precision": "fp16" if config.fp16 else "bf16" if config.bf16 else "no",
     }  # fmt: skip
-    rankings = [evaluate_encoder(encoder, task, **options) for task in tasks]
+    with ExitStack() as stack:
+        if len(tasks) > 1:  # they may share a corpus, which is encoded once
+            options["cache"] = EmbeddingCache(stack.enter_context(TemporaryDirectory()))
+        rankings = [evaluate_encoder(encoder, task, **options) for task in tasks]
     return [ranking.per_query[metric] for ranking in rankings]
 
 

@@ -72,12 +72,13 @@ def measure_costs(
             started = time.perf_counter()
             rows = search(queries)
             took.append(time.perf_counter() - started)
+        rows = task.drop_own(rows, rows)[1]
         means = mean_metrics(per_query_metrics(rows, task.relevant, task.missing, metrics))
         whole = int(bytes_each) if bytes_each == int(bytes_each) else bytes_each
         found.append({"dimension": dim, "type": kind, **means, "bytes_per_passage": whole,
                       "queries_per_second": len(queries) / min(took)})  # fmt: skip
 
-    k = min(k, len(corpus_ND))
+    k = task.depth(k)
     for dim in dims or (size,):
         queries, corpus = cut(query_QD, dim), cut(corpus_ND, dim)
         for dtype in dtypes:

@@ -218,7 +218,7 @@ def rank(
         raise UserError(
             f"questions have {query_QD.shape[1]} dimensions and passages {corpus_ND.shape[1]}: of two models?"
         )
-    scores, rows = exact_search(query_QD, corpus_ND, min(k, len(task.corpus)))
+    scores, rows = task.drop_own(*exact_search(query_QD, corpus_ND, task.depth(k)))
     positives = [[row for row, grade in relevant.items() if grade > 0] for relevant in task.relevant]
     positive_score = np.full(len(rows), np.nan, dtype=np.float32)
     for i, own in enumerate(positives):

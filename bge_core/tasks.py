@@ -14,7 +14,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,8 @@ class RetrievalTask:
         missing_texts: these positives, each once; of a BEIR folder their ids.
         query_facts: (Q,) what a row says beside: "source" (a text; the column may be called dataset) and "answer" (a
             text or a list of them), as far as it is there.
+        own_rows: (Q,) the row of the corpus that is the question itself, which is no hit; -1: there is none. Empty:
+            no question has one.
     """
 
     name: str
@@ -58,12 +60,24 @@ class RetrievalTask:
     missing: list[list[int]]
     missing_texts: list[str]
     query_facts: list[dict[str, Any]]
+    own_rows: list[int] = field(default_factory=list)
 
     @property
     def num_judged(self) -> int:
         """Questions with at least one positive, in the corpus or not."""
         judged = zip(self.relevant, self.missing, strict=True)
         return sum(bool(lacking) or max(grades.values(), default=0) > 0 for grades, lacking in judged)
+
+    def depth(self, k: int) -> int:
+        """How many hits to search, so that k remain after `drop_own`."""
+        return min(k + bool(self.own_rows), len(self.corpus))
+
+    def drop_own(self, scores: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(Q, K) -> (Q, K - 1) without `own_rows`, or without the last hit; as they are where there are no such rows."""
+        if not self.own_rows:
+            return scores, rows
+        order = np.argsort(rows == np.array(self.own_rows)[:, None], axis=1, kind="stable")[:, :-1]
+        return np.take_along_axis(scores, order, axis=1), np.take_along_axis(rows, order, axis=1)
 
 
 @dataclass(frozen=True)
@@ -86,7 +100,8 @@ def load_tasks(val_data: Sequence[str | Path], corpus: Sequence[str | Path] | No
 
     Of a BEIR folder the questions that have a line in the qrels are the test set; title and text are joined by a space.
     Its split is test.tsv, or the only file there is. A grade below 0 counts as 0. Where equal texts were judged, the
-    one that is kept gets the largest grade. Warned of and counted: empty questions, repeated texts, positives that the
+    one that is kept gets the largest grade. As in BEIR, a document of a question's own id is no hit (ArguAna, Quora);
+    here it must also hold the question's text and not be judged right, for ids may be equal by chance. Warned of and counted: empty questions, repeated texts, positives that the
     corpus lacks (misses), judged questions that there are not.
 
     Args:
@@ -189,7 +204,19 @@ def _load(name: str, path: str, corpus: str, read_corpus: Callable[[str, bool], 
             "%s lacks %d positives of %s, which count as misses; first:%s", passages.name, len(lacking), path, first
         )
     ids, facts = [one for one, _ in pairs], [_facts(row) for _, row in pairs]
-    return RetrievalTask(name, ids, queries, passages.ids, passages.texts, relevant, missing, lacking, facts)
+    task = RetrievalTask(name, ids, queries, passages.ids, passages.texts, relevant, missing, lacking, facts)
+    return replace(task, own_rows=_own_rows(task, passages.row_of)) if beir else task
+
+
+def _own_rows(task: RetrievalTask, row_of: Mapping[Key, int]) -> list[int]:
+    """See `RetrievalTask.own_rows`."""
+    rows = [row_of.get(one, -1) for one in task.query_ids]
+    for i, (row, query) in enumerate(zip(rows, task.queries, strict=True)):
+        if query.strip() not in task.corpus[row] or task.relevant[i].get(row, 0) > 0:
+            rows[i] = -1
+    if num_own := sum(row >= 0 for row in rows):
+        logger.info("%s: %d questions are in the corpus under their own id; that is no hit", task.name, num_own)
+    return rows if num_own else []
 
 
 def _resolve(

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from tiny_model import make_tiny_bert
 
 import evaluate as stage
 from bge_core import UserError, records
+from bge_core.costs import measure_costs
 from bge_core.evaluation import EvaluationResult, evaluate, rank
 from bge_core.evaluation_report import write_evaluation_report
 from bge_core.model import load_encoder
@@ -70,6 +72,18 @@ def test_scores_of_positives_and_negatives_by_hand() -> None:
     assert found.first_positive(task).tolist() == [1, 0, 0]
     result = EvaluationResult(task, {"m": found}, resamples=100)
     assert [line["target"] for line in result.thresholds["m"]][:1] == ["precision"]
+
+
+def test_the_question_itself_is_no_hit() -> None:
+    corpus = np.array([[1, 0], [0.8, 0.6], [0, 1], [-1, 0]], dtype=np.float32)
+    queries = np.array([[1, 0], [0, 1]], dtype=np.float32)
+    task = task_of([{1: 1}, {2: 1}], 4)
+    assert rank(queries, corpus, task, metrics=["MRR@1"]).per_query["MRR@1"].tolist() == [0, 1]
+    found = rank(queries, corpus, replace(task, own_rows=[0, -1]), k=2, metrics=["MRR@1"])
+    assert found.per_query["MRR@1"].tolist() == [1, 1] and found.rows.tolist() == [[1, 2], [2, 1]]
+    np.testing.assert_allclose(found.negative_score, [0, 0.6])
+    whole = measure_costs(queries, corpus, replace(task, own_rows=[0, -1]), k=2, metrics=["MRR@1"])
+    assert whole[0]["MRR@1"] == 1
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The sweep over merge weights: which ones, which is chosen, and that an interrupted one goes on."""
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from safetensors.torch import load_file
 from tiny_model import make_tiny_bert
 
 import merge
-from bge_core import UserError, records
+from bge_core import UserError, cache, records
 from bge_core.sweep import parse_sweep, sweep, sweep_rows
 
 Scores = dict[float, dict[str, list[float]]]
@@ -137,6 +138,27 @@ def test_the_command(models: list[str], tmp_path: Path, capsys: pytest.CaptureFi
     assert (out / "sweep.png").stat().st_size > 5000 and (out / "sweep_scores.json").exists()
     assert not (tmp_path / "out.sweep_scores.json").exists() and not list(tmp_path.glob(".*"))
     assert records.read_json(out / "manifest.json")["sweep"]["chosen"] == share
+
+
+def test_a_corpus_that_two_sets_share_is_encoded_once(
+    models: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoded: list[str] = []
+
+    def encode(encoder: object, texts: list[str], **options: object) -> np.ndarray:
+        encoded.extend(texts)
+        return encode_all(encoder, texts, **options)  # type: ignore[no-any-return]
+
+    encode_all = cache.encode  # type: ignore[attr-defined]
+    monkeypatch.setattr(cache, "encode", encode)
+    corpus = tmp_path / "corpus.jsonl"
+    records.write_jsonl(corpus, [{"text": f"{word}是一种东西"} for word in "天地玄黄宇宙洪荒"])
+    words = ["--models", *models, "--sweep", "0:1:1", "--output_path", str(tmp_path / "out"), "--general_data",
+             questions(tmp_path / "g.jsonl", "宇宙洪荒"), "--general_corpus", str(corpus), "--val_data",
+             questions(tmp_path / "d.jsonl", "天地玄黄"), "--corpus", str(corpus)]  # fmt: skip
+    assert merge.main(words) == 0
+    assert Counter(encoded) == {**dict.fromkeys([f"{word}是一种东西" for word in "天地玄黄宇宙洪荒"], 2),
+                                **dict.fromkeys([f"{word}是什么" for word in "天地玄黄宇宙洪荒"], 2)}  # fmt: skip
 
 
 REFUSED = {

@@ -138,6 +138,21 @@ def test_a_beir_folder_by_hand(tmp_path: Path, caplog: pytest.LogCaptureFixture)
     assert f"{corpus}: 1 repeated texts" in caplog.text
 
 
+def test_a_question_that_the_corpus_holds_under_its_own_id_is_no_hit(tmp_path: Path) -> None:
+    corpus = [
+        {"_id": "a", "title": "题", "text": "甲说"}, {"_id": "b", "text": "别的"}, {"_id": "c", "text": "丙说"},
+        {"_id": "d", "text": "丁"},
+    ]  # fmt: skip
+    queries = [{"_id": name, "text": text} for name, text in (("a", "甲说"), ("b", "乙说"), ("c", "丙说"), ("x", "丁"))]
+    lines = ["a d 1", "a a 0", "b d 1", "c c 1", "x d 1"]  # b: equal ids by chance; c: judged right; x: another id
+    task = load_task(beir(tmp_path, *lines, corpus=corpus, queries=queries))
+    assert task.own_rows == [0, -1, -1, -1] and task.depth(2) == 3 and task.depth(9) == 4
+    rows = np.array([[0, 3, 1], [0, 3, 1], [2, 3, 1], [3, 1, 0]])
+    scores, kept = task.drop_own(rows / 2, rows)
+    assert kept.tolist() == [[3, 1], [0, 3], [2, 3], [3, 1]] and (scores == kept / 2).all()
+    assert load_task(beir(tmp_path / "none", *lines[2:], corpus=corpus, queries=queries)).own_rows == []
+
+
 @pytest.mark.parametrize("lines", [("q1 d1 3", "q1 d4 1"), ("q1 d4 3", "q1 d1 1"), ("q1 d1 1", "q1 d4 3")])
 def test_of_equal_texts_the_largest_grade_counts(tmp_path: Path, lines: tuple[str, str]) -> None:
     assert load_task(beir(tmp_path, *lines)).relevant == [{0: 3}]
