@@ -13,6 +13,7 @@ Writes benchmarks/results/interoperability.md.
 
 import argparse
 import json
+import sys
 import tempfile
 from collections.abc import Callable
 from datetime import date
@@ -21,13 +22,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from bge_core.evaluation import EvaluationResult, evaluate
 from bge_core.model import Encoder, load_encoder
 from bge_core.tasks import RetrievalTask
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "examples"))
 LENGTH = 128
 # ours, and sentence-transformers' name for it
 METRICS = {"MRR@10": "mrr@10", "nDCG@10": "ndcg@10", "MAP@100": "map@100"} | {
@@ -200,56 +201,21 @@ def llama_index(model: str, task: RetrievalTask, ours: EvaluationResult, encoder
     return [("get_query_embedding, get_text_embedding_batch", difference, 1e-5)]
 
 
-class Padded(torch.nn.Module):
-    """Backbone, pooling and normalization of a padded batch: what is exported."""
-
-    def __init__(self, encoder: Encoder, backbone: torch.nn.Module) -> None:
-        super().__init__()
-        self.settings = encoder.settings
-        self.backbone = backbone
-
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        """(S, L) each -> (S, D); padding is on the right."""
-        hidden_SLD = self.backbone(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-        mask_SL1 = attention_mask[..., None].to(hidden_SLD.dtype)
-        if self.settings.pooling == "mean":
-            vector_SD = (hidden_SLD * mask_SL1).sum(1) / mask_SL1.sum(1)
-        elif self.settings.pooling == "cls":
-            vector_SD = hidden_SLD[:, 0]
-        else:
-            last_S11 = (attention_mask.sum(1) - 1)[:, None, None]
-            vector_SD = hidden_SLD.gather(1, last_S11.expand(-1, 1, hidden_SLD.shape[-1]))[:, 0]
-        return torch.nn.functional.normalize(vector_SD, dim=-1) if self.settings.normalize else vector_SD
-
-
 def onnx(model: str, task: RetrievalTask, ours: EvaluationResult, encoder: Encoder) -> Found:
-    """The folder by transformers, exported with torch.onnx and run by onnxruntime."""
-    import onnxruntime  # type: ignore[import-not-found]
-    from transformers import AutoModel, AutoTokenizer
+    """The folder as examples/export_onnx.py writes it, run by onnxruntime."""
+    from export_onnx import Vectors, export
 
-    tokenizer, padded = AutoTokenizer.from_pretrained(model), Padded(encoder, AutoModel.from_pretrained(model)).eval()
-    names = ["input_ids", "attention_mask"]
-
-    def inputs(texts: list[str], kind: str) -> dict[str, Any]:
-        found = tokenizer(texts, padding=True, truncation=True, max_length=LENGTH, return_tensors=kind)
-        return {name: found[name] for name in names}
-
-    example = inputs(["什么是向量检索？", "信用卡在境外取现怎么收费"], "pt")
-    shape = {0: torch.export.Dim("texts"), 1: torch.export.Dim("tokens", max=encoder.max_positions)}
-    prompts = encoder.settings.query_prompt or "", encoder.settings.passage_prompt or ""
-    texts = [prompts[0] + text for text in task.queries[:32]], [prompts[1] + text for text in task.corpus[:32]]
     with tempfile.TemporaryDirectory() as folder:
-        file = f"{folder}/model.onnx"
-        torch.onnx.export(
-            padded, tuple(example.values()), file, dynamo=True, input_names=names, output_names=["vectors"],
-            dynamic_shapes=(shape, shape), verbose=False,
-        )  # fmt: skip
-        session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
-        vectors = [session.run(None, inputs(some, "np"))[0] for some in texts]
-        one = session.run(None, inputs(texts[0][:1], "np"))[0]  # a batch of one, a size that exporters like to fix
+        settings = export(model, folder)
+        theirs = Vectors(folder, LENGTH)
+        vectors = (
+            theirs(task.queries[:32], settings.query_prompt or ""),
+            theirs(task.corpus[:32], settings.passage_prompt or ""),
+        )
+        one = theirs(task.queries[:1], settings.query_prompt or "")  # a size that exporters like to fix
     own = own_vectors(encoder, task, LENGTH)
     difference = max(*map(largest, own, vectors), largest(own[0][:1], one))
-    return [("torch.onnx.export with pooling: questions, passages", difference, 1e-5)]
+    return [("examples/export_onnx.py: questions, passages", difference, 1e-5)]
 
 
 # the packages that a comparison needs; the first one's version is shown

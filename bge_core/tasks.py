@@ -73,7 +73,7 @@ class RetrievalTask:
         return min(k + bool(self.own_rows), len(self.corpus))
 
     def drop_own(self, scores: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(Q, K) -> (Q, K - 1) without `own_rows`, or without the last hit; as they are where there are no such rows."""
+        """(Q, K) -> (Q, K - 1) without `own_rows`, or else the last hit; as they are where there are no such rows."""
         if not self.own_rows:
             return scores, rows
         order = np.argsort(rows == np.array(self.own_rows)[:, None], axis=1, kind="stable")[:, :-1]
@@ -101,8 +101,9 @@ def load_tasks(val_data: Sequence[str | Path], corpus: Sequence[str | Path] | No
     Of a BEIR folder the questions that have a line in the qrels are the test set; title and text are joined by a space.
     Its split is test.tsv, or the only file there is. A grade below 0 counts as 0. Where equal texts were judged, the
     one that is kept gets the largest grade. As in BEIR, a document of a question's own id is no hit (ArguAna, Quora);
-    here it must also hold the question's text and not be judged right, for ids may be equal by chance. Warned of and counted: empty questions, repeated texts, positives that the
-    corpus lacks (misses), judged questions that there are not.
+    here it must also hold the question's text and not be judged right, for ids may be equal by chance. Warned of and
+    counted: empty questions, repeated texts, positives that the corpus lacks (misses), judged questions that there are
+    not.
 
     Args:
         val_data: a file of rows, a dataset of the hub or a BEIR folder each.
