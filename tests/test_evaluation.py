@@ -200,7 +200,7 @@ def test_no_text_of_a_report_becomes_markup(tmp_path: Path) -> None:
 
 
 def test_fifty_thousand_questions_are_a_small_page(tmp_path: Path) -> None:
-    write_evaluation_report(tmp_path, synthetic(50_000, 10))
+    write_evaluation_report(tmp_path, synthetic(50_000, 10, "五万个长问题放在一起" * 10))
     file = tmp_path / "report.html"
     assert file.stat().st_size < 10e6
     assert len(lookup_of(file.read_text(encoding="utf-8"))) == 50_000
