@@ -80,6 +80,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "group 5, 1 epoch, 5e-5": variant(HARD, MORE | {"num_train_epochs": 1, "train_group_size": 5}),
     # from here on with 5e-5, one epoch, group 2
     "merged 0.7": variant(HARD, FASTER, merge=0.7),
+    "teacher": variant(HARD, FASTER, teacher=True),
     "no guards": variant(HARD | UNGUARDED, FASTER),
     "range 0-10": variant({"range_for_sampling": "0-10", "negative_number": 8}, FASTER),
     "hybrid": variant(HARD | {"retriever": "hybrid"}, FASTER),
@@ -88,7 +89,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "temperature 0.01": variant(HARD, FASTER | {"temperature": 0.01}),
     "relative margin 0.05, hard": variant(HARD | {"relative_margin": 0.05}, FASTER),
     "sampling by score": variant({"range_for_sampling": "0-100", "sampling": "score"}, FASTER),
-    "teacher": variant(HARD, FASTER, teacher=True),
     # with group 3, 5e-5
     "two rounds, 1 epoch each": variant(HARD, MORE | {"num_train_epochs": 1}, rounds=2),
 }

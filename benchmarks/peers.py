@@ -324,6 +324,7 @@ def merge_lm_cocktail(job: Result, folder: str) -> None:
 
 
 TRAIN = {"ours": train_ours, "flagembedding": train_flagembedding, "sentence_transformers": train_sentence_transformers}
+TRAINERS = ("flagembedding", "sentence_transformers")
 MINERS = {"flagembedding": mine_flagembedding, "sentence_transformers": mine_sentence_transformers}
 STAGES = {
     "mine": MINERS,
@@ -557,7 +558,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="CMRC 2018: train.jsonl, corpus.jsonl")
     parser.add_argument("--encoder", default="outputs/encoder")
     parser.add_argument("--what", nargs="+", default=[*WHAT])
-    parser.add_argument("--against", nargs="+", default=["flagembedding", "sentence_transformers"])
+    parser.add_argument("--against", nargs="+", default=[*NAMES][1:], choices=[*NAMES][1:])
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--warm-up", type=int, default=1, choices=[0, 1], help="steps before those that count")
@@ -584,7 +585,7 @@ def main() -> None:
     for what in args.what:
         with tempfile.TemporaryDirectory() as folder:
             job = prepare_job(what, args, Path(folder))
-            for peer in STAGES.get(what, args.against):
+            for peer in (peer for peer in STAGES.get(what, TRAINERS) if peer in args.against):
                 pythons = {"ours": sys.executable, peer: args.peers_python}
                 pairs, more = [], dict[str, str]()
                 jobs = {"ours": job, peer: job}
