@@ -99,8 +99,8 @@ def finish(*processes: Any, seconds: float = 100) -> list[int]:
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    """Every whole file below, with its content."""
-    paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and ".tmp-" not in path.name]
+    """Every whole file below, with its content; hidden ones are not, and come and go."""
+    paths = [path for path in sorted(folder.rglob("*")) if not path.name.startswith(".") and path.is_file()]
     return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 
@@ -137,7 +137,7 @@ def kill_and_start_again(model: Path, root: Path, num_kills: int, seed: int) -> 
         again = np.load(root / "again.0.npz")
         assert again["reused"] == num_kept and again["encoded"] == len(TEXTS) - num_kept
         assert again["vectors"].tobytes() == vectors.tobytes()
-        num_left = len(list(cache.rglob(".*.tmp-*")))
+        num_left = len(list(cache.rglob(".*")))
         assert clean_cache(cache, keep={path.name for path in cache.iterdir()})[0] == num_left
         assert {str(path.relative_to(cache)) for path in cache.rglob("*") if path.is_file()} == set(want)
     return counts
