@@ -35,8 +35,8 @@ def test_both_languages_have_the_same_structure_and_commands(english: str) -> No
 def test_flags_files_and_links_exist(page: str) -> None:
     scripts = {"check", "launcher", "phase", "best", "demo", "data"}
     known = scripts | {flag for stage in readme.STAGES for flag in readme.known_flags(stage)} | readme.OTHERS_FLAGS
-    of_benchmarks = {"cmrc", "encoder"}
-    assert set(readme.FLAG.findall(readme.text(page))) - known - of_benchmarks == set()
+    of_benchmarks, of_servers = {"cmrc", "encoder"}, {"model-id", "port", "runner"}
+    assert set(readme.FLAG.findall(readme.text(page))) - known - of_benchmarks - of_servers == set()
     readme.test_files_and_links_exist(page)
 
 
