@@ -15,10 +15,12 @@ if __name__ == "__main__":
     gc.disable()  # until all below is imported (`run_stage`): a third of the start would be spent on collecting nothing
 
 import logging
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import torch
@@ -27,14 +29,14 @@ from bge_core import UserError, records
 from bge_core.cache import EmbeddingCache, fingerprint
 from bge_core.cli import as_dict, run_stage
 from bge_core.config import EvaluateConfig
-from bge_core.costs import measure_costs
+from bge_core.costs import COST_METRICS, measure_costs, refuse_costs
 from bge_core.distributed import world
 from bge_core.evaluation import EvaluationResult, Ranking, bge_instruction, rank, task_vectors
 from bge_core.evaluation_report import write_evaluation_report
 from bge_core.launch import start
-from bge_core.metrics import DEFAULT_METRICS, mean_metrics, parse_metric, per_query_metrics
+from bge_core.metrics import DEFAULT_METRICS, mean_metrics, parse_metric, per_query_metrics, search_depth
 from bge_core.model import Encoder, load_encoder
-from bge_core.report import add_to_model_card, comparison_tables, text_table
+from bge_core.report import add_to_model_card, comparison_tables, read_model_card, text_table
 from bge_core.significance import compare_to_baseline
 from bge_core.tasks import (
     RetrievalTask,
@@ -68,9 +70,13 @@ def evaluate(config: EvaluateConfig) -> None:
     if config.update_model_card and (absent := [name for name in config.encoder if not Path(name).is_dir()]):
         raise UserError(f"--update_model_card: {absent[0]} is no folder; evaluate a local copy of it")
     metrics = config.metrics or list(DEFAULT_METRICS)
-    depth = max([config.k, *(parse_metric(name)[1] or 0 for name in config.metrics)])
+    for name in metrics:
+        parse_metric(name)
+    if config.update_model_card:
+        for path in config.encoder:
+            read_model_card(Path(path) / "README.md")
     if config.run:
-        return score_runs(config, depth) if is_main else None
+        return score_runs(config) if is_main else None
     tasks = load_tasks(config.val_data, config.corpus or None)
     for task in tasks:
         logger.info("%s: %d questions, %d passages", task.name, len(task.queries), len(task.corpus))
@@ -78,14 +84,15 @@ def evaluate(config: EvaluateConfig) -> None:
     cache = EmbeddingCache(config.cache_dir, config.cache_shard_size) if config.cache_dir else None
     rankings: dict[str, dict[str, Ranking]] = {task.name: {} for task in tasks}
     costs: dict[str, dict[str, list[Any]]] = {task.name: {} for task in tasks}
-    used: dict[str, Any] = {}
+    used: dict[str, dict[str, Any]] = {task.name: {} for task in tasks}
     for path, name in zip(config.encoder, unique_names(config.encoder), strict=True):
         encoder = load_encoder(
             path, pooling=config.pooling_method, trust_remote_code=config.trust_remote_code, attention=config.attention,
         ).to(accelerator.device)  # fmt: skip
+        refuse_costs(encoder.embedding_size, config.dims, config.dtypes, config.index_factories)
         for task in tasks:
             query_prompt, passage_prompt = prompts(config, path, encoder, task)
-            used[name] = {
+            used[task.name][name] = {
                 "model": path, "fingerprint": fingerprint(encoder) if config.output_dir else None,
                 "pooling": encoder.settings.pooling, "query_instruction": query_prompt,
                 "passage_instruction": passage_prompt, "precision": accelerator.mixed_precision,
@@ -95,7 +102,7 @@ def evaluate(config: EvaluateConfig) -> None:
                 precision=accelerator.mixed_precision, query_prompt=query_prompt, passage_prompt=passage_prompt,
                 query_max_length=config.max_query_length, passage_max_length=config.max_passage_length,
             )  # fmt: skip
-            rankings[task.name][name] = found = rank(query_QD, corpus_ND, task, k=depth, metrics=metrics)
+            rankings[task.name][name] = found = rank(query_QD, corpus_ND, task, k=config.k, metrics=metrics)
             if not is_main:
                 continue
             on_set = f" on {task.name}" if len(tasks) > 1 else ""
@@ -104,7 +111,7 @@ def evaluate(config: EvaluateConfig) -> None:
             if config.dims or config.dtypes or config.index_factories:
                 costs[task.name][name] = measure_costs(
                     query_QD, corpus_ND, task, dims=config.dims, dtypes=config.dtypes or ["float32"],
-                    factories=config.index_factories, k=depth,
+                    factories=config.index_factories, k=config.k, metrics=config.metrics or COST_METRICS,
                 )  # fmt: skip
                 print(cost_table(costs[task.name][name]))
     if not is_main:
@@ -123,8 +130,9 @@ def evaluate(config: EvaluateConfig) -> None:
     if config.output_dir:
         kept = {"cache": {"encoded": cache.num_encoded, "reused": cache.num_reused}} if cache else {}
         folder = Path(config.output_dir)
+        clear(folder)
         for name, result in results.items():
-            write_results(folder / name if len(tasks) > 1 else folder, config, result, costs[name], used)
+            write_results(folder / name if len(tasks) > 1 else folder, config, result, costs[name], used[name])
         corpora = config.corpus * (len(tasks) if len(config.corpus) == 1 else 1) or [""] * len(tasks)
         described = [
             describe_task(task, val_data, corpus or None)
@@ -132,7 +140,7 @@ def evaluate(config: EvaluateConfig) -> None:
         ]
         inputs = list({line["path"]: line for lines in described for line in lines}.values())
         manifest = records.make_manifest(
-            "evaluate", as_dict(config), inputs, encoders=used,
+            "evaluate", as_dict(config), inputs, encoders=used if len(tasks) > 1 else used[tasks[0].name],
             missing_positives=sum(len(task.missing_texts) for task in tasks),
             device=torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu", **kept,
         )  # fmt: skip
@@ -154,15 +162,24 @@ def macro_average(of_sets: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[
     }
 
 
-def score_runs(config: EvaluateConfig, depth: int) -> None:
-    """Rankings that something else made, down to `depth`, against qrels."""
+def clear(folder: Path) -> None:
+    """Remove what an earlier evaluation left; its manifest first, which must not vouch for a mixture."""
+    for pattern in ("manifest.json", *OWN_FILES, "plots/*.png"):
+        for path in folder.glob(pattern.replace("<model>", "*")):
+            if path.is_file():
+                path.unlink()
+
+
+def score_runs(config: EvaluateConfig) -> None:
+    """Rankings that something else made, against qrels: metrics, comparisons and a manifest, no report."""
     qrels = read_qrels(config.val_data[0])
     names = make_unique(map(run_name, config.run))
     per_query, query_ids = {}, list[str]()
     for path, name in zip(config.run, names, strict=True):
         query_ids, ranked, relevant, missing = run_as_ranking(read_run(path), qrels)
-        ranked = [rows[:depth] for rows in ranked]
-        per_query[name] = per_query_metrics(ranked, relevant, missing, config.metrics or DEFAULT_METRICS)
+        metrics = config.metrics or DEFAULT_METRICS
+        depth = search_depth(config.k, metrics, relevant, missing)
+        per_query[name] = per_query_metrics([rows[:depth] for rows in ranked], relevant, missing, metrics)
         print(f"# {name}\n{mean_metrics(per_query[name])}", flush=True)
     means = {name: mean_metrics(values) for name, values in per_query.items()}
     lines = compare_to_baseline(per_query, names[0], resamples=config.resamples, seed=config.seed)
@@ -170,6 +187,7 @@ def score_runs(config: EvaluateConfig, depth: int) -> None:
         print("\n" + comparison_tables(means, lines))
     if config.output_dir:
         folder = Path(config.output_dir)
+        clear(folder)
         records.write_jsonl(folder / "per_query.jsonl", per_query_lines(query_ids, None, per_query))
         records.write_json(folder / "significance.json", lines)
         records.write_json(folder / "metrics.json", means)
@@ -213,6 +231,11 @@ def cost_table(lines: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
+def without_space(word: str) -> str:
+    """A word for a column of a run: white space as in an address of the web, as %20."""
+    return re.sub(r"\s", lambda found: quote(found[0]), word)
+
+
 def falling(scores: np.ndarray) -> np.ndarray:
     """The scores, each a last bit below the one before where they tie: trec_eval would order ties by id."""
     fallen = scores.astype(np.float32)
@@ -237,6 +260,7 @@ def write_results(
     """A test set's per_query.jsonl, significance.json, costs.json, one TREC run a model, plots and report.html."""
     task = result.task
     folder.mkdir(parents=True, exist_ok=True)
+    clear(folder)
     for name, ranking in result.rankings.items():
         with (
             records.atomic_path(folder / f"run.{name}.trec") as temporary,
@@ -244,8 +268,9 @@ def write_results(
         ):
             for query_id, rows, scores in zip(task.query_ids, ranking.rows, ranking.scores, strict=True):
                 for place, (row, score) in enumerate(zip(rows, falling(scores), strict=True), start=1):
-                    columns = (query_id, "Q0", task.corpus_ids[row], str(place), f"{score:.9g}", name)
-                    file.write(" ".join("_".join(column.split()) for column in columns) + "\n")
+                    if row >= 0:
+                        columns = (query_id, "Q0", task.corpus_ids[row], str(place), f"{score:.9g}", name)
+                        file.write(" ".join(map(without_space, columns)) + "\n")
     per_query = {name: ranking.per_query for name, ranking in result.rankings.items()}
     records.write_jsonl(folder / "per_query.jsonl", per_query_lines(task.query_ids, task.queries, per_query))
     records.write_json(folder / "significance.json", result.comparisons)

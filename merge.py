@@ -34,6 +34,7 @@ from bge_core.cache import EmbeddingCache
 from bge_core.cli import as_dict, changed_fields, run_stage
 from bge_core.config import MergeConfig
 from bge_core.evaluation import evaluate_encoder
+from bge_core.launch import resolve_precision
 from bge_core.merge_methods import check_arguments, greedy_soup
 from bge_core.merging import (
     example_losses,
@@ -50,6 +51,7 @@ from bge_core.sweep import parse_sweep, plot_sweep, sweep, sweep_rows
 from bge_core.tasks import RetrievalTask, describe_task, load_task
 
 METRIC = "MRR@10"
+SWEEP_FILES = ("sweep.json", "sweep.png", "sweep_scores.json")
 
 
 def merge(config: MergeConfig) -> None:
@@ -58,6 +60,10 @@ def merge(config: MergeConfig) -> None:
     Raises:
         UserError: weights that do not fit, models that cannot be merged, an output folder not ours.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("merge.py is one process, and its copies would be in each other's way: start it with python")
+    if config.fp16:
+        config.fp16 = resolve_precision(True, False, cuda=torch.cuda.is_available()) == "fp16"
     if config.weights and config.example_data:
         raise UserError("--weights: cannot go with --example_data, which computes them: choose one")
     parse_metric(config.metric or METRIC)
@@ -85,11 +91,13 @@ def merge(config: MergeConfig) -> None:
         overwrite=config.overwrite_output_dir, config=as_dict(config), inputs=inputs, facts=facts, **hub,
     )  # fmt: skip
 
+    output = Path(config.output_path)
+    for name in SWEEP_FILES:
+        (output / name).unlink(missing_ok=True)  # of an earlier sweep, whose model is no longer there
     if config.sweep:
-        output = Path(config.output_path)
         records.write_json(output / "sweep.json", facts["sweep"])
         plot_sweep(facts["sweep"], output / "sweep.png")
-        os.replace(scores_file(output), output / "sweep_scores.json")
+        shutil.move(scores_file(output), output / SWEEP_FILES[2])  # which may be on another disk
         print(text_table(*sweep_rows(facts["sweep"])) + f"\n{facts['sweep']['rule']}\n")
     stored = read_settings(config.output_path)
     write_model_card(
@@ -158,18 +166,23 @@ def sweep_weights(config: MergeConfig, hub: dict[str, Any]) -> tuple[list[float]
     tasks = {name: load_task(*of) for name, of in sets.items()}
     checkpoints = open_checkpoints(config.models, **hub)
     pooling = merged_settings(checkpoints).pooling
-    texts = [[task.queries, task.corpus, [sorted(of.items()) for of in task.relevant]] for task in tasks.values()]
-    parts: list[Any] = [records.sha256(file) for checkpoint in checkpoints for file in checkpoint.files]
-    parts += [config.metric, config.max_input_length, config.fp16, config.bf16, texts]
+    parts: list[Any] = [[task.queries, task.corpus, [sorted(of.items()) for of in task.relevant], task.missing,
+                         task.own_rows] for task in tasks.values()]  # fmt: skip
+    parts += [config.metric or METRIC, config.max_input_length, config.fp16, config.bf16]
+    for one in checkpoints:
+        parts += [*map(records.sha256, one.files), repr(one.settings), one.backbone.config.to_json_string()]
+        parts += [one.tokenizer.backend_tokenizer.to_str()]
     key = hashlib.blake2b(json.dumps(parts, ensure_ascii=False).encode("utf-8", "replace"), digest_size=16).hexdigest()
-    earlier, file = output / "sweep_scores.json", scores_file(output)
+    earlier, file = output / SWEEP_FILES[2], scores_file(output)
     if earlier.exists() and not file.exists():
         shutil.copy(earlier, file)
 
     found = sweep(
         weights,
         lambda weight, folder: merge_folders(config.models, [1 - weight, weight], folder, **hub),
-        lambda folder: dict(zip(tasks, score_model(config, folder, [*tasks.values()], pooling=pooling), strict=True)),
+        lambda folder: dict(
+            zip(tasks, score_model(config, folder, [*tasks.values()], pooling=pooling, **hub), strict=True)
+        ),
         file, key=key, metric=config.metric or METRIC, general_weight=config.general_weight, seed=config.seed,
     )  # fmt: skip
     inputs = [line for name, of in sets.items() for line in describe_task(tasks[name], *of)]
@@ -186,14 +199,15 @@ def score_model(config: MergeConfig, name: str, tasks: Sequence[RetrievalTask], 
     encoder = load_encoder(name, **loading).to("cuda" if torch.cuda.is_available() else "cpu")
     metric = config.metric or METRIC
     options: dict[str, Any] = {
-        "k": max(100, parse_metric(metric)[1] or 0), "metrics": [metric],
+        "metrics": [metric], "precision": "fp16" if config.fp16 else "bf16" if config.bf16 else "no",
         "query_prompt": encoder.settings.query_prompt or "", "passage_prompt": encoder.settings.passage_prompt or "",
         "query_max_length": config.max_input_length, "passage_max_length": config.max_input_length,
-        "precision": "fp16" if config.fp16 else "bf16" if config.bf16 else "no",
     }  # fmt: skip
     with ExitStack() as stack:
         if len(tasks) > 1:  # they may share a corpus, which is encoded once
-            options["cache"] = EmbeddingCache(stack.enter_context(TemporaryDirectory()))
+            beside = Path(config.output_path)
+            folder = TemporaryDirectory(prefix=f".{beside.name}.vectors-", dir=beside.parent)
+            options["cache"] = EmbeddingCache(stack.enter_context(folder))
         rankings = [evaluate_encoder(encoder, task, **options) for task in tasks]
     return [ranking.per_query[metric] for ranking in rankings]
 

@@ -11,6 +11,7 @@ OUT/model are scored. --launcher "accelerate launch --num_processes 2" starts mi
 import argparse
 import difflib
 import hashlib
+import json
 import os
 import re
 import shlex
@@ -25,6 +26,7 @@ import yaml
 from huggingface_hub import try_to_load_from_cache
 
 from bge_core import UserError, records
+from bge_core.cli import as_words
 
 Stage = tuple[str, str, dict[str, list[str]], Path]  # name, kind, the words behind each flag, output
 OUTPUT_FLAG = {"mine": "output_file", "train": "output_dir", "merge": "output_path", "evaluate": "output_dir"}
@@ -48,7 +50,8 @@ def plan(args: argparse.Namespace) -> list[Stage]:
     if missing := [f"--{name[1:]} {path}" for name, path in given.items() if not os.path.exists(path)]:
         raise UserError(f"{', '.join(missing)}: no such file")
     recipe = yaml.safe_load(Path(args.config).read_bytes())
-    if not isinstance(recipe, dict) or not all(isinstance(entry, dict) for entry in recipe.get("stages") or [None]):
+    parts = [*(recipe.get("stages") or [None]), recipe.get("evaluation") or {}] if isinstance(recipe, dict) else [None]
+    if not all(isinstance(part, dict) for part in parts):
         raise UserError(f"--config {args.config}: is no recipe; write `stages:` and below it a list of mappings")
     for key in recipe:
         known(key, ("model_name_or_path", "stages", "evaluation"), f"{args.config}: the key")
@@ -67,7 +70,8 @@ def plan(args: argparse.Namespace) -> list[Stage]:
         entry |= {"seed": args.seed} if args.seed and kind != "evaluate" else {}
         flags, flag_of = dict[str, list[str]](), MODEL_FLAG | {"data": DATA_FLAG.get(kind, "data")}
         for key, value in entry.items():
-            words = [str(word) for word in (value if isinstance(value, list) else [value]) if word is not None]
+            values = [one for one in (value if isinstance(value, list) else [value]) if one is not None]
+            words = [json.dumps(one) if isinstance(one, dict) else str(one) for one in values]
             for i, word in enumerate(words):
                 names = given if word.startswith("$") else files if key == "data" else models
                 if word.startswith("$") or (key in flag_of and "/" not in word):
@@ -114,7 +118,7 @@ def run(stages: list[Stage], launcher: str | None) -> int:
         found = records.sha256(manifest) if manifest.is_file() else None
         begun = kind == "train" and found not in (None, record["found"])  # the manifest is of this run
         command = shlex.split(launcher) if launcher and kind != "merge" else [sys.executable]
-        command += [str(Path(__file__).with_name(f"{kind}.py")), *(w for f in flags for w in (f"--{f}", *flags[f]))]
+        command += [str(Path(__file__).with_name(f"{kind}.py")), *as_words(flags)]
         if begun and all(now.get(flag) == words.get(flag) for flag in changed):  # the inputs are the same
             command += ["--resume_from_checkpoint", "latest"]
         if kind != "mine" and before and (changed or not begun):

@@ -147,16 +147,7 @@ def measure_recall(
 def _build(corpus: np.ndarray, factory: str, train_rows: int | None, seed: int) -> tuple[Any, Row]:
     """A trained and filled index, and what is worth knowing of how it was made."""
     faiss = import_faiss()
-    # Without np faiss also orders PQ codes for a search by their bits, which nobody uses: a hundred times as long.
-    quick = re.sub(r"(?<!O)(PQ\d+(x\d+)?)(?=,|$)", r"\1np", factory)
-    try:
-        index = faiss.index_factory(corpus.shape[1], quick, faiss.METRIC_INNER_PRODUCT)
-    except RuntimeError as error:
-        raise UserError(
-            f"--index_factory {factory!r}: faiss makes no such index for vectors of dimension {corpus.shape[1]}"
-            f" ({_reason(error)}); {EXAMPLES}"
-        ) from None
-    num_trained = 0
+    index, num_trained = empty_index(corpus.shape[1], factory), 0
     try:
         if not index.is_trained:
             vectors = _sample(corpus, factory, _ivf(index), train_rows, seed)
@@ -171,6 +162,20 @@ def _build(corpus: np.ndarray, factory: str, train_rows: int | None, seed: int) 
     except RuntimeError as error:
         raise UserError(f"--index_factory {factory!r}: faiss cannot fill it ({_reason(error)}); {EXAMPLES}") from None
     return index, {"seed": seed, "train_rows": num_trained, "faiss": faiss.__version__}
+
+
+def empty_index(dim: int, factory: str) -> Any:
+    """The index that faiss makes for vectors of this size, untrained; UserError where it makes none."""
+    faiss = import_faiss()
+    # Without np faiss also orders PQ codes for a search by their bits, which nobody uses: a hundred times as long.
+    quick = re.sub(r"(?<!O)(PQ\d+(x\d+)?)(?=,|$)", r"\1np", factory)
+    try:
+        return faiss.index_factory(dim, quick, faiss.METRIC_INNER_PRODUCT)
+    except RuntimeError as error:
+        raise UserError(
+            f"--index_factory {factory!r}: faiss makes no such index for vectors of dimension {dim}"
+            f" ({_reason(error)}); {EXAMPLES}"
+        ) from None
 
 
 def _sample(corpus: np.ndarray, factory: str, ivf: Any, train_rows: int | None, seed: int) -> np.ndarray:

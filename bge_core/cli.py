@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, cast
@@ -78,12 +78,18 @@ def _yaml_words(path: Path, known: set[str]) -> list[str]:
     for name, value in values.items():
         if name not in known or name in ("config", "help"):
             raise UserError(f"--config {path}: unknown key {name!r}: {advice(str(name), known)}")
-        if isinstance(value, list) and not value:
-            continue
-        if isinstance(value, list):
-            words += [f"--{name}", *map(str, value)]
-        elif value is not None:
-            words.append(f"--{name}={json.dumps(value) if isinstance(value, dict) else value}")
+        words += as_words({name: value})
+    return words
+
+
+def as_words(values: Mapping[str, Any]) -> list[str]:
+    """Flags as a command line has them: a list becomes several words, a mapping JSON; None and [] are left out."""
+    words: list[str] = []
+    for name, value in values.items():
+        given = [one for one in (value if isinstance(value, list) else [value]) if one is not None]
+        texts = [json.dumps(one) if isinstance(one, dict) else str(one) for one in given]
+        begins = len(texts) == 1 and texts[0].startswith("-")  # what looks like a flag needs the sign
+        words += [f"--{name}={texts[0]}"] if begins else [f"--{name}", *texts] if texts else []
     return words
 
 

@@ -29,10 +29,15 @@ def _need(condition: bool, name: str, value: object, remedy: str) -> None:
         raise UserError(f"--{name} {value!r}: {remedy}")
 
 
-def _need_positive(config: Any, *names: str) -> None:
-    for name in names:
+def _need_positive(config: Any, names: str) -> None:
+    for name in names.split():
         value = getattr(config, name)
         _need(value is None or value > 0, name, value, "use a number above 0")
+
+
+def _need_not_negative(config: Any, names: str) -> None:
+    for name in names.split():
+        _need((getattr(config, name) or 0) >= 0, name, getattr(config, name), "use 0 or a number above it")
 
 
 def _need_unset(config: Any, names: str, remedy: str) -> None:
@@ -155,14 +160,13 @@ class MineConfig:
 
     def __post_init__(self) -> None:
         _need_positive(
-            self, "negative_number", "max_tokens", "query_max_len", "passage_max_len", "search_memory", "batch_size",
-            "cache_shard_size", "sampling_temperature", "reranker_max_length",
+            self, "negative_number max_tokens query_max_len passage_max_len search_memory batch_size "
+            "cache_shard_size sampling_temperature reranker_max_length",
         )  # fmt: skip
         _need(not (self.fp16 and self.bf16), "fp16", True, "cannot go with --bf16: choose one")
         for name in ("near_duplicate_threshold", "same_question_threshold"):
             _need(0 < getattr(self, name) <= 1, name, getattr(self, name), "use a number above 0, up to 1")
-        for name in ("absolute_margin", "relative_margin", "teacher_margin", "inspect"):
-            _need((getattr(self, name) or 0) >= 0, name, getattr(self, name), "use 0 or a number above it")
+        _need_not_negative(self, "absolute_margin relative_margin teacher_margin inspect")
         _need(
             self.min_score is None or self.max_score is None or self.min_score < self.max_score,
             "min_score", self.min_score, f"is not below --max_score {self.max_score}",
@@ -301,19 +305,17 @@ class TrainConfig:
         if self.sub_batch_size is not None and self.sub_batch_size <= 0:
             self.sub_batch_size = None  # FlagEmbedding's -1: off
         _need_positive(
-            self, "train_group_size", "query_max_len", "passage_max_len", "per_device_train_batch_size",
-            "logging_steps", "max_example_num_per_dataset", "learning_rate", "temperature", "adam_epsilon",
-            "ddp_timeout", "gradient_accumulation_steps", "max_tokens", "save_total_limit", "early_stopping_patience",
-            "per_device_eval_batch_size",
+            self, "train_group_size query_max_len passage_max_len per_device_train_batch_size max_tokens temperature "
+            "max_example_num_per_dataset learning_rate adam_epsilon ddp_timeout gradient_accumulation_steps "
+            "logging_steps save_total_limit early_stopping_patience per_device_eval_batch_size",
         )  # fmt: skip
         _need(0 <= (self.attention_dropout or 0) < 1, "attention_dropout", self.attention_dropout, "use 0 to below 1")
-        decay = self.ema_decay
-        _need(decay is None or 0 < decay < 1, "ema_decay", decay, "use a number above 0 and below 1, as 0.999")
-        for name in ("weight_decay", "max_grad_norm", "warmup_steps", "save_steps", "dataloader_num_workers"):
-            _need(getattr(self, name) >= 0, name, getattr(self, name), "use 0 or a number above it")
-        epochs = self.num_train_epochs
-        _need(self.max_steps > 0 or epochs > 0, "num_train_epochs", epochs, "use a number above 0")
-        _need((self.loss_block_size or 0) >= 0, "loss_block_size", self.loss_block_size, "use 0 or a number above it")
+        if self.ema_decay is not None:
+            _need(0 < self.ema_decay < 1, "ema_decay", self.ema_decay, "use a number above 0 and below 1, as 0.999")
+        _need_not_negative(self, "weight_decay max_grad_norm warmup_steps save_steps loss_block_size")
+        _need_not_negative(self, "dataloader_num_workers")
+        if self.max_steps <= 0:
+            _need_positive(self, "num_train_epochs")
         _need(
             self.guide_encoder is None or self.loss is not None, "guide_encoder", self.guide_encoder,
             "the built-in loss asks no guide: add --loss examples/losses/gist.py:gist_loss, or your own",
@@ -323,8 +325,8 @@ class TrainConfig:
         remedy = "go with --use_mrl, as --use_mrl --mrl_dims 256 512"
         _need(self.use_mrl == bool(self.mrl_dims), "mrl_dims", self.mrl_dims, remedy)
         _need(all(dim > 0 for dim in self.mrl_dims), "mrl_dims", self.mrl_dims, "use numbers above 0")
-        known = self.report_to in ("none", "tensorboard", "wandb")
-        _need(known, "report_to", self.report_to, "use tensorboard, wandb or none")
+        trackers = ("none", "tensorboard", "wandb")
+        _need(self.report_to in trackers, "report_to", self.report_to, "use tensorboard, wandb or none")
         _need(
             self.negatives_cross_device <= self.use_inbatch_neg, "negatives_cross_device", True,
             "needs in-batch negatives: drop --use_inbatch_neg False",
@@ -382,6 +384,9 @@ class MergeConfig:
     trust_remote_code: bool = _flag(False, "Run model code that comes with the checkpoint.")
 
     def __post_init__(self) -> None:
+        _need_positive(self, "max_input_length batch_size temperature")
+        _need_not_negative(self, "seed")
+        _need(not (self.fp16 and self.bf16), "fp16", True, "cannot go with --bf16: choose one")
         if self.method == "greedy_soup" or self.sweep:
             name = "method" if self.method == "greedy_soup" else "sweep"
             _need(self.val_data is not None, name, getattr(self, name), "needs --val_data, to score on")
@@ -441,15 +446,18 @@ class EvaluateConfig:
     trust_remote_code: bool = _flag(False, "Run model code that comes with the checkpoint.")
 
     def __post_init__(self) -> None:
-        _need_positive(
-            self, "k", "max_tokens", "max_query_length", "max_passage_length", "cache_shard_size", "resamples"
-        )
+        _need_positive(self, "k max_tokens max_query_length max_passage_length cache_shard_size resamples batch_size")
+        _need_not_negative(self, "seed")
         _need(not (self.fp16 and self.bf16), "fp16", True, "cannot go with --bf16: choose one")
         _need(
             bool(self.encoder) != bool(self.run), "encoder", self.encoder, "name models to encode with, or --run files"
         )
         if self.run:
-            _need_unset(self, "corpus dims dtypes index_factories update_model_card", "has no meaning with --run")
+            _need_unset(
+                self, "corpus dims dtypes index_factories update_model_card cache_dir add_instruction fp16 bf16 "
+                "max_tokens query_instruction_for_retrieval passage_instruction_for_retrieval pooling_method",
+                "has no meaning with --run",
+            )  # fmt: skip
             _need(len(self.val_data) == 1, "val_data", self.val_data, "with --run: one file of qrels")
         fits = len(self.corpus) in (0, 1, len(self.val_data))
         _need(fits, "corpus", self.corpus, f"give one for all, or one for each of {len(self.val_data)} test sets")

@@ -14,12 +14,13 @@ from typing import Any
 import numpy as np
 
 from bge_core import UserError
-from bge_core.ann import approximate_search
-from bge_core.metrics import mean_metrics, per_query_metrics
+from bge_core.ann import approximate_search, empty_index
+from bge_core.metrics import mean_metrics, per_query_metrics, search_depth
 from bge_core.search import import_faiss
 from bge_core.tasks import RetrievalTask
 
 DTYPES = ("float32", "float16", "int8", "binary")
+COST_METRICS = ("MRR@10", "nDCG@10", "Recall@100")
 RESCORED = 4  # times k: as many are found by their bits and ordered by their inner products
 Search = Callable[[np.ndarray], np.ndarray]
 
@@ -30,10 +31,20 @@ def cut(vectors: np.ndarray, dim: int) -> np.ndarray:
     return part / np.maximum(np.linalg.norm(part, axis=1, keepdims=True), 1e-12)
 
 
+def refuse_costs(size: int, dims: Sequence[int], dtypes: Sequence[str], factories: Sequence[str]) -> None:
+    """UserError where vectors of this size cannot be cut, packed or indexed so; before they are made."""
+    if bad := [dim for dim in dims if not 0 < dim <= size]:
+        raise UserError(f"--dims {bad[0]}: these vectors have {size} dimensions; use 1 to {size}")
+    if "binary" in dtypes and (bad := [dim for dim in dims or (size,) if dim % 8]):
+        raise UserError(f"--dtypes binary: packs eight numbers in a byte, and {bad[0]} dimensions do not divide by 8")
+    for factory in factories:
+        empty_index(size, factory)
+
+
 def measure_costs(
     query_QD: np.ndarray, corpus_ND: np.ndarray, task: RetrievalTask, *, dims: Sequence[int] = (),
     dtypes: Sequence[str] = ("float32",), factories: Sequence[str] = (), k: int = 100,
-    metrics: Sequence[str] = ("MRR@10", "nDCG@10", "Recall@100"),
+    metrics: Sequence[str] = COST_METRICS,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Quality, bytes and speed of every dimension with every number type, then of the index types at full size.
 
@@ -48,7 +59,7 @@ def measure_costs(
         dims: d; empty: D alone. Vectors that are cut, and those of the first row, are scaled to length 1.
         dtypes: some of DTYPES.
         factories: faiss's index_factory strings; bytes are those of the index without the vectors that rescore.
-        k: depth.
+        k: depth; a metric that needs a deeper one gets it.
         metrics: names as in `per_query_metrics`.
 
     Returns:
@@ -61,10 +72,8 @@ def measure_costs(
     Source: binary with rescoring, Yamada et al. 2021, "Efficient Passage Retrieval with Hashing".
     """
     query_QD, corpus_ND = (np.asarray(vectors, dtype=np.float32) for vectors in (query_QD, corpus_ND))
-    size = corpus_ND.shape[1]
-    if bad := [dim for dim in dims if not 0 < dim <= size]:
-        raise UserError(f"--dims {bad[0]}: these vectors have {size} dimensions; use 1 to {size}")
-    found = []
+    size, found = corpus_ND.shape[1], list[dict[str, Any]]()
+    refuse_costs(size, dims, dtypes, factories)
 
     def add(dim: int, kind: str, bytes_each: float, search: Search, queries: np.ndarray) -> None:
         took = []
@@ -78,7 +87,7 @@ def measure_costs(
         found.append({"dimension": dim, "type": kind, **means, "bytes_per_passage": whole,
                       "queries_per_second": len(queries) / min(took)})  # fmt: skip
 
-    k = task.depth(k)
+    k = task.depth(search_depth(k, metrics, task.relevant, task.missing))
     for dim in dims or (size,):
         queries, corpus = cut(query_QD, dim), cut(corpus_ND, dim)
         for dtype in dtypes:
@@ -114,18 +123,17 @@ def _flat_index(corpus: np.ndarray, dtype: str) -> Any:
 
 def _binary_search(corpus: np.ndarray, k: int) -> Search:
     faiss, dim = import_faiss(), corpus.shape[1]
-    if dim % 8:
-        raise UserError(f"--dtypes binary: packs eight numbers in a byte, and {dim} dimensions do not divide by 8")
     bits = np.packbits(corpus > 0, axis=1)
     index = faiss.IndexBinaryFlat(dim)
     index.add(bits)
 
     def search(queries: np.ndarray) -> np.ndarray:
         near = index.search(np.packbits(queries > 0, axis=1), min(RESCORED * k, len(corpus)))[1]
-        best = np.empty((len(queries), k), dtype=np.int64)
+        best = np.full((len(queries), k), -1)
         for i, rows in enumerate(near):
             signs = np.unpackbits(bits[rows], axis=1).astype(np.float32) * 2 - 1
-            best[i] = rows[np.lexsort((rows, -(signs @ queries[i])))[:k]]
+            order = np.lexsort((rows, -(signs @ queries[i])))[:k]
+            best[i, : len(order)] = rows[order]
         return best
 
     return search

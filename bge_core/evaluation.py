@@ -10,17 +10,19 @@ A positive is found by its text, as FlagEmbedding does. Shapes: Q questions, N p
 
 import functools
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from bge_core import UserError
 from bge_core.cache import EmbeddingCache
 from bge_core.encode import encode
-from bge_core.metrics import DEFAULT_METRICS, mean_metrics, per_query_metrics
+from bge_core.metrics import DEFAULT_METRICS, mean_metrics, per_query_metrics, search_depth
 from bge_core.model import Encoder, load_encoder
 from bge_core.search import exact_search, score_pairs
 from bge_core.significance import bootstrap_means, compare_to_baseline, thresholds
@@ -40,7 +42,7 @@ class Ranking:
     """What one model found.
 
     Args:
-        scores, rows: (Q, k), best first; rows of the corpus.
+        scores, rows: (Q, k), best first; rows of the corpus, -1 where it has no more.
         per_query: each metric, (Q,) float64.
         positive_score: (Q,) float32, the highest score of a question's positives; NaN: the corpus has none.
         negative_score: (Q,) float32, the highest score of what is no positive, within the depth; NaN: none there.
@@ -130,7 +132,7 @@ def evaluate(
         models: a model, or {name: model}. A model is a folder or hub name, an Encoder on its device, or the vectors
             (queries (Q, D), corpus (N, D)) in the order of `task.queries` and `task.corpus`, float32 or float16.
         data, corpus: a task, or what `load_task` reads.
-        k: depth of the ranking.
+        k: depth of the ranking; a metric that needs a deeper one gets it.
         metrics: names as in `per_query_metrics`.
         query_prompt, passage_prompt: None: what the model's folder states, else nothing.
         query_max_length, passage_max_length: in tokens.
@@ -151,7 +153,7 @@ def evaluate(
         if isinstance(model, tuple):
             rankings[name] = rank(model[0], model[1], task, k=k, metrics=metrics)
             continue
-        encoder = model if isinstance(model, Encoder) else load_encoder(str(model))
+        encoder = model if isinstance(model, Encoder) else load_encoder(str(model)).to(_device())
         stored = encoder.settings
         rankings[name] = evaluate_encoder(
             encoder, task, k=k, cache=cache, metrics=metrics,
@@ -162,10 +164,14 @@ def evaluate(
     return EvaluationResult(task, rankings, resamples, seed)
 
 
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def bge_instruction(name: str, queries: list[str]) -> str:
     """BGE's query instruction for a model's language: by its name (-zh, -en), else by the questions' characters."""
     for language, instruction in BGE_QUERY_INSTRUCTION.items():
-        if f"-{language}" in name.lower():
+        if re.search(f"-{language}(?![a-z])", Path(name).name.lower()):
             return instruction
     han = sum("一" <= char <= "鿿" for query in queries for char in query)
     return BGE_QUERY_INSTRUCTION["zh" if 4 * han > sum(map(len, queries)) else "en"]
@@ -218,13 +224,14 @@ def rank(
         raise UserError(
             f"questions have {query_QD.shape[1]} dimensions and passages {corpus_ND.shape[1]}: of two models?"
         )
+    k = search_depth(k, metrics, task.relevant, task.missing)
     scores, rows = task.drop_own(*exact_search(query_QD, corpus_ND, task.depth(k)))
     positives = [[row for row, grade in relevant.items() if grade > 0] for relevant in task.relevant]
     positive_score = np.full(len(rows), np.nan, dtype=np.float32)
     for i, own in enumerate(positives):
         if own:
             positive_score[i] = score_pairs(query_QD[i : i + 1], corpus_ND, np.array([own])).max()
-    wrong = ~is_positive(rows, task)
+    wrong = ~is_positive(rows, task) & (rows >= 0)
     first = wrong.argmax(axis=1)[:, None]
     negative_score = np.where(wrong.any(axis=1), np.take_along_axis(scores, first, axis=1)[:, 0], np.nan)
     per_query = per_query_metrics(rows, task.relevant, task.missing, metrics)

@@ -1,5 +1,6 @@
 """What an evaluation found, as a page, pictures and a Markdown table: is it better, for which questions, how sure."""
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib import resources
@@ -14,6 +15,7 @@ from bge_core.page import SIZE, Page
 from bge_core.records import atomic_path
 from bge_core.runlog import read_metrics
 
+logger = logging.getLogger(__name__)
 HEADLINE = "MRR@10"
 MOST, TOP = 10, 5  # questions that changed most, and what is shown of each ranking
 MAX_LOOKUP = 50_000  # questions that can be searched for
@@ -87,7 +89,7 @@ def write_evaluation_report(
         for key, cards in zip(("better", "worse"), _changed(result, headline, words), strict=True):
             page.section(words[key]).cards(cards, search=False)
     ranks = {name: ranking.first_positive(task) for name, ranking in result.rankings.items()}
-    page.section(words["lookup"], words["lookup_text"])
+    page.section(words["lookup"], words["lookup_text"].format(min(MAX_LOOKUP, len(task.queries)), len(task.queries)))
     asked = task.queries[:MAX_LOOKUP]
     longest = max(20, MAX_LETTERS // len(asked))
     page.lookup(["", *names], [
@@ -131,7 +133,14 @@ def _plots(
         plots[f"scores-{name}"] = partial(_draw_scores, result, name, words), words["scored"].format(name)
         curve = Path(str(models.get(name, {}).get("model"))) / "metrics.jsonl"
         if curve.is_file():
-            plots[f"training-{name}"] = partial(_draw_training, read_metrics(curve), words), words["loss"]
+            try:
+                lines = [line for line in read_metrics(curve) if "step" in line]
+            except ValueError:
+                lines = []
+            if any(line.get("loss") is not None for line in lines):
+                plots[f"training-{name}"] = partial(_draw_training, lines, words), words["loss"]
+            else:
+                logger.warning("%s: holds no curve that can be read; the report goes without", curve)
     return plots
 
 
@@ -224,6 +233,8 @@ def _changed(result: EvaluationResult, headline: str, words: Mapping[str, str]) 
                 lines.append(("", name, "", f"{words['rank']} {rank}" if rank else words["not"]))
                 ranking = result.rankings[name]
                 for place, (row, score) in enumerate(zip(ranking.rows[i, :TOP], ranking.scores[i], strict=False)):
+                    if row < 0:
+                        continue
                     is_right = bool(right[name][i, place])
                     label = f"{place + 1} {words['positive']}" if is_right else str(place + 1)
                     lines.append(("good" if is_right else "", label, float(score), task.corpus[row][:200]))
@@ -277,12 +288,14 @@ def _draw_training(lines: Sequence[Mapping[str, Any]], words: Mapping[str, str],
 
 def _write_png(path: Path, draw: Draw) -> None:
     """The drawing as a picture of 150 dots an inch."""
+    import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=SIZE, layout="constrained")
-    FigureCanvasAgg(figure)
-    draw(figure.subplots())
+    with matplotlib.rc_context({"text.parse_math": False}):  # a name may hold a $
+        figure = Figure(figsize=SIZE, layout="constrained")
+        FigureCanvasAgg(figure)
+        draw(figure.subplots())
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", dpi=150)

@@ -43,6 +43,21 @@ def parse_metric(name: str) -> tuple[str, int | None]:
     )
 
 
+def search_depth(
+    k: int, names: Sequence[str], relevant: Sequence[Mapping[int, float]], missing: Sequence[Collection[float]]
+) -> int:
+    """How deep a ranking must be for all of the metrics to be what their names say, and at least k.
+
+    Args: as of `per_query_metrics`.
+    """
+    cutoffs = [parse_metric(name)[1] for name in names]
+    num_positives = (
+        sum(grade > 0 for grade in (*of.values(), *lost)) for of, lost in zip(relevant, missing, strict=True)
+    )
+    most = max(num_positives, default=0) if None in cutoffs else 0
+    return max(k, most, *filter(None, cutoffs))
+
+
 def per_query_metrics(
     ranked: Sequence[np.ndarray] | np.ndarray,
     relevant: Sequence[Mapping[int, float] | Iterable[int]],

@@ -30,15 +30,15 @@ SIZE = (5.4, 2.9)  # inches of a plot: two stand side by side, and on a phone it
 WORDS = {
     "en": {"bad": "Problem", "warning": "Warning", "note": "Note", "do": "What to do:", "search": "Search",
            "examples": "Examples", "none": "Nothing to warn of."},
-    "zh": {"bad": "问题", "warning": "警告", "note": "提示", "do": "建议：", "search": "搜索",
-           "examples": "例子", "none": "没有需要警告的。"},
+    "zh": {"bad": "严重", "warning": "警告", "note": "提示", "do": "建议：", "search": "搜索",
+           "examples": "例子", "none": "没有警告。"},
 }  # fmt: skip
 AMOUNT = re.compile(r"[-+]?[\d.,]+ ?%|[-+][\d.,]+|\[[-+]?[\d.]+, [-+]?[\d.]+\]")  # share, change, interval
 _STYLE: Any = {
     "svg.fonttype": "none", "svg.hashsalt": "page", "font.size": 10, "axes.spines.top": False,
     "axes.spines.right": False, "axes.linewidth": 0.8, "axes.titlesize": 10, "legend.frameon": False,
     "lines.linewidth": 1.8, "figure.facecolor": "none", "axes.facecolor": "none", "savefig.facecolor": "none",
-    "axes.prop_cycle": f"cycler('color', {list(COLORS)})",
+    "text.parse_math": False, "axes.prop_cycle": f"cycler('color', {list(COLORS)})",
 }  # fmt: skip
 _SCRIPT = """
 for (const box of document.querySelectorAll("input[type=search]:not([data-rows])")) {

@@ -144,6 +144,14 @@ def write_model_card(
         temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
+def read_model_card(path: Path) -> str:
+    """Its text, "" without one; UserError where it is no UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8") if path.exists() else ""
+    except UnicodeDecodeError:
+        raise UserError(f"--update_model_card: {path} is not UTF-8; save it as UTF-8") from None
+
+
 def add_to_model_card(folder: Path, name: str, results: Sequence[Any]) -> None:
     """Put scores and thresholds into a model folder's README.md, in place of those of an earlier evaluation.
 
@@ -179,9 +187,9 @@ def add_to_model_card(folder: Path, name: str, results: Sequence[Any]) -> None:
             lines.append("| " + " | ".join([target, *cells, "" if was is None else f"{was:.3f}"]) + " |")
         lines.append("")
     path = folder / "README.md"
-    text = path.read_text(encoding="utf-8") if path.exists() else f"# {name}\n"
+    text = read_model_card(path) or f"# {name}\n"
     before_it, _, rest = text.partition(begin)
-    rest = rest.partition(end)[2].lstrip("\n")
+    rest = (rest.partition(end)[2] if end in rest else rest).lstrip("\n")
     with atomic_path(path) as temporary:
         temporary.write_text(before_it.rstrip("\n") + "\n\n" + "\n".join([*lines, end, ""]) + rest, encoding="utf-8")
 

@@ -74,6 +74,7 @@ def sweep(
     for weight in dict.fromkeys((0.0, *weights)):
         if str(weight) not in kept["scores"]:
             model = file.with_name(f".{file.name}.model")
+            shutil.rmtree(model, ignore_errors=True)  # of a run that was killed
             try:
                 merge(weight, str(model))
                 kept["scores"][str(weight)] = {name: of.tolist() for name, of in score(str(model)).items()}

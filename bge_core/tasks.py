@@ -69,8 +69,8 @@ class RetrievalTask:
         return sum(bool(lacking) or max(grades.values(), default=0) > 0 for grades, lacking in judged)
 
     def depth(self, k: int) -> int:
-        """How many hits to search, so that k remain after `drop_own`."""
-        return min(k + bool(self.own_rows), len(self.corpus))
+        """How many hits to search, so that k remain after `drop_own`; one above the corpus may be asked for."""
+        return min(k, len(self.corpus)) + bool(self.own_rows)
 
     def drop_own(self, scores: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(Q, K) -> (Q, K - 1) without `own_rows`, or else the last hit; as they are where there are no such rows."""
@@ -82,11 +82,12 @@ class RetrievalTask:
 
 @dataclass(frozen=True)
 class _Corpus:
-    """`row_of` knows each text's hash and each id, those of the repeated texts included."""
+    """`row_of` knows each text's hash and each id, those of the repeated texts included; `bodies` have no titles."""
 
     name: str
     ids: list[str]
     texts: list[str]
+    bodies: list[str]
     row_of: dict[Key, int]
 
 
@@ -101,7 +102,7 @@ def load_tasks(val_data: Sequence[str | Path], corpus: Sequence[str | Path] | No
     Of a BEIR folder the questions that have a line in the qrels are the test set; title and text are joined by a space.
     Its split is test.tsv, or the only file there is. A grade below 0 counts as 0. Where equal texts were judged, the
     one that is kept gets the largest grade. As in BEIR, a document of a question's own id is no hit (ArguAna, Quora);
-    here it must also hold the question's text and not be judged right, for ids may be equal by chance. Warned of and
+    here it must also have the question's text and not be judged right, for ids may be equal by chance. Warned of and
     counted: empty questions, repeated texts, positives that the corpus lacks (misses), judged questions that there are
     not.
 
@@ -194,7 +195,7 @@ def _load(name: str, path: str, corpus: str, read_corpus: Callable[[str, bool], 
             passages = read_corpus(corpus, False)
         else:
             texts = records.distinct_texts((row for _, row in pairs), "pos", "neg")
-            passages = _make_corpus(path, [str(i) for i in range(len(texts))], texts)
+            passages = _make_corpus(path, [str(i) for i in range(len(texts))], texts, texts)
     queries = [row["text" if beir else "query"] for _, row in pairs]
     if num_empty := sum(not query.strip() for query in queries):
         logger.warning("%s: %d questions are empty; they are scored like the others", path, num_empty)
@@ -206,14 +207,15 @@ def _load(name: str, path: str, corpus: str, read_corpus: Callable[[str, bool], 
         )
     ids, facts = [one for one, _ in pairs], [_facts(row) for _, row in pairs]
     task = RetrievalTask(name, ids, queries, passages.ids, passages.texts, relevant, missing, lacking, facts)
-    return replace(task, own_rows=_own_rows(task, passages.row_of)) if beir else task
+    return replace(task, own_rows=_own_rows(task, passages)) if beir else task
 
 
-def _own_rows(task: RetrievalTask, row_of: Mapping[Key, int]) -> list[int]:
+def _own_rows(task: RetrievalTask, corpus: _Corpus) -> list[int]:
     """See `RetrievalTask.own_rows`."""
-    rows = [row_of.get(one, -1) for one in task.query_ids]
+    rows = [corpus.row_of.get(one, -1) for one in task.query_ids]
     for i, (row, query) in enumerate(zip(rows, task.queries, strict=True)):
-        if query.strip() not in task.corpus[row] or task.relevant[i].get(row, 0) > 0:
+        same = records.text_id(query) in map(records.text_id, (corpus.texts[row], corpus.bodies[row]))
+        if not same or not query.strip() or task.relevant[i].get(row, 0) > 0:
             rows[i] = -1
     if num_own := sum(row >= 0 for row in rows):
         logger.info("%s: %d questions are in the corpus under their own id; that is no hit", task.name, num_own)
@@ -239,7 +241,9 @@ def _resolve(
 
 def _facts(row: Row) -> Row:
     source = next((row[name] for name in ("source", "dataset") if isinstance(row.get(name), str)), None)
-    answer = row.get("answer") if isinstance(row.get("answer"), str | list) else None
+    answer = row.get("answer")
+    if not isinstance(answer, str) and not (isinstance(answer, list) and all(isinstance(one, str) for one in answer)):
+        answer = None
     return {name: value for name, value in (("source", source), ("answer", answer)) if value}
 
 
@@ -254,7 +258,9 @@ def _read(path: str, check: Check, *fields: str) -> Iterator[tuple[str, Row]]:
     for (_, number), row in read_source(path, check, streaming=False):
         field = next((field for field in fields if row.get(field) is not None), None)
         name = str(row[field]) if field else str(number - 1)
-        if line_of.setdefault(name, number) == number:
+        if not name.strip():
+            bad.add(path, number, f"{field} is empty; give it a value, or leave it out")
+        elif line_of.setdefault(name, number) == number:
             yield name, row
         else:
             remedy = "make ids unique" if field == "_id" else "make ids unique, or leave them out"
@@ -292,15 +298,16 @@ def _read_corpus(path: str, is_beir: bool) -> _Corpus:
     def check(row: Row) -> str | None:
         return records.check_beir_row(row) if is_beir or "_id" in row else records.check_corpus_row(row)
 
-    ids, texts = [], []
+    ids, texts, bodies = [], [], []
     for name, row in _read(_corpus_file(path), check, "_id", "id"):
         text = f"{row['title']} {row['text']}" if row.get("title") else row["text"]
         ids.append(name)
         texts.append(text.strip() if "_id" in row else text)
-    return _make_corpus(_corpus_file(path), ids, texts)
+        bodies.append(row["text"])
+    return _make_corpus(_corpus_file(path), ids, texts, bodies)
 
 
-def _make_corpus(name: str, ids: list[str], texts: list[str]) -> _Corpus:
+def _make_corpus(name: str, ids: list[str], texts: list[str], bodies: list[str]) -> _Corpus:
     row_of: dict[Key, int] = {}
     kept: list[int] = []
     for i, text in enumerate(texts):
@@ -309,7 +316,8 @@ def _make_corpus(name: str, ids: list[str], texts: list[str]) -> _Corpus:
             kept.append(i)
     if len(kept) < len(texts):
         logger.warning("%s: %d repeated texts were left out of the corpus", name, len(texts) - len(kept))
-    return _Corpus(name, [ids[i] for i in kept], [texts[i] for i in kept], row_of)
+    ids, texts, bodies = ([of[i] for i in kept] for of in (ids, texts, bodies))
+    return _Corpus(name, ids, texts, bodies, row_of)
 
 
 def read_qrels(path: str | Path) -> Qrels:

@@ -69,7 +69,7 @@ def export(model: str, output: str | Path) -> EncoderSettings:
     """
     encoder, tokenizer = load_encoder(model), AutoTokenizer.from_pretrained(model)
     settings = encoder.settings
-    padded = Padded(AutoModel.from_pretrained(model), settings.pooling, settings.normalize).eval()
+    padded = Padded(AutoModel.from_pretrained(model, dtype=torch.float32), settings.pooling, settings.normalize).eval()
     example: Any = tokenizer(["什么是向量检索？", "信用卡在境外取现怎么收费"], padding=True, return_tensors="pt")
     shape = {0: torch.export.Dim("texts"), 1: torch.export.Dim("tokens", max=encoder.max_positions)}
     Path(output).mkdir(parents=True, exist_ok=True)

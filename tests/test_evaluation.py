@@ -66,7 +66,7 @@ def test_scores_of_positives_and_negatives_by_hand() -> None:
     corpus = np.array([[1, 0], [0.8, 0.6], [0, 1], [-1, 0]], dtype=np.float32)
     queries = np.array([[1, 0], [0, 1], [1, 0]], dtype=np.float32)
     task = task_of([{0: 1, 1: 2, 2: 0}, {3: 1}, {}], 4, [[], [], [1]])
-    found = rank(queries, corpus, task, k=2, metrics=["MRR@10"])
+    found = rank(queries, corpus, task, k=2, metrics=["MRR@2"])
     np.testing.assert_allclose(found.positive_score, [1.0, 0.0, np.nan])  # also of one outside the depth
     np.testing.assert_allclose(found.negative_score, [np.nan, 1.0, 1.0])  # both of the first question's hits are right
     assert found.first_positive(task).tolist() == [1, 0, 0]
@@ -82,6 +82,8 @@ def test_the_question_itself_is_no_hit() -> None:
     found = rank(queries, corpus, replace(task, own_rows=[0, -1]), k=2, metrics=["MRR@1"])
     assert found.per_query["MRR@1"].tolist() == [1, 1] and found.rows.tolist() == [[1, 2], [2, 1]]
     np.testing.assert_allclose(found.negative_score, [0, 0.6])
+    deep = rank(queries, corpus, replace(task, own_rows=[0, -1]), metrics=["Recall@9"])  # more than there is
+    assert deep.rows.tolist() == [[1, 2, 3, -1], [2, 1, 0, 3]] and deep.per_query["Recall@9"].tolist() == [1, 1]
     whole = measure_costs(queries, corpus, replace(task, own_rows=[0, -1]), k=2, metrics=["MRR@1"])
     assert whole[0]["MRR@1"] == 1
 

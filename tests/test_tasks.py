@@ -146,11 +146,21 @@ def test_a_question_that_the_corpus_holds_under_its_own_id_is_no_hit(tmp_path: P
     queries = [{"_id": name, "text": text} for name, text in (("a", "甲说"), ("b", "乙说"), ("c", "丙说"), ("x", "丁"))]
     lines = ["a d 1", "a a 0", "b d 1", "c c 1", "x d 1"]  # b: equal ids by chance; c: judged right; x: another id
     task = load_task(beir(tmp_path, *lines, corpus=corpus, queries=queries))
-    assert task.own_rows == [0, -1, -1, -1] and task.depth(2) == 3 and task.depth(9) == 4
+    assert task.own_rows == [0, -1, -1, -1] and task.depth(2) == 3 and task.depth(9) == 5
     rows = np.array([[0, 3, 1], [0, 3, 1], [2, 3, 1], [3, 1, 0]])
     scores, kept = task.drop_own(rows / 2, rows)
     assert kept.tolist() == [[3, 1], [0, 3], [2, 3], [3, 1]] and (scores == kept / 2).all()
     assert load_task(beir(tmp_path / "none", *lines[2:], corpus=corpus, queries=queries)).own_rows == []
+    part = [
+        {"_id": "a", "text": "甲"},
+        {"_id": "b", "text": " "},
+        {"_id": "d", "text": "丁 "},
+    ]  # in it; empty; the same
+    assert load_task(beir(tmp_path / "part", "a d 1", "b d 1", "d a 1", corpus=corpus, queries=part)).own_rows == [
+        -1,
+        -1,
+        3,
+    ]
 
 
 @pytest.mark.parametrize("lines", [("q1 d1 3", "q1 d4 1"), ("q1 d4 3", "q1 d1 1"), ("q1 d1 1", "q1 d4 3")])
