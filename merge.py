@@ -117,7 +117,10 @@ def merge(config: MergeConfig) -> None:
         print(f"{weight:.4f}  {name}")
     print(f"model: {config.output_path}")
     encoders = shlex.join([*models, config.output_path])
-    print(f"next: python evaluate.py --encoder {encoders} --val_data data/test.jsonl --corpus data/corpus.jsonl")
+    print(
+        f"next: python evaluate.py --encoder {encoders} --val_data data/test.jsonl --corpus data/corpus.jsonl "
+        "--add_instruction --output_dir outputs/report"
+    )
 
 
 def choose_soup(config: MergeConfig, hub: dict[str, Any]) -> tuple[list[str], records.Row, list[records.Row]]:

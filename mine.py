@@ -31,13 +31,13 @@ from accelerate import Accelerator
 from bge_core import UserError, mining, records, sources
 from bge_core.batch import tokenize
 from bge_core.cache import EmbeddingCache, cache_summary, clean_cache, fingerprint
-from bge_core.checks import check_rows, summary_lines
+from bge_core.checks import Finding, check_rows, summary_lines
 from bge_core.cli import as_dict, run_stage
 from bge_core.config import MineConfig
 from bge_core.encode import encode
 from bge_core.launch import start
 from bge_core.mining import Mined
-from bge_core.mining_report import write_mining_report
+from bge_core.mining_report import mining_warnings, write_mining_report
 from bge_core.model import Encoder, load_encoder
 from bge_core.records import Row
 from bge_core.reranker import load_reranker
@@ -158,7 +158,7 @@ def mine(config: MineConfig) -> None:
         )  # fmt: skip
         facts = report_facts(config, encoder, rows, mined)
         write(config, mined_rows(rows, mined), manifest, facts)
-        report(config, mined)
+        report(config, mined, mining_warnings(facts))
         inspect(rows, mined, config.inspect)
         if cache:
             show_cache(config, cache)
@@ -229,6 +229,8 @@ def report_facts(config: MineConfig, encoder: Encoder, rows: Sequence[Row], mine
     lengths = {
         name: np.array([len(t) for t in tokenize(encoder.tokenizer, found, 1 << 20)]) for name, found in texts.items()
     }
+    margin = [max(found, default=-2.0) - min(own) for own, found in zip(mined.pos_score, mined.neg_score, strict=True)]
+    by_margin = sorted(range(len(rows)), key=margin.__getitem__, reverse=True)
     out = list(mined_rows(rows, mined))
     findings = check_rows(out)
     return {
@@ -256,15 +258,32 @@ def report_facts(config: MineConfig, encoder: Encoder, rows: Sequence[Row], mine
                 "pos": list(zip(row["pos"], mined.pos_score[i], strict=True)),
                 "neg": list(zip(mined.neg[i], mined.neg_score[i], strict=True)),
             }
-            for i, row in enumerate(rows[: max(20, config.inspect)])
+            for i in by_margin[: max(20, config.inspect)]
+            for row in [rows[i]]
         ],
+        "closest": closest_in_words(rows, mined),
         "index": mined.search,
         "findings": findings,
     }  # fmt: skip
 
 
-def report(config: MineConfig, mined: Mined) -> None:
-    """Print what was counted, where it lies and the next command."""
+def closest_in_words(rows: Sequence[Row], mined: Mined, most: int = 20) -> list[Row]:
+    """The negatives that share most letters with a positive of their row: hidden positives would stand among them."""
+    from rapidfuzz import fuzz, process
+
+    pairs = [(i, j, text) for i, row in enumerate(rows) for j in range(len(mined.neg[i])) for text in row["pos"]]
+    negatives = [mined.neg[i][j] for i, j, _ in pairs]
+    alike = process.cpdist([text for *_, text in pairs], negatives, scorer=fuzz.ratio) / 100
+    order = np.argsort(-alike, kind="stable")[:most]
+    return [
+        {"query": rows[i]["query"], "positive": text, "negative": negatives[k], "alike": round(float(alike[k]), 2),
+         "score": mined.neg_score[i][j]}
+        for k in order.tolist() for i, j, text in [pairs[k]]
+    ]  # fmt: skip
+
+
+def report(config: MineConfig, mined: Mined, warnings: Sequence[Finding]) -> None:
+    """Print what was counted, what to mind, where it lies and the next command."""
     counts = dict(mined.counts)
     per_row = [counts.pop(f"negatives_{name}") for name in ("min", "mean", "max")]
     for name, count in counts.items():
@@ -275,6 +294,8 @@ def report(config: MineConfig, mined: Mined) -> None:
     print(f"{'passage instruction':<32}{mined.passage_instruction!r:>16}")
     if "recall" in mined.search:
         print(f"{'recall of the index':<32}{mined.search['recall']:>16.3f}  against exact search")
+    for finding in warnings:
+        print(f"{'PROBLEM' if finding.severity == 'bad' else 'mind'}: {finding.message} {finding.remedy}")
     print(f"written: {config.output_file}, {manifest_path(str(config.output_file))}, {report_path(config)}")
     settings = {"model_name_or_path": config.model_name_or_path, "train_data": config.output_file}
     for name in ("query_instruction_for_retrieval", "passage_instruction_for_retrieval", "sentence_pooling_method"):
@@ -308,6 +329,7 @@ def show_cache(config: MineConfig, cache: EmbeddingCache) -> None:
     if config.clean_cache:
         num_files, num_bytes = clean_cache(folder, keep=cache.used)
         print(f"cache {folder}: removed {num_files} files, {num_bytes / 1e6:,.1f} MB")
+    print(f"cache {folder}: {cache.num_reused:,} vectors read, {cache.num_encoded:,} encoded")
     for entry in cache_summary(folder):
         print(f"cache {folder}: {entry['texts']:,} vectors of {entry['model']}, {entry['bytes'] / 1e6:,.1f} MB")
 

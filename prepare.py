@@ -473,7 +473,7 @@ def choose_train(pairs: Pairs, train_num: int | None, split_by: str, seed: int) 
 
     Args:
         pairs: what was read.
-        train_num: at most this many rows; None: nine tenths.
+        train_num: at most this many rows; None, or where that is all: nine tenths.
         split_by: "group": questions that share an answer, also through others, stay together; "question": each alone.
         seed: another seed, another split.
 
@@ -485,7 +485,10 @@ def choose_train(pairs: Pairs, train_num: int | None, split_by: str, seed: int) 
         raise UserError("the input holds one question; a split into training and test rows needs two")
     room = total * 9 // 10 if train_num is None else train_num
     if room >= total:
-        raise UserError(f"--train_num {room}: leaves no test row; the largest usable number is {total - 1}")
+        logger.warning(
+            "--train_num %d: there are %d questions; nine tenths of them train, the others test", room, total
+        )
+        room = total * 9 // 10
     groups = _connect(pairs) if split_by == "group" else list(range(total))
     sizes = Counter(groups)
     for group, size in sizes.most_common():

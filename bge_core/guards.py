@@ -8,13 +8,15 @@
 Nearly the same words are no proof: 1998 for 1997, or one name for another, makes the best of all negatives. So two
 texts that are close count as the same only if they agree on their facts, which are numbers, names and rare words. Where
 each has a number, or each a name or rare word, that the other lacks, they speak of different things; so they do where
-the question names something that the positive holds and the candidate does not.
+one denies what the other says (不支持, 支持), where opposites stand against each other (前, 后), and where the question
+names something that the positive holds and the candidate does not.
 
     close(p, c)  =  max(edit ratio of the letters, token-set ratio of the words) >= threshold
     same(p, c)   =  close(p, c) and not facts_differ(p, c)
 
 The token-set ratio does not see the order of the words, and is 1 where one text holds all words of the other. Questions
-are compared by the token-sort ratio, which has no such mercy, and must not ask for different things (who, when, ...).
+are compared by the token-sort ratio, which has no such mercy, must not ask for different things (who, when, ...), and
+must name the same things: 退货几天 and 金卡退货几天 have two answers.
 """
 
 import functools
@@ -45,6 +47,9 @@ _ASKS = {  # what a question asks for: its shortest form, and the others
     "几何": re.compile("多少|几[个位种条座层名家岁届部次]?"),
 }
 _POLITE = re.compile("请问|[吗呢呀啊吧]?[？?]")
+_NEGATION = re.compile("(?:没有?|不|未|无法?|勿)(.*)")
+_OPPOSITES = "前后 上下 内外 左右 开关 退换 增减 升降 进出 买卖 借还 存取 收付 男女 高低 多少 大小 长短 早晚 日周月季年"
+_GENERIC = "时候 时间 意思 方法 办法 方式 原因 地方 名字 名称 问题 情况 东西 内容 年份 日期 多久 人 个 次"
 _UNITS = {"十": 10, "百": 100, "千": 1000}
 _NAME_TAGS = frozenset(("nr", "ns", "nt", "nz"))  # of people, places, organizations and others
 _FUNCTION = frozenset("的地得了着过在于与和及或是为则也都并而且又被把将对向从到由以其之这那该有等所就还")
@@ -113,10 +118,43 @@ def plain_question(question: str) -> str:
 
 
 def common_words(texts: Sequence[str], seed: int = 0) -> frozenset[str]:
-    """The words that at least one of 2,000 texts holds, counted on a sample: all others are rare."""
+    """The words that at least one of 2,000 texts holds, counted on a sample: all others are rare.
+
+    Few texts cannot tell: there, too, verbs and the like are common that stand in one text alone.
+    """
+    import rjieba
+
     chosen = random.Random(seed).sample(range(len(texts)), min(len(texts), MAX_SAMPLE))
     counts = Counter(word for i in chosen for word in set(words(texts[i]).split()))
-    return frozenset(word for word, count in counts.items() if count >= max(2, RARE * len(chosen)))
+    common = {word for word, count in counts.items() if count >= max(2, RARE * len(chosen))}
+    if RARE * len(chosen) < 2:
+        common.update(word for word in counts if not any(_names_something(tag) for _, tag in rjieba.tag(word)))
+    return frozenset(common)
+
+
+def _names_something(tag: str) -> bool:
+    """Whether jieba's tag is that of a noun, a time, a place, a direction, a number, or of another script."""
+    return tag[0] in "ntsfmjb" or tag in ("eng", "x")
+
+
+def opposed(one: Sequence[str], other: Sequence[str]) -> bool:
+    """Whether one of two texts, given as words, denies a word of the other, or opposites stand against each other."""
+    for ours, theirs in ((one, other), (other, one)):
+        denied, denied_there, text = _denied(ours), _denied(theirs), " ".join(theirs)
+        if any(word in text and word not in denied_there for word in denied):
+            return True
+    alone = ["".join(set(ours) - set(theirs)) for ours, theirs in ((one, other), (other, one))]
+    for kind in _OPPOSITES.split():
+        here, there = (set(kind) & set(text) for text in alone)
+        if here and there and not here & there:
+            return True
+    return False
+
+
+def _denied(words: Sequence[str]) -> set[str]:
+    """The words behind a negation: 支持 of 不支持."""
+    found = zip(words, [*words[1:], ""], strict=True)
+    return {match[1] or after for word, after in found if (match := _NEGATION.fullmatch(word))} - {""}
 
 
 @dataclass(frozen=True)
@@ -154,6 +192,7 @@ class Guards:
         self.queries, self.settings, self.common = queries, settings, common
         self._forms = functools.lru_cache(maxsize=200_000)(self._find_forms)
         self._facts = functools.lru_cache(maxsize=200_000)(self._find_facts)
+        self._named = functools.lru_cache(maxsize=200_000)(self._find_named)
         spans_of = [[self._forms(span)[0] for span in spans] for spans in answers]
         self.answers = [[span for span in spans if len(span) >= MIN_ANSWER] for spans in spans_of]
         self.positives = [list(dict.fromkeys(texts)) for texts in positives]
@@ -199,11 +238,26 @@ class Guards:
         return any(name in there and name not in here for name in named)
 
     def facts_differ(self, one: str, other: str) -> bool:
-        """Whether each text has a number, or each a name or rare word, that the other lacks."""
+        """Whether each text has a number, or each a name or rare word, that the other lacks, or they are opposed."""
         (plain_one, numbers_one, names_one), (plain_other, numbers_other, names_other) = map(self._facts, (one, other))
         if numbers_one - numbers_other and numbers_other - numbers_one:
             return True
+        if opposed(self._forms(one)[1].split(), self._forms(other)[1].split()):
+            return True
         return any(name not in plain_other for name in names_one) and any(name not in plain_one for name in names_other)
+
+    def questions_differ(self, one: str, other: str) -> bool:
+        """Whether one question names something, be it a common thing, that the other does not."""
+        (plain_one, named_one), (plain_other, named_other) = map(self._named, (one, other))
+        return any(name not in plain_other for name in named_one) or any(name not in plain_one for name in named_other)
+
+    def _find_named(self, question: str) -> tuple[str, frozenset[str]]:
+        """A question's letters, and what it names."""
+        import rjieba
+
+        clean = self._forms(question)[0]
+        names = {word for word, tag in rjieba.tag(clean) if _names_something(tag)}
+        return clean, frozenset(names - {*_GENERIC.split(), *_ASKS})
 
     def _same(
         self, texts: Sequence[str], candidates: Sequence[str], threshold: float, questions: bool = False
@@ -223,6 +277,7 @@ class Guards:
             one, other = texts[i], candidates[j]
             if questions:
                 fits = not (asks(one) and asks(other) and asks(one) != asks(other))
+                fits = fits and not self.questions_differ(one, other)
             else:
                 fits = len(self._forms(other)[0]) >= MIN_PART * len(self._forms(one)[0])
             found[i, j] = fits and not self.facts_differ(one, other)

@@ -215,7 +215,7 @@ class _Judge:
         scores: Callable[[int, Sequence[int]], np.ndarray], lowest_Q: np.ndarray,
     ) -> None:  # fmt: skip
         self.rows, self.pool, self.guards, self.scores, self.lowest_Q = rows, pool, guards, scores, lowest_Q
-        self.config, self.removed = config, dict[str, list[Row]]()
+        self.config, self.removed, self.shown = config, dict[str, list[Row]](), set[tuple[int, int]]()
         self.filters = [
             name
             for name in ("max_score", "min_score", "absolute_margin", "relative_margin")
@@ -239,6 +239,9 @@ class _Judge:
         for i, reason in enumerate(reasons):
             kept = self.removed.setdefault(reason, []) if reason else None
             if kept is not None and scored is not None and len(kept) < MAX_EXAMPLES:
+                if (number, candidates[i]) in self.shown:  # asked again, to fill up at random
+                    continue
+                self.shown.add((number, candidates[i]))
                 row = self.rows[number]
                 kept.append(
                     {"query": row["query"], "positive": row["pos"][0], "candidate": texts[i], "score": float(scored[i])}

@@ -73,6 +73,10 @@ def mining_warnings(facts: Mapping[str, Any]) -> list[Finding]:
                        f"of the texts measured as {name} are longer than the {limit:,} that are read",
                        f"Raise --{flag}, here and in training, or split the texts."))  # fmt: skip
     found = []
+    if counts.get("pool") and 2 * depth > counts["pool"] and counts.get("rows"):
+        message = f"The range reaches {depth:,} hits deep, and there are {counts['pool']:,} candidates: any text comes."
+        remedy = "Take the first hits, as --range_for_sampling 0-30 or less, or give more candidates."
+        found.append(Finding("range_covers_pool", "warning", depth, counts["pool"], message, remedy))
     for name, count, total, (look, mend), what, remedy in judged:
         share, count = count / total if total else 0.0, round(count)
         if share >= look:
@@ -93,7 +97,8 @@ def write_mining_report(path: str | Path, facts: Mapping[str, Any]) -> None:
             candidates: how many the guards saw (default: rows * depth, or * pool where that is smaller);
             removed: guard -> {"count", "examples": [{query, positive, candidate, score, reason}]};
             lengths: "query", "positive", "negative" -> 1-D int array, in `length_unit` (default: tokens);
-            limits: likewise -> int; inspect: [{query, pos: [[text, score or None]], neg: likewise}].
+            limits: likewise -> int; inspect: [{query, pos: [[text, score or None]], neg: likewise}];
+            closest: [{query, positive, negative, alike, score}].
     """
     findings = [*mining_warnings(facts), *facts.get("findings", ())]
     findings.sort(key=lambda finding: ("bad", "warning", "note").index(finding.severity))
@@ -136,8 +141,19 @@ def write_mining_report(path: str | Path, facts: Mapping[str, Any]) -> None:
             rows.append([name, found.size, round(found.mean()), median, most, int(found.max()), limit, cut])
         page.section("Lengths", f"In {facts.get('length_unit', 'tokens')}, of the texts that were measured.")
         page.table(["", "texts", "mean", "median", "95 %", "longest", "limit", "cut"], rows)
+    if facts.get("closest"):
+        page.section(
+            "Negatives that read most like a positive",
+            "Share of letters in the same order, from 0 to 1: "
+            "is one an answer in other words? Then --near_duplicate_threshold or a teacher would spare it.",
+        )
+        page.examples(facts["closest"], ["query", "positive", "negative", "alike", "score"], search=False)
     if facts.get("inspect"):
-        page.section("Rows to read", "Negatives by score; those above the row's lowest positive are marked.")
+        page.section(
+            "Rows to read",
+            "Those whose negatives score highest against their positives come first. Negatives "
+            "by score; those above the row's lowest positive are marked.",
+        )
         page.cards([_card(row) for row in facts["inspect"]])
     for name in ("counts", "index", "settings"):
         if facts.get(name):

@@ -163,6 +163,8 @@ class Encoder(nn.Module):
             self.backbone.save_pretrained(folder, state_dict=weights)
         except SafetensorError as error:  # what safetensors makes of a full disk
             raise OSError(f"{folder}: the weights could not be written: {str(error).split('error: ')[-1]}") from None
+        for file in folder.glob("*.safetensors"):  # the library makes them readable by their owner alone
+            file.chmod((folder / "config.json").stat().st_mode)
         save_tokenizer(self.tokenizer, folder)
         write_settings(folder, self.settings, self.embedding_size)
 
@@ -234,6 +236,8 @@ def load_encoder(
         raise UserError(f"{name}: is not a model folder (it has no config.json)")
     if not folder.exists() and (str(name).startswith((".", "/", "~")) or str(name).count("/") > 1):
         raise UserError(f"{name}: no such folder")
+    if not folder.exists() and folder.parent.is_dir() and str(folder.parent) != ".":
+        logger.warning("%s: there is no such folder in %s; taken as a name of the hub", name, folder.parent)
     try:
         config = AutoConfig.from_pretrained(name, **hub)
         if attention_dropout is not None:

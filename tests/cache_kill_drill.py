@@ -6,6 +6,7 @@ They come from a server that has imported everything already, so each costs a fo
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import socket
 import sys
@@ -99,8 +100,9 @@ def finish(*processes: Any, seconds: float = 100) -> list[int]:
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    """Every whole file below, with its content; hidden ones are not, and come and go."""
-    paths = [path for path in sorted(folder.rglob("*")) if not path.name.startswith(".") and path.is_file()]
+    """Every whole file below, with its content, without those that a process makes for a moment."""
+    paths = [path for path in sorted(folder.rglob("*")) if not re.match(r"\.(.*\.tmp|probe)-", path.name)]
+    paths = [path for path in paths if path.is_file()]
     return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 

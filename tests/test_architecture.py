@@ -134,7 +134,7 @@ def test_modules_stay_small() -> None:
     lines = {file.name: num_code_lines(file) for file in MODULES}
     assert {name: count for name, count in lines.items() if count > 400} == {}
     assert sum(num_code_lines(ROOT / file) for file in CORE) <= 1200
-    assert sum(lines.values()) + sum(num_code_lines(script) for script in SCRIPTS if script.exists()) <= 8_500
+    assert sum(lines.values()) + sum(num_code_lines(script) for script in SCRIPTS if script.exists()) <= 8_700
 
 
 IMPORT_ALL = """

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bge_core.guards import Guards, GuardSettings, asks, common_words, numbers, plain, words
+from bge_core.guards import Guards, GuardSettings, asks, common_words, numbers, opposed, plain, words
 
 POSITIVE = "北京大学位于北京市海淀区，创立于1898年，是中国近代第一所国立大学。"
 QUESTION = "北京大学创立于哪一年？"
@@ -208,3 +208,67 @@ def test_another_subject_is_no_duplicate(query: str, positive: str, candidate: s
     common = frozenset(words("大曲三泽车站位于坐落据悉青森县上北郡的六户町犬落濑哪里").split())
     guards = Guards([query], [[positive]], [[]], GuardSettings(), common)
     assert guards.reasons(0, [candidate]) == [reason]
+
+
+# ----------------------------------------------------------------------------------------------------- a shop's answers
+
+# Two questions with different facts: the answer of each is the best negative of the other.
+DIFFERENT = [
+    ("金卡无理由退货几天", "金卡用户签收后15天内可退。", "钻石卡无理由退货几天？", "钻石卡用户签收后30天内可退。"),
+    ("无理由退货是几天？", "普通用户签收后7天内可退。", "金卡无理由退货几天", "金卡用户签收后15天内可退。"),
+    (
+        "怎么开通免密支付？",
+        "在“设置—支付—免密支付”里点开通。",
+        "怎么关闭免密支付？",
+        "在“设置—支付—免密支付”里点关闭。",
+    ),
+    ("信用卡退款多久到账？", "信用卡退款3至7个工作日到账。", "借记卡退款多久到账？", "借记卡退款1至3个工作日到账。"),
+    (
+        "生鲜支持七天无理由退货吗？",
+        "生鲜商品不支持七天无理由退货。",
+        "家电支持七天无理由退货吗？",
+        "家电商品支持七天无理由退货。",
+    ),
+    ("月卡会员多少钱？", "月卡会员每月15元。", "年卡会员多少钱？", "年卡会员每年148元。"),
+    ("怎么申请退货？", "在订单页点“申请售后—退货退款”。", "怎么申请换货？", "在订单页点“申请售后—换货”。"),
+    ("收货前可以退款吗？", "收货前可以申请仅退款。", "收货后可以退款吗？", "收货后须退货才能退款。"),
+    ("iPhone15的保修期多久", "iPhone15保修1年。", "iPhone15 Pro的保修期多久", "iPhone15 Pro保修2年。"),
+    ("能用花呗吗？", "支持花呗付款。", "不能用花呗吗？", "秒杀商品不支持花呗付款。"),
+]
+# The same said twice, under different questions.
+ALIKE = [
+    ("怎么修改收货人？", "发货之前，可在订单详情页修改收货人姓名和电话。",
+     "收货人写错了", "在订单详情页可以修改收货人的姓名与电话，须在发货之前。"),
+    ("会员费能退吗？", "会员开通后7天内未使用权益的，可以全额退款。",
+     "开了会员后悔了", "开通会员7天内，没有使用过权益的，可全额退款。"),
+    ("优惠券什么时候到账", "活动结束后3个工作日内，优惠券自动发放到您的账户。",
+     "活动送的券还没到", "优惠券会在活动结束后的三个工作日内自动发放到账户。"),
+    ("登录密码怎么重置", "在登录页点“忘记密码”，用绑定手机收取验证码后重设密码。",
+     "忘了登录密码", "在登录页点击“忘记密码”，用绑定手机接收验证码后重新设置密码。"),
+]  # fmt: skip
+
+
+def test_few_answers_of_a_shop() -> None:
+    """So few texts that no word can be told to be rare."""
+    pairs = [*DIFFERENT, *ALIKE]
+    queries = [query for first, _, second, _ in pairs for query in (first, second)]
+    positives = [[text] for _, first, _, second in pairs for text in (first, second)]
+    pool = list(dict.fromkeys(text for (text,) in positives))
+    near = np.tile(np.arange(len(queries)), (len(queries), 1))
+    guards = Guards(queries, positives, [[] for _ in queries], GuardSettings(), common_words(pool), near)
+    for number, query in enumerate(queries):
+        (other,) = positives[number ^ 1]
+        (reason,) = guards.reasons(number, [other])
+        assert (reason is not None) == (number >= 2 * len(DIFFERENT)), (query, other, reason)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "want"),
+    [
+        ("支持 花呗", "不 支持 花呗", True), ("不能 退", "能 退", True), ("不 支持 花呗", "没 支持 花呗", False),
+        ("不 支持 花呗", "花呗 付款", False), ("收货 前", "收货 后", True), ("收货 前 后", "收货 后", False),
+        ("月 卡", "年 卡", True), ("开通", "打开", False),
+    ],
+)  # fmt: skip
+def test_denied_and_opposite(one: str, other: str, want: bool) -> None:
+    assert opposed(one.split(), other.split()) == opposed(other.split(), one.split()) == want

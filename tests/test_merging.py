@@ -637,7 +637,8 @@ def test_command_line(models: list[Path], tmp_path: Path, capsys: pytest.Capture
         f"0.3000  {models[0]}",
         f"0.7000  {models[1]}",
         f"model: {out}",
-        f"next: python evaluate.py --encoder {models[0]} {models[1]} '{out}' --val_data data/test.jsonl --corpus data/corpus.jsonl",
+        f"next: python evaluate.py --encoder {models[0]} {models[1]} '{out}' --val_data data/test.jsonl --corpus data/corpus.jsonl "
+        "--add_instruction --output_dir outputs/report",
     ]
     manifest = records.read_json(out / "manifest.json")
     assert manifest is not None and manifest["config"]["weights"] == [0.3, 0.7] and manifest["seed"] == 42

@@ -229,7 +229,8 @@ def test_when_mining_warns(name: str) -> None:
 def test_the_pool_bounds_the_candidates_and_the_facts_may_say_them() -> None:
     removed = {"removed": {"identical": {"count": 200, "examples": []}}}
     assert mining_warnings(mining_facts(**removed)) == []  # 200 of 100 rows x 50
-    assert mining_warnings(mining_facts(**removed, counts={**COUNTS, "pool": 10}))[0].total == 1000
+    covered, guard = mining_warnings(mining_facts(**removed, counts={**COUNTS, "pool": 10}))
+    assert covered.name == "range_covers_pool" and "10 candidates" in covered.message and guard.total == 1000
     assert mining_warnings(mining_facts(**removed, candidates=800))[0].total == 800
 
 

@@ -431,12 +431,13 @@ def test_split_does_not_depend_on_the_listing_of_the_folder(tmp_path: Path, monk
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "out2" / name).read_bytes()
 
 
-def test_train_num(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_train_num(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     source = write(tmp_path / "in", {"a.jsonl": jsonl(as_rows(TEN))})
-    message = refused(source, tmp_path / "out", capsys, "--train_num", "10")
-    assert "--train_num 10" in message and "largest usable number is 9" in message
-    assert run(source, tmp_path / "out", "--train_num", "9") == 0
-    assert [len(rows) for rows in read_output(tmp_path / "out")[:2]] == [9, 1]
+    for number, sizes in (("8", [8, 2]), ("10", [9, 1]), ("10000", [9, 1])):  # all of them: nine tenths
+        assert run(source, tmp_path / number, "--train_num", number) == 0
+        assert [len(rows) for rows in read_output(tmp_path / number)[:2]] == sizes
+    assert "--train_num 10000: there are 10 questions; nine tenths of them train" in caplog.text
+    assert "--train_num 8:" not in caplog.text
 
 
 @pytest.mark.parametrize(
