@@ -3,6 +3,7 @@
 Shapes: Q queries, K places of a ranking, B queries of a block, M places of all rankings.
 """
 
+import logging
 import re
 import unicodedata
 from array import array
@@ -70,6 +71,8 @@ def bm25_search(
     Source: Robertson and Zaragoza 2009, in Lucene's variant (Kamphuis et al. 2020), computed by bm25s (Lù 2024).
     """
     import bm25s
+
+    logging.getLogger("bm25s").setLevel(logging.WARNING)  # it sets itself to DEBUG
 
     if k < 1:
         raise UserError(f"k={k}: must be at least 1")
