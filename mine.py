@@ -46,7 +46,7 @@ from bge_core.search import gpu_available
 logger = logging.getLogger(__name__)
 
 ALWAYS_SHOWN = ("rows", "pool", "positives_dropped", "rows_filled_at_random", "rows_short")
-REPORT_TEXTS = 2000  # texts whose lengths the report shows
+REPORT_TEXTS = 500  # texts whose lengths the report shows
 
 
 def manifest_path(output_file: str | Path) -> Path:

@@ -19,6 +19,7 @@ import inspect
 import json
 import logging
 import math
+import shlex
 import signal
 import sys
 import time
@@ -356,7 +357,11 @@ def train(config: TrainConfig, at_end: ExitStack) -> int:
         )  # fmt: skip
         skipped = {"skipped_steps": progress["skipped"]}
         records.write_json(output_dir / "manifest.json", manifest | {"status": "finished", "scores": scores, **skipped})
-        print(f"model: {output_dir}")
+        encoders = shlex.join([str(config.model_name_or_path), str(output_dir)])
+        print(
+            f"model: {output_dir}\nnext: python evaluate.py --encoder {encoders} --val_data data/test.jsonl "
+            "--corpus data/corpus.jsonl --add_instruction --output_dir outputs/report"
+        )
     accelerator.end_training()
     return 0
 

@@ -15,7 +15,7 @@ precision (float32), and the median ratio of the pairs is given with the smalles
     mine_again      the same job a second time, the embeddings in a folder: our --cache_dir and sentence-transformers'
                     cache_folder. FlagEmbedding's miner keeps none, so it is as cold as before
     mine_bf16       as `mine`, ours with --bf16; on a CPU FlagEmbedding always works in float32
-    mine_large      1,000,000 passages of 16 to 40 characters and a model of one layer (384 dimensions, random weights),
+    mine_large      500,000 passages of 16 to 40 characters and a model of one layer (384 dimensions, random weights),
                     ours with --cache_dir: the memory of what is not the encoder. --pairs 1: five minutes a side
     evaluate        three models (the encoder under three names) on the test questions at k = 100; the whole process
     merge           two models of bge-large's shape (1.3 GB each, random weights), 0.5 and 0.5; the whole process
@@ -70,7 +70,7 @@ WHAT = {
     "mine": "mining, 2-200, 15 negatives, cold",
     "mine_again": "mining the same again, from the cache",
     "mine_bf16": "mining, cold, ours in bf16",
-    "mine_large": "mining 1,000,000 passages, one layer",
+    "mine_large": "mining 500,000 passages, one layer",
     "evaluate": "evaluating three models, cold",
     "merge": "merging two models of 1.3 GB",
 }
@@ -462,8 +462,9 @@ def write_small_model(encoder: Path, folder: Path) -> str:
 
     torch.manual_seed(0)
     shape = {"hidden_size": 384, "num_hidden_layers": 1, "num_attention_heads": 6, "intermediate_size": 384}
-    BertModel(BertConfig(vocab_size=21_128, **shape)).save_pretrained(folder / "small")
-    AutoTokenizer.from_pretrained(encoder).save_pretrained(folder / "small")
+    tokenizer = AutoTokenizer.from_pretrained(encoder)
+    BertModel(BertConfig(vocab_size=len(tokenizer), **shape)).save_pretrained(folder / "small")
+    tokenizer.save_pretrained(folder / "small")
     return str(folder / "small")
 
 
@@ -497,7 +498,7 @@ def prepare_job(what: str, args: argparse.Namespace, folder: Path) -> Result:
         return job | {"models": write_large_models(args.encoder, folder)}
     job |= write_task(args.data, folder, "test.jsonl" if what == "evaluate" else "train.jsonl", args.passages)
     if what == "mine_large":
-        job |= {"model": write_small_model(args.encoder, folder)} | write_many(args.data, folder, 1_000_000)
+        job |= {"model": write_small_model(args.encoder, folder)} | write_many(args.data, folder, 500_000)
     if what.startswith("mine"):
         job["flags"] = ["--bf16"] if what == "mine_bf16" else []
         return job | {"miner": str(Path(args.miner).resolve()), "negatives": 15}

@@ -13,7 +13,7 @@ from tiny_model import make_tiny_bert
 import evaluate as stage
 from bge_core import UserError, records
 from bge_core.costs import measure_costs
-from bge_core.evaluation import EvaluationResult, evaluate, rank
+from bge_core.evaluation import BGE_QUERY_INSTRUCTION, EvaluationResult, bge_instruction, evaluate, rank
 from bge_core.evaluation_report import write_evaluation_report
 from bge_core.model import load_encoder
 from bge_core.tasks import RetrievalTask, load_task
@@ -218,3 +218,86 @@ def test_training_curves_are_in_the_page(models: list[str], tmp_path: Path) -> N
     assert stage.main(words) == 0
     assert "How m1 was trained" in (tmp_path / "out/report.html").read_text(encoding="utf-8")
     assert (tmp_path / "out/plots/training-m1.png").exists() and not (tmp_path / "out/plots/training-m0.png").exists()
+
+
+# ------------------------------------------------------------------------------------------------- what could go wrong
+
+
+def test_a_metric_is_searched_as_deep_as_its_name_says() -> None:
+    rng = np.random.default_rng(0)
+    corpus = rng.standard_normal((400, 8)).astype(np.float32)
+    task = task_of([dict.fromkeys(range(150), 1)], 400)
+    query = corpus[:150].mean(axis=0, keepdims=True)
+    whole = rank(query, corpus, task, k=400, metrics=["Recall@300", "RPrecision"]).means
+    assert rank(query, corpus, task, k=5, metrics=["Recall@300", "RPrecision"]).means == whole
+    assert whole["Recall@300"] > 100 / 150
+    (line,) = measure_costs(query, corpus, task, k=5, metrics=["Recall@300"])
+    assert line["Recall@300"] == pytest.approx(whole["Recall@300"], abs=0.02)  # there vectors have length 1
+
+
+@pytest.mark.parametrize(
+    ("name", "want"),
+    [("bge-large-en-v1.5", "en"), ("x/bge-base-zh", "zh"), ("bank-encoder", "zh"), ("/data/en-zhang/energy", "zh")],
+)
+def test_the_language_of_a_name(name: str, want: str) -> None:
+    assert bge_instruction(name, ["怎么办"]) == BGE_QUERY_INSTRUCTION[want]
+
+
+def test_odd_answers_names_and_curves_do_not_stop_the_report(models: list[str], tmp_path: Path) -> None:
+    rows = [
+        {"query": "天是什么", "pos": ["天"], "answer": [42]},
+        {"query": "地是什么", "pos": ["地"], "answer": [None]},
+    ]
+    records.write_jsonl(tmp_path / "t.jsonl", rows)
+    odd = Path(models[1]).rename(tmp_path / "_a$\\frac$")
+    (odd / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo', encoding="utf-8")
+    words = ["--encoder", models[0], str(odd), "--val_data", str(tmp_path / "t.jsonl")]
+    assert stage.main([*words, "--output_dir", str(tmp_path / "out"), "--resamples", "50"]) == 0
+    assert "frac" in (tmp_path / "out/report.html").read_text(encoding="utf-8")
+
+
+def test_an_overwritten_evaluation_leaves_nothing_of_the_one_before(models: list[str], tmp_path: Path) -> None:
+    one, corpus = write_data(tmp_path, WORDS)
+    common = ["--val_data", one, "--corpus", corpus, "--output_dir", str(tmp_path / "out"), "--resamples", "50"]
+    assert stage.main(["--encoder", *models, *common, "--dtypes", "int8"]) == 0
+    (tmp_path / "out/notes.txt").write_text("mine")
+    assert stage.main(["--encoder", models[0], *common, "--overwrite_output_dir"]) == 0
+    left = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    assert not [path for path in left if "m1" in path or path == "costs.json"] and "notes.txt" in left
+
+
+def test_what_can_be_refused_is_refused_before_encoding(
+    models: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stage, "task_vectors", None)
+    one, corpus = write_data(tmp_path, WORDS)
+    common = ["--encoder", models[0], "--val_data", one, "--corpus", corpus]
+    (Path(models[0]) / "README.md").write_bytes("中文".encode("gb18030"))
+    for flags, message in (
+        (["--dims", "4096"], "have 32 dimensions"), (["--dtypes", "binary", "--dims", "12"], "do not divide by 8"),
+        (["--index_factories", "NOPE"], "faiss makes no such index"), (["--seed", "-1"], "use 0 or a number above it"),
+        (["--update_model_card"], "is not UTF-8"), (["--batch_size", "0"], "use a number above 0"),
+    ):  # fmt: skip
+        assert stage.main([*common, *flags]) == 2 and message in capsys.readouterr().err
+
+
+def test_a_model_card_without_the_end_of_the_block_keeps_its_text(models: list[str], tmp_path: Path) -> None:
+    one, corpus = write_data(tmp_path, WORDS)
+    card = Path(models[0]) / "README.md"
+    card.write_text("# m\n\n<!-- evaluation -->\n\nprecious\n", encoding="utf-8")
+    words = ["--encoder", models[0], "--val_data", one, "--corpus", corpus, "--resamples", "50"]
+    for _ in range(2):
+        assert stage.main([*words, "--update_model_card"]) == 0
+        text = card.read_text(encoding="utf-8")
+        assert "precious" in text and text.count("<!-- evaluation -->") == 1 and "| MRR@10 |" in text
+
+
+def test_ids_of_a_run_file(models: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"id": name, "query": "天是什么", "pos": ["天"]} for name in ("x y", "x_y")]
+    records.write_jsonl(tmp_path / "t.jsonl", rows)
+    words = ["--encoder", models[0], "--val_data", str(tmp_path / "t.jsonl"), "--output_dir", str(tmp_path / "out")]
+    assert stage.main([*words, "--resamples", "50"]) == 0
+    lines = (tmp_path / "out/run.m0.trec").read_text(encoding="utf-8").splitlines()
+    assert {line.split()[0] for line in lines} == {"x%20y", "x_y"}
+    records.write_jsonl(tmp_path / "t.jsonl", [{"id": " ", "query": "天", "pos": ["天"]}])
+    assert stage.main(words) == 2

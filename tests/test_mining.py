@@ -18,7 +18,8 @@ from tiny_model import make_tiny_bert
 from tiny_reranker import make_tiny_reranker
 
 import mine
-from bge_core import search
+from bge_core import mining, search
+from bge_core.config import MineConfig
 from bge_core.encode import encode
 from bge_core.mining import COUNTS, Negatives, select_negatives
 from bge_core.model import EncoderSettings, load_encoder, write_settings
@@ -741,3 +742,21 @@ def test_check_looks_at_a_file_and_mines_nothing(tmp_path: Path, capsys: pytest.
     assert "2 rows" in shown and "1 of 1 test rows ask a query of the training data" in shown
     assert "say nearly word for word what a positive" in shown
     assert file.read_bytes() == before and report.exists()
+
+
+def test_what_to_mind_is_printed_and_the_closest_negatives_shown(
+    model: Path, train_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, output = run(model, train_file, "--range_for_sampling", "0-50")
+    assert code == 0 and "mind: The range reaches 50 hits deep" in capsys.readouterr().out
+    page = Path(f"{output}.report.html").read_text(encoding="utf-8")
+    assert "Negatives that read most like a positive" in page
+
+
+def test_what_was_taken_out_is_shown_once() -> None:
+    """Also where it comes again as something to fill up with."""
+    config = MineConfig("m", ["i"], "o", max_score=0.5)
+    rows, scores = [{"query": "q", "pos": ["p"]}], lambda number, candidates: np.full(len(candidates), 0.9)
+    judge = mining._Judge(rows, ["a", "b", "c"], None, config, scores, np.array([1.0]))
+    assert judge(0, [0, 1]) == judge(0, [1, 2]) == ["max_score"] * 2
+    assert [found["candidate"] for found in judge.removed["max_score"]] == ["a", "b", "c"]

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from tiny_model import make_tiny_bert
 
 import merge
 from bge_core import UserError, cache, records
+from bge_core.model import load_encoder
 from bge_core.sweep import parse_sweep, sweep, sweep_rows
 
 Scores = dict[float, dict[str, list[float]]]
@@ -179,3 +181,48 @@ def test_what_does_not_go_together(case: str, tmp_path: Path, capsys: pytest.Cap
     models = [] if "--models" in words else ["--models", "a", "b"]
     assert merge.main([*models, *words, "--output_path", str(tmp_path / "out")]) == 2
     assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_a_killed_sweep_goes_on(tmp_path: Path) -> None:
+    (tmp_path / ".s.json.model").mkdir()
+    (tmp_path / ".s.json.model/config.json").write_text("{}")
+    assert run({0.0: {"domain": [0.5]}, 1.0: {"domain": [0.8]}}, tmp_path)[1] == [0.0, 1.0]
+
+
+def test_scores_are_measured_again_where_they_may_differ(
+    models: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    measured: list[str] = []
+    score = merge.score_model
+
+    def score_model(config: object, name: str, *rest: object, **loading: object) -> list[np.ndarray]:
+        assert loading["trust_remote_code"] is False
+        measured.append(name)
+        return score(config, name, *rest, **loading)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(merge, "score_model", score_model)
+    words = ["--models", *models, "--sweep", "0:1:1", "--output_path", str(tmp_path / "out"), "--val_data",
+             questions(tmp_path / "d.jsonl", "天地玄黄"), "--overwrite_output_dir"]  # fmt: skip
+
+    def count(*more: str) -> int:
+        measured.clear()
+        assert merge.main([*words, *more]) == 0
+        return len(measured)
+
+    assert count() == 2 and count() == 0 and count("--metric", "MRR@10") == 0
+    for model in models:
+        encoder = load_encoder(model, pooling="mean")
+        encoder.settings = replace(encoder.settings, query_prompt="问：")
+        encoder.save(model)
+    assert count() == 2 and count() == 0
+    rows = [{"query": f"{word}是什么", "pos": [f"{word}是一种东西", "缺"]} for word in "天地玄黄"]
+    records.write_jsonl(tmp_path / "d.jsonl", rows)
+    corpus = tmp_path / "c.jsonl"
+    records.write_jsonl(corpus, [{"text": f"{word}是一种东西"} for word in "天地玄黄"])
+    assert count("--corpus", str(corpus)) == 2
+    plain = ["--models", *models, "--weights", "0.3", "0.7", "--output_path", str(tmp_path / "out")]
+    assert merge.main([*plain, "--overwrite_output_dir"]) == 0
+    assert not list((tmp_path / "out").glob("sweep*"))  # which speak of another model
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    capsys.readouterr()
+    assert merge.main(words) == 2 and "start it with python" in capsys.readouterr().err
