@@ -70,7 +70,7 @@ WHAT = {
     "mine": "mining, 2-200, 15 negatives, cold",
     "mine_again": "mining the same again, from the cache",
     "mine_bf16": "mining, cold, ours in bf16",
-    "mine_large": "mining 500,000 passages, one layer",
+    "mine_large": "mining, a model of one layer",
     "evaluate": "evaluating three models, cold",
     "merge": "merging two models of 1.3 GB",
 }
