@@ -144,8 +144,8 @@ def write_mining_report(path: str | Path, facts: Mapping[str, Any]) -> None:
     if facts.get("closest"):
         page.section(
             "Negatives that read most like a positive",
-            "Share of letters in the same order, from 0 to 1: "
-            "is one an answer in other words? Then --near_duplicate_threshold or a teacher would spare it.",
+            "Share of letters in the same order, from 0 to 1. "
+            "One that says the same in other words is a hidden positive; a teacher would tell.",
         )
         page.examples(facts["closest"], ["query", "positive", "negative", "alike", "score"], search=False)
     if facts.get("inspect"):
