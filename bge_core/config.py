@@ -197,12 +197,7 @@ class MineConfig:
             start, end = (int(part) for part in self.range_for_sampling.split("-"))
         except ValueError:
             start, end = 0, -1
-        _need(
-            0 <= start < end,
-            "range_for_sampling",
-            self.range_for_sampling,
-            "write two ranks, the smaller one first, as 2-200",
-        )
+        _need(0 <= start < end, "range_for_sampling", self.range_for_sampling, "write two rising ranks, as 2-200")
         return start, end
 
 

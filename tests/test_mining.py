@@ -688,7 +688,7 @@ def test_an_approximate_index(
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--range_for_sampling", "200-2"], "write two ranks"),
+        (["--range_for_sampling", "200-2"], "write two rising ranks"),
         (["--negative_number", "0"], "use a number above 0"),
         (["--min_score", "0.5", "--max_score", "0.4"], "is not below --max_score"),
         (["--teacher_margin", "1"], "needs --reranker_name_or_path or --teacher_encoder"),
