@@ -15,6 +15,7 @@ if __name__ == "__main__":
     gc.disable()  # until all below is imported (`run_stage`): a third of the start would be spent on collecting nothing
 
 import hashlib
+import heapq
 import logging
 import os
 import shlex
@@ -37,7 +38,7 @@ from bge_core.config import MineConfig
 from bge_core.encode import encode
 from bge_core.launch import start
 from bge_core.mining import Mined
-from bge_core.mining_report import mining_warnings, write_mining_report
+from bge_core.mining_report import write_mining_report
 from bge_core.model import Encoder, load_encoder
 from bge_core.records import Row
 from bge_core.reranker import load_reranker
@@ -47,6 +48,7 @@ logger = logging.getLogger(__name__)
 
 ALWAYS_SHOWN = ("rows", "pool", "positives_dropped", "rows_filled_at_random", "rows_short")
 REPORT_TEXTS = 500  # texts whose lengths the report shows
+ROWS_AT_ONCE = 10_000  # whose pairs of texts are compared together: memory does not grow with the rows
 
 
 def manifest_path(output_file: str | Path) -> Path:
@@ -157,8 +159,7 @@ def mine(config: MineConfig) -> None:
             **({"cache": {"encoded": cache.num_encoded, "reused": cache.num_reused}} if cache else {}),
         )  # fmt: skip
         facts = report_facts(config, encoder, rows, mined)
-        write(config, mined_rows(rows, mined), manifest, facts)
-        report(config, mined, mining_warnings(facts))
+        report(config, mined, write(config, mined_rows(rows, mined), manifest, facts))
         inspect(rows, mined, config.inspect)
         if cache:
             show_cache(config, cache)
@@ -205,16 +206,17 @@ def hash_of(*parts: object) -> str:
     return digest.hexdigest()
 
 
-def write(config: MineConfig, rows: Iterator[Row], manifest: Row, facts: dict[str, Any]) -> None:
-    """Output, report and manifest, whole or not at all; the manifest appears last."""
+def write(config: MineConfig, rows: Iterator[Row], manifest: Row, facts: dict[str, Any]) -> list[Finding]:
+    """Output, report and manifest, whole or not at all; the manifest appears last. Returns what the report minds."""
     output = Path(str(config.output_file))
     with ExitStack() as stack:  # left in reverse order
         temporary_manifest = stack.enter_context(records.atomic_path(manifest_path(output)))
         temporary_output = stack.enter_context(records.atomic_path(output))
         records.write_jsonl(temporary_output, rows)
         records.write_json(temporary_manifest, manifest)
-        write_mining_report(report_path(config), facts)
+        findings = write_mining_report(report_path(config), facts)
         manifest_path(output).unlink(missing_ok=True)  # an earlier one must not vouch for the new rows
+    return findings
 
 
 def report_facts(config: MineConfig, encoder: Encoder, rows: Sequence[Row], mined: Mined) -> dict[str, Any]:
@@ -271,18 +273,22 @@ def closest_in_words(rows: Sequence[Row], mined: Mined, most: int = 20) -> list[
     """The negatives that share most letters with a positive of their row: hidden positives would stand among them."""
     from rapidfuzz import fuzz, process
 
-    pairs = [(i, j, text) for i, row in enumerate(rows) for j in range(len(mined.neg[i])) for text in row["pos"]]
-    negatives = [mined.neg[i][j] for i, j, _ in pairs]
-    alike = process.cpdist([text for *_, text in pairs], negatives, scorer=fuzz.ratio) / 100
-    order = np.argsort(-alike, kind="stable")[:most]
+    best: list[tuple[float, int, int, int]] = []  # likeness, row, positive, negative
+    for first in range(0, len(rows), ROWS_AT_ONCE):
+        some = range(first, min(first + ROWS_AT_ONCE, len(rows)))
+        places = [(i, p, n) for i in some for p, _ in enumerate(rows[i]["pos"]) for n, _ in enumerate(mined.neg[i])]
+        positives, negatives = [rows[i]["pos"][p] for i, p, _ in places], [mined.neg[i][n] for i, _, n in places]
+        alike = (process.cpdist(positives, negatives, scorer=fuzz.ratio) / 100).tolist()
+        found = ((like, *place) for like, place in zip(alike, places, strict=True))
+        best = heapq.nlargest(most, [*best, *found], key=lambda one: one[0])
     return [
-        {"query": rows[i]["query"], "positive": text, "negative": negatives[k], "alike": round(float(alike[k]), 2),
-         "score": mined.neg_score[i][j]}
-        for k in order.tolist() for i, j, text in [pairs[k]]
+        {"query": rows[i]["query"], "positive": rows[i]["pos"][p], "negative": mined.neg[i][n], "alike": round(like, 2),
+         "score": mined.neg_score[i][n]}
+        for like, i, p, n in best
     ]  # fmt: skip
 
 
-def report(config: MineConfig, mined: Mined, warnings: Sequence[Finding]) -> None:
+def report(config: MineConfig, mined: Mined, findings: Sequence[Finding]) -> None:
     """Print what was counted, what to mind, where it lies and the next command."""
     counts = dict(mined.counts)
     per_row = [counts.pop(f"negatives_{name}") for name in ("min", "mean", "max")]
@@ -294,7 +300,7 @@ def report(config: MineConfig, mined: Mined, warnings: Sequence[Finding]) -> Non
     print(f"{'passage instruction':<32}{mined.passage_instruction!r:>16}")
     if "recall" in mined.search:
         print(f"{'recall of the index':<32}{mined.search['recall']:>16.3f}  against exact search")
-    for finding in warnings:
+    for finding in (one for one in findings if one.severity != "note"):
         print(f"{'PROBLEM' if finding.severity == 'bad' else 'mind'}: {finding.message} {finding.remedy}")
     print(f"written: {config.output_file}, {manifest_path(str(config.output_file))}, {report_path(config)}")
     settings = {"model_name_or_path": config.model_name_or_path, "train_data": config.output_file}

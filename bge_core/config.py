@@ -35,7 +35,7 @@ def _need_positive(config: Any, names: str) -> None:
         _need(value is None or value > 0, name, value, "use a number above 0")
 
 
-def _need_not_negative(config: Any, names: str) -> None:
+def _need_from_0(config: Any, names: str) -> None:
     for name in names.split():
         _need((getattr(config, name) or 0) >= 0, name, getattr(config, name), "use 0 or a number above it")
 
@@ -166,7 +166,7 @@ class MineConfig:
         _need(not (self.fp16 and self.bf16), "fp16", True, "cannot go with --bf16: choose one")
         for name in ("near_duplicate_threshold", "same_question_threshold"):
             _need(0 < getattr(self, name) <= 1, name, getattr(self, name), "use a number above 0, up to 1")
-        _need_not_negative(self, "absolute_margin relative_margin teacher_margin inspect")
+        _need_from_0(self, "absolute_margin relative_margin teacher_margin inspect")
         _need(
             self.min_score is None or self.max_score is None or self.min_score < self.max_score,
             "min_score", self.min_score, f"is not below --max_score {self.max_score}",
@@ -312,8 +312,7 @@ class TrainConfig:
         _need(0 <= (self.attention_dropout or 0) < 1, "attention_dropout", self.attention_dropout, "use 0 to below 1")
         if self.ema_decay is not None:
             _need(0 < self.ema_decay < 1, "ema_decay", self.ema_decay, "use a number above 0 and below 1, as 0.999")
-        _need_not_negative(self, "weight_decay max_grad_norm warmup_steps save_steps loss_block_size")
-        _need_not_negative(self, "dataloader_num_workers")
+        _need_from_0(self, "weight_decay max_grad_norm warmup_steps save_steps loss_block_size dataloader_num_workers")
         if self.max_steps <= 0:
             _need_positive(self, "num_train_epochs")
         _need(
@@ -385,7 +384,7 @@ class MergeConfig:
 
     def __post_init__(self) -> None:
         _need_positive(self, "max_input_length batch_size temperature")
-        _need_not_negative(self, "seed")
+        _need_from_0(self, "seed")
         _need(not (self.fp16 and self.bf16), "fp16", True, "cannot go with --bf16: choose one")
         if self.method == "greedy_soup" or self.sweep:
             name = "method" if self.method == "greedy_soup" else "sweep"
@@ -447,7 +446,7 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         _need_positive(self, "k max_tokens max_query_length max_passage_length cache_shard_size resamples batch_size")
-        _need_not_negative(self, "seed")
+        _need_from_0(self, "seed")
         _need(not (self.fp16 and self.bf16), "fp16", True, "cannot go with --bf16: choose one")
         _need(
             bool(self.encoder) != bool(self.run), "encoder", self.encoder, "name models to encode with, or --run files"
@@ -458,6 +457,7 @@ class EvaluateConfig:
                 "max_tokens query_instruction_for_retrieval passage_instruction_for_retrieval pooling_method",
                 "has no meaning with --run",
             )  # fmt: skip
+            _need(self.lang == "en", "lang", self.lang, "has no meaning with --run, which writes no report")
             _need(len(self.val_data) == 1, "val_data", self.val_data, "with --run: one file of qrels")
         fits = len(self.corpus) in (0, 1, len(self.val_data))
         _need(fits, "corpus", self.corpus, f"give one for all, or one for each of {len(self.val_data)} test sets")

@@ -85,7 +85,7 @@ def mining_warnings(facts: Mapping[str, Any]) -> list[Finding]:
     return sorted(found, key=lambda finding: finding.severity != "bad")
 
 
-def write_mining_report(path: str | Path, facts: Mapping[str, Any]) -> None:
+def write_mining_report(path: str | Path, facts: Mapping[str, Any]) -> list[Finding]:
     """Write the page, whole or not at all; what `facts` lacks is left out.
 
     Args:
@@ -99,6 +99,9 @@ def write_mining_report(path: str | Path, facts: Mapping[str, Any]) -> None:
             lengths: "query", "positive", "negative" -> 1-D int array, in `length_unit` (default: tokens);
             limits: likewise -> int; inspect: [{query, pos: [[text, score or None]], neg: likewise}];
             closest: [{query, positive, negative, alike, score}].
+
+    Returns:
+        What to mind: `mining_warnings` and `findings`, the worst first.
     """
     findings = [*mining_warnings(facts), *facts.get("findings", ())]
     findings.sort(key=lambda finding: ("bad", "warning", "note").index(finding.severity))
@@ -160,6 +163,7 @@ def write_mining_report(path: str | Path, facts: Mapping[str, Any]) -> None:
             page.parts += ["<h2>Details</h2>"] * ("<h2>Details</h2>" not in page.parts)
             page.details(name.capitalize(), facts[name])
     page.write(path)
+    return findings
 
 
 def auc(pos: np.ndarray, neg: np.ndarray) -> float:

@@ -161,6 +161,7 @@ REFUSED = {
     "corpora": (["--val_data", "a", "b", "c", "--encoder", "m", "--corpus", "x", "y"], "one for each of 3"),
     "type": (["--val_data", "v", "--encoder", "m", "--dtypes", "int4"], "--dtypes 'int4'"),
     "corpus of a run": (["--val_data", "v", "--run", "r", "--corpus", "c"], "has no meaning with --run"),
+    "language of a run": (["--val_data", "v", "--run", "r", "--lang", "zh"], "which writes no report"),
     "card of the hub": (["--val_data", "v", "--encoder", "org/m", "--update_model_card"], "evaluate a local copy"),
 }
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -760,3 +761,17 @@ def test_what_was_taken_out_is_shown_once() -> None:
     judge = mining._Judge(rows, ["a", "b", "c"], None, config, scores, np.array([1.0]))
     assert judge(0, [0, 1]) == judge(0, [1, 2]) == ["max_score"] * 2
     assert [found["candidate"] for found in judge.removed["max_score"]] == ["a", "b", "c"]
+
+
+def test_the_negatives_most_like_a_positive_are_found_over_blocks_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"query": f"q{i}", "pos": [f"第{i}号柜台办理", "另见"]} for i in range(9)]
+    neg = [[f"{i * 7}路公交车", "停车场在后面"] for i in range(9)]
+    neg[7][1] = "第七号柜台办理"
+    mined: Any = SimpleNamespace(neg=neg, neg_score=[[0.1, 0.2]] * 9)
+    found = mine.closest_in_words(rows, mined, most=5)
+    assert found[0] == {
+        "query": "q7", "positive": "第7号柜台办理", "negative": "第七号柜台办理", "alike": 0.86, "score": 0.2,
+    }  # fmt: skip
+    assert len(found) == 5 and [one["alike"] for one in found] == sorted((o["alike"] for o in found), reverse=True)
+    monkeypatch.setattr(mine, "ROWS_AT_ONCE", 2)
+    assert mine.closest_in_words(rows, mined, most=5) == found
