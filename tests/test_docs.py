@@ -1,6 +1,9 @@
-"""What docs/ says is true: both languages alike, flags and files exist, the cost model is what the code does."""
+"""What docs/ says is true: both languages alike; flags, files and links exist; commands are accepted; figures are those
+that were measured; the cost model is what the code does."""
 
 import json
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +16,43 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertConfig, BertModel
 
 from bge_core.cli import parse_config
-from bge_core.config import TrainConfig
+from bge_core.refused import REFUSED
 
 ENGLISH = sorted(f"docs/{file.name}" for file in (readme.ROOT / "docs").glob("*.md") if ".zh-CN" not in file.name)
 PAGES = [page for english in ENGLISH for page in (english, english.replace(".md", ".zh-CN.md"))]
 RESULTS: dict[str, Any] = json.loads(scaling.RESULTS.read_text(encoding="utf-8"))
+SCRIPTS = [readme.ROOT / "recipe.py", *(readme.ROOT / "benchmarks").glob("*.py")]
+FLAGS = {flag for stage in readme.STAGES for flag in readme.known_flags(stage)} | readme.OTHERS_FLAGS
+FLAGS |= {flag for file in SCRIPTS for flag in re.findall(r'"--([\w-]+)"', file.read_text(encoding="utf-8"))}
+FLAGS |= {"launcher", "model-id", "port", "runner"}  # recipe.py's, and those of the servers that are named
+FIGURE = re.compile(r"\d[\d.]* \([\d.]+-[\d.]+\)|[+-][\d.]+ \[[+-][\d.]+, [+-][\d.]+\]")
+NOT_KEPT = {"0.699 (0.691-0.705)", "0.765 (0.758-0.769)", "0.895 (0.891-0.899)"}  # best.yaml: ablation_final.md has MRR
+MODELS = {
+    "bge-small-zh": scaling.Shape(4, 512, 2048, 21_128),
+    "bge-base-zh": scaling.Shape(12, 768, 3072, 21_128),
+    "bge-large-zh": scaling.BGE_LARGE_ZH,
+    "bge-m3": scaling.Shape(24, 1024, 4096, 250_002, 8192),
+}
+
+
+def both(english: str) -> tuple[str, str]:
+    """The page in both languages."""
+    return readme.text(f"docs/{english}.md"), readme.text(f"docs/{english}.zh-CN.md")
+
+
+def anchors(page: Path) -> set[str]:
+    """Where links into a page may lead: its headings as GitHub names them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def stage_commands(page: str) -> Iterator[tuple[str, list[str]]]:
+    """(script, what follows it) of every command that starts a stage."""
+    for words in readme.commands(readme.text(page)):
+        if words[0] == "sbatch":
+            yield "train.py", words[words.index("--config") :]
+        elif (place := readme.stage_of(words)) is not None:
+            yield words[place], words[place + 1 :]
 
 
 @pytest.mark.parametrize("english", ENGLISH)
@@ -26,27 +61,42 @@ def test_both_languages_have_the_same_structure_and_commands(english: str) -> No
     assert len(readme.skeleton(english)) > 20
     assert readme.skeleton(english) == readme.skeleton(chinese)
     pages = readme.text(english), readme.text(chinese)
-    assert readme.commands(pages[0]) == readme.commands(pages[1]) != []
+    assert readme.commands(pages[0]) == readme.commands(pages[1])
     assert set(readme.FLAG.findall(pages[0])) == set(readme.FLAG.findall(pages[1]))
     assert Path(chinese).name in pages[0] and Path(english).name in pages[1]
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_flags_files_and_links_exist(page: str) -> None:
-    scripts = {"check", "launcher", "phase", "best", "demo", "data"}
-    known = scripts | {flag for stage in readme.STAGES for flag in readme.known_flags(stage)} | readme.OTHERS_FLAGS
-    of_benchmarks, of_servers = {"cmrc", "encoder"}, {"model-id", "port", "runner"}
-    assert set(readme.FLAG.findall(readme.text(page))) - known - of_benchmarks - of_servers == set()
+def test_flags_files_links_and_commands_exist(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    others = {*REFUSED, *(name for flags in readme.golden_flags().values() for name in flags)}
+    known = FLAGS | (others if "from-flagembedding" in page else set())
+    assert set(readme.FLAG.findall(readme.text(page))) - known == set()
     readme.test_files_and_links_exist(page)
-
-
-@pytest.mark.parametrize("page", [page for page in PAGES if "scaling" in page])
-def test_every_training_command_is_accepted(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for link, anchor in re.findall(r"\]\(([^)#\s]*)#([^)\s]+)\)", readme.text(page)):
+        assert anchor in anchors(readme.ROOT / "docs" / (link or Path(page).name)), f"{link}#{anchor}"
     monkeypatch.chdir(readme.ROOT)
-    lines = [words for words in readme.commands(readme.text(page)) if "--config" in words]
-    assert len(lines) >= 5
-    for words in lines:
-        parse_config(TrainConfig, words[words.index("--config") :])
+    for script, words in stage_commands(page):
+        parse_config(readme.STAGES[script], words)
+
+
+def test_figures_are_those_of_the_results() -> None:
+    files = [file for file in (readme.ROOT / "benchmarks/results").iterdir() if file.suffix in (".md", ".jsonl")]
+    measured = "\n".join(file.read_text(encoding="utf-8") for file in files)
+    parts = [re.findall(r"<!-- figures -->(.*?)<!-- /figures -->", page, re.DOTALL) for page in both("results")]
+    english, chinese = (FIGURE.findall("".join(tables)) for tables in parts)
+    assert english == chinese and len(english) > 40
+    assert {figure for figure in english if figure not in measured} == NOT_KEPT
+
+
+def test_predicted_memory_is_that_of_its_formula() -> None:
+    for page in both("tuning"):
+        rows = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| bge-")]
+        assert len(rows) == len(MODELS)
+        for (name, *cells), (model, shape) in zip(rows, MODELS.items(), strict=True):
+            fixed, token = 16 * shape.parameters / 2**30, 41 * shape.layers * shape.hidden / 2**30
+            tokens = (4 * (64 + 2 * 512), 32 * (64 + 3 * 128), 32 * (64 + 3 * 512), 8192)
+            expected = [f"{fixed:.1f}", f"{1000 * token:.2f}", *(f"{fixed + count * token:.1f}" for count in tokens)]
+            assert name.startswith(model) and cells == [f"{number} GB" for number in expected]
 
 
 @pytest.mark.parametrize("language", scaling.DOCS)
@@ -55,10 +105,10 @@ def test_the_tables_are_those_of_the_results(language: str) -> None:
     assert scaling.with_tables(page, language, RESULTS) == page
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if "scaling" in page])
-def test_the_bounds_of_the_same_model_are_those_of_its_script(page: str) -> None:
-    section = readme.text(page).split("same_model.png", 1)[1].split("```", 1)[0].replace(" %", "%")
-    assert f"{same_model.LOSS_BOUND:.1%}" in section and str(same_model.EMBEDDING_BOUND) in section
+def test_the_bounds_of_the_same_model_are_those_of_its_script() -> None:
+    for page in both("scaling"):
+        section = page.split("same_model.png", 1)[1].split("```", 1)[0]
+        assert f"{same_model.LOSS_BOUND:.1%}" in section and str(same_model.EMBEDDING_BOUND) in section
 
 
 def test_counted_work_is_that_of_the_formulas(two_ranks: list[dict[str, Any]]) -> None:
@@ -70,8 +120,8 @@ def test_counted_work_is_that_of_the_formulas(two_ranks: list[dict[str, Any]]) -
     work = scaling.Work(2, 6, scaling.GROUP, scaling.QUERY_TOKENS, scaling.PASSAGE_TOKENS)
     forward, backward = scaling.gather_bytes(scaling.SMALL, work)
     operations = scaling.loss_operations(scaling.SMALL, work)
-    for found in (rank["work"] for rank in two_ranks):
-        assert found == {"operations": operations, "all_gather": forward, "reduce_scatter": backward}
+    expected = {"operations": operations, "all_gather": forward, "reduce_scatter": backward}
+    assert [rank["work"] for rank in two_ranks] == [expected, expected]
 
 
 def test_compute_and_parameters_are_those_of_the_model() -> None:
@@ -83,10 +133,8 @@ def test_compute_and_parameters_are_those_of_the_model() -> None:
     work = scaling.Work(1, 2, scaling.GROUP, scaling.QUERY_TOKENS, scaling.PASSAGE_TOKENS)
     assert counter.get_total_flops() == scaling.encoder_operations(scaling.SMALL, work)
     shape = scaling.BGE_LARGE_ZH
-    config = BertConfig(
-        vocab_size=shape.vocabulary, hidden_size=shape.hidden, num_hidden_layers=shape.layers,
-        intermediate_size=shape.intermediate, num_attention_heads=16,
-    )  # fmt: skip
+    sizes = {"num_hidden_layers": shape.layers, "hidden_size": shape.hidden, "intermediate_size": shape.intermediate}
+    config = BertConfig(vocab_size=shape.vocabulary, num_attention_heads=16, **sizes)
     with torch.device("meta"):
         large = BertModel(config, add_pooling_layer=False)
     assert sum(parameter.numel() for parameter in large.parameters()) == shape.parameters
