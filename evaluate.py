@@ -15,39 +15,32 @@ if __name__ == "__main__":
     gc.disable()  # until all below is imported (`run_stage`): a third of the start would be spent on collecting nothing
 
 import logging
-import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import numpy as np
 import torch
 
-from bge_core import UserError, records
-from bge_core.cache import EmbeddingCache, fingerprint
-from bge_core.cli import as_dict, run_stage
-from bge_core.config import EvaluateConfig
-from bge_core.costs import COST_METRICS, measure_costs, refuse_costs
-from bge_core.distributed import world
-from bge_core.evaluation import EvaluationResult, Ranking, bge_instruction, rank, task_vectors
-from bge_core.evaluation_report import write_evaluation_report
-from bge_core.launch import start
-from bge_core.metrics import DEFAULT_METRICS, mean_metrics, parse_metric, per_query_metrics, search_depth
-from bge_core.model import Encoder, load_encoder
-from bge_core.report import add_to_model_card, comparison_tables, read_model_card, text_table
-from bge_core.significance import compare_to_baseline
-from bge_core.tasks import (
-    RetrievalTask,
-    describe_task,
-    load_tasks,
-    make_unique,
-    read_qrels,
-    read_run,
-    run_as_ranking,
-    run_name,
-)
+from bge_core import UserError
+from bge_core.encoder.load import load_encoder
+from bge_core.encoder.model import Encoder
+from bge_core.evaluation.costs import COST_METRICS, measure_costs, refuse_costs
+from bge_core.evaluation.evaluator import EvaluationResult, Ranking, bge_instruction, rank, task_vectors
+from bge_core.evaluation.metrics import DEFAULT_METRICS, mean_metrics, parse_metric, per_query_metrics, search_depth
+from bge_core.evaluation.report import write_evaluation_report
+from bge_core.evaluation.significance import compare_to_baseline
+from bge_core.evaluation.tasks import RetrievalTask, describe_task, load_tasks, make_unique
+from bge_core.evaluation.trec import falling, read_qrels, read_run, run_as_ranking, run_name, without_space
+from bge_core.files import atomic, records
+from bge_core.reports.model_card import add_to_model_card, read_model_card
+from bge_core.reports.tables import comparison_tables, text_table
+from bge_core.runtime.cli import as_dict, run_stage
+from bge_core.runtime.config import EvaluateConfig
+from bge_core.runtime.distributed import world
+from bge_core.runtime.launch import start
+from bge_core.search.cache import EmbeddingCache, fingerprint
 
 logger = logging.getLogger(__name__)
 OWN_FILES = (
@@ -66,7 +59,7 @@ def evaluate(config: EvaluateConfig) -> None:
     accelerator = start(config.fp16, config.bf16)
     is_main = world()[0] == 0
     if config.output_dir and is_main:
-        records.refuse_foreign_folder(config.output_dir, config.overwrite_output_dir, OWN_FILES)
+        atomic.refuse_foreign_folder(config.output_dir, config.overwrite_output_dir, OWN_FILES)
     if config.update_model_card and (absent := [name for name in config.encoder if not Path(name).is_dir()]):
         raise UserError(f"--update_model_card: {absent[0]} is no folder; evaluate a local copy of it")
     metrics = config.metrics or list(DEFAULT_METRICS)
@@ -87,21 +80,34 @@ def evaluate(config: EvaluateConfig) -> None:
     used: dict[str, dict[str, Any]] = {task.name: {} for task in tasks}
     for path, name in zip(config.encoder, unique_names(config.encoder), strict=True):
         encoder = load_encoder(
-            path, pooling=config.pooling_method, trust_remote_code=config.trust_remote_code, attention=config.attention,
-        ).to(accelerator.device)  # fmt: skip
+            path,
+            pooling=config.pooling_method,
+            trust_remote_code=config.trust_remote_code,
+            attention=config.attention,
+        ).to(accelerator.device)
         refuse_costs(encoder.embedding_size, config.dims, config.dtypes, config.index_factories)
         for task in tasks:
             query_prompt, passage_prompt = prompts(config, path, encoder, task)
             used[task.name][name] = {
-                "model": path, "fingerprint": fingerprint(encoder) if config.output_dir else None,
-                "pooling": encoder.settings.pooling, "query_instruction": query_prompt,
-                "passage_instruction": passage_prompt, "precision": accelerator.mixed_precision,
-            }  # fmt: skip
+                "model": path,
+                "fingerprint": fingerprint(encoder) if config.output_dir else None,
+                "pooling": encoder.settings.pooling,
+                "query_instruction": query_prompt,
+                "passage_instruction": passage_prompt,
+                "precision": accelerator.mixed_precision,
+            }
             query_QD, corpus_ND = task_vectors(
-                encoder, task, cache=cache, batch_size=config.batch_size, max_tokens=config.max_tokens,
-                precision=accelerator.mixed_precision, query_prompt=query_prompt, passage_prompt=passage_prompt,
-                query_max_length=config.max_query_length, passage_max_length=config.max_passage_length,
-            )  # fmt: skip
+                encoder,
+                task,
+                cache=cache,
+                batch_size=config.batch_size,
+                max_tokens=config.max_tokens,
+                precision=accelerator.mixed_precision,
+                query_prompt=query_prompt,
+                passage_prompt=passage_prompt,
+                query_max_length=config.max_query_length,
+                passage_max_length=config.max_passage_length,
+            )
             rankings[task.name][name] = found = rank(query_QD, corpus_ND, task, k=config.k, metrics=metrics)
             if not is_main:
                 continue
@@ -110,9 +116,15 @@ def evaluate(config: EvaluateConfig) -> None:
             print(found.means, flush=True)
             if config.dims or config.dtypes or config.index_factories:
                 costs[task.name][name] = measure_costs(
-                    query_QD, corpus_ND, task, dims=config.dims, dtypes=config.dtypes or ["float32"],
-                    factories=config.index_factories, k=config.k, metrics=config.metrics or COST_METRICS,
-                )  # fmt: skip
+                    query_QD,
+                    corpus_ND,
+                    task,
+                    dims=config.dims,
+                    dtypes=config.dtypes or ["float32"],
+                    factories=config.index_factories,
+                    k=config.k,
+                    metrics=config.metrics or COST_METRICS,
+                )
                 print(cost_table(costs[task.name][name]))
     if not is_main:
         return
@@ -139,13 +151,17 @@ def evaluate(config: EvaluateConfig) -> None:
             for task, val_data, corpus in zip(tasks, config.val_data, corpora, strict=True)
         ]
         inputs = list({line["path"]: line for lines in described for line in lines}.values())
-        manifest = records.make_manifest(
-            "evaluate", as_dict(config), inputs, encoders=used if len(tasks) > 1 else used[tasks[0].name],
+        manifest = atomic.make_manifest(
+            "evaluate",
+            as_dict(config),
+            inputs,
+            encoders=used if len(tasks) > 1 else used[tasks[0].name],
             missing_positives=sum(len(task.missing_texts) for task in tasks),
-            device=torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu", **kept,
-        )  # fmt: skip
-        records.write_json(folder / "metrics.json", averages)
-        records.write_json(folder / "manifest.json", manifest)
+            device=torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+            **kept,
+        )
+        atomic.write_json(folder / "metrics.json", averages)
+        atomic.write_json(folder / "manifest.json", manifest)
         print(
             f"written: {folder}" + (f", look at {folder}/report.html" if len(tasks) == 1 else ", a report for each set")
         )
@@ -188,11 +204,11 @@ def score_runs(config: EvaluateConfig) -> None:
     if config.output_dir:
         folder = Path(config.output_dir)
         clear(folder)
-        records.write_jsonl(folder / "per_query.jsonl", per_query_lines(query_ids, None, per_query))
-        records.write_json(folder / "significance.json", lines)
-        records.write_json(folder / "metrics.json", means)
-        inputs = [records.describe_input(path, len(query_ids)) for path in (*config.val_data, *config.run)]
-        records.write_json(folder / "manifest.json", records.make_manifest("evaluate", as_dict(config), inputs))
+        atomic.write_jsonl(folder / "per_query.jsonl", per_query_lines(query_ids, None, per_query))
+        atomic.write_json(folder / "significance.json", lines)
+        atomic.write_json(folder / "metrics.json", means)
+        inputs = [atomic.describe_input(path, len(query_ids)) for path in (*config.val_data, *config.run)]
+        atomic.write_json(folder / "manifest.json", atomic.make_manifest("evaluate", as_dict(config), inputs))
         print(f"written: {folder}")
 
 
@@ -231,19 +247,6 @@ def cost_table(lines: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
-def without_space(word: str) -> str:
-    """A word for a column of a run: white space as in an address of the web, as %20."""
-    return re.sub(r"\s", lambda found: quote(found[0]), word)
-
-
-def falling(scores: np.ndarray) -> np.ndarray:
-    """The scores, each a last bit below the one before where they tie: trec_eval would order ties by id."""
-    fallen = scores.astype(np.float32)
-    for i in range(1, len(fallen)):
-        fallen[i] = min(fallen[i], np.nextafter(fallen[i - 1], np.float32(-np.inf)))
-    return fallen
-
-
 def per_query_lines(
     query_ids: Sequence[str], queries: Sequence[str] | None, per_query: Mapping[str, Mapping[str, np.ndarray]]
 ) -> Iterator[records.Row]:
@@ -263,7 +266,7 @@ def write_results(
     clear(folder)
     for name, ranking in result.rankings.items():
         with (
-            records.atomic_path(folder / f"run.{name}.trec") as temporary,
+            atomic.atomic_path(folder / f"run.{name}.trec") as temporary,
             open(temporary, "w", encoding="utf-8") as file,
         ):
             for query_id, rows, scores in zip(task.query_ids, ranking.rows, ranking.scores, strict=True):
@@ -272,14 +275,19 @@ def write_results(
                         columns = (query_id, "Q0", task.corpus_ids[row], str(place), f"{score:.9g}", name)
                         file.write(" ".join(map(without_space, columns)) + "\n")
     per_query = {name: ranking.per_query for name, ranking in result.rankings.items()}
-    records.write_jsonl(folder / "per_query.jsonl", per_query_lines(task.query_ids, task.queries, per_query))
-    records.write_json(folder / "significance.json", result.comparisons)
+    atomic.write_jsonl(folder / "per_query.jsonl", per_query_lines(task.query_ids, task.queries, per_query))
+    atomic.write_json(folder / "significance.json", result.comparisons)
     if costs:
-        records.write_json(folder / "costs.json", costs)
-    records.write_json(folder / "metrics.json", result.metrics)
+        atomic.write_json(folder / "costs.json", costs)
+    atomic.write_json(folder / "metrics.json", result.metrics)
     write_evaluation_report(
-        folder, result, lang=config.lang, costs=costs, settings=as_dict(config), models=used,
-    )  # fmt: skip
+        folder,
+        result,
+        lang=config.lang,
+        costs=costs,
+        settings=as_dict(config),
+        models=used,
+    )
 
 
 if __name__ == "__main__":

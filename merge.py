@@ -6,7 +6,7 @@
     python merge.py --models outputs/run/checkpoint-* --method greedy_soup --val_data V --output_path outputs/soup
 
 Without --weights they are equal; with --example_data they follow from each model's loss on those rows. The methods:
-bge_core/merge_methods.py.
+bge_core/merging/methods.py.
 """
 
 import gc
@@ -29,26 +29,24 @@ from typing import Any
 import numpy as np
 import torch
 
-from bge_core import UserError, records
-from bge_core.cache import EmbeddingCache
-from bge_core.cli import as_dict, changed_fields, run_stage
-from bge_core.config import MergeConfig
-from bge_core.evaluation import evaluate_encoder
-from bge_core.launch import resolve_precision
-from bge_core.merge_methods import check_arguments, greedy_soup
-from bge_core.merging import (
-    example_losses,
-    merge_folders,
-    merged_settings,
-    open_checkpoints,
-    refuse_output,
-    weights_from_losses,
-)
-from bge_core.metrics import parse_metric
-from bge_core.model import load_encoder, read_settings
-from bge_core.report import text_table, write_model_card
-from bge_core.sweep import parse_sweep, plot_sweep, sweep, sweep_rows
-from bge_core.tasks import RetrievalTask, describe_task, load_task
+from bge_core import UserError
+from bge_core.encoder.load import load_encoder
+from bge_core.encoder.settings import read_settings
+from bge_core.evaluation.evaluator import evaluate_encoder
+from bge_core.evaluation.metrics import parse_metric
+from bge_core.evaluation.tasks import RetrievalTask, describe_task, load_task
+from bge_core.files import atomic, records
+from bge_core.merging.checkpoints import merged_settings, open_model_folders
+from bge_core.merging.folders import merge_folders, refuse_output
+from bge_core.merging.lm_cocktail import example_losses, weights_from_losses
+from bge_core.merging.methods import check_arguments, greedy_soup
+from bge_core.merging.sweep import parse_sweep, plot_sweep, sweep, sweep_rows
+from bge_core.reports.model_card import write_model_card
+from bge_core.reports.tables import text_table
+from bge_core.runtime.cli import as_dict, changed_fields, run_stage
+from bge_core.runtime.config import MergeConfig
+from bge_core.runtime.launch import resolve_precision
+from bge_core.search.cache import EmbeddingCache
 
 METRIC = "MRR@10"
 SWEEP_FILES = ("sweep.json", "sweep.png", "sweep_scores.json")
@@ -79,23 +77,37 @@ def merge(config: MergeConfig) -> None:
         weights, facts, inputs = sweep_weights(config, hub)
     if config.example_data:
         examples = records.read_rows(config.example_data, records.check_training_row)
-        inputs = [records.describe_input(config.example_data, len(examples))]
+        inputs = [atomic.describe_input(config.example_data, len(examples))]
         losses = example_losses(
-            models, examples, batch_size=config.batch_size, max_input_length=config.max_input_length,
-            neg_number=config.neg_number, seed=config.seed, **hub,
-        )  # fmt: skip
+            models,
+            examples,
+            batch_size=config.batch_size,
+            max_input_length=config.max_input_length,
+            neg_number=config.neg_number,
+            seed=config.seed,
+            **hub,
+        )
         weights = weights_from_losses(losses, config.temperature)
     manifest = merge_folders(
-        models, weights, config.output_path, method="linear" if config.method == "greedy_soup" else config.method,
-        base_model=config.base_model, density=config.density, dtype=config.dtype,
-        overwrite=config.overwrite_output_dir, config=as_dict(config), inputs=inputs, facts=facts, **hub,
-    )  # fmt: skip
+        models,
+        weights,
+        config.output_path,
+        method="linear" if config.method == "greedy_soup" else config.method,
+        base_model=config.base_model,
+        density=config.density,
+        dtype=config.dtype,
+        overwrite=config.overwrite_output_dir,
+        config=as_dict(config),
+        inputs=inputs,
+        facts=facts,
+        **hub,
+    )
 
     output = Path(config.output_path)
     for name in SWEEP_FILES:
         (output / name).unlink(missing_ok=True)  # of an earlier sweep, whose model is no longer there
     if config.sweep:
-        records.write_json(output / "sweep.json", facts["sweep"])
+        atomic.write_json(output / "sweep.json", facts["sweep"])
         plot_sweep(facts["sweep"], output / "sweep.png")
         shutil.move(scores_file(output), output / SWEEP_FILES[2])  # which may be on another disk
         print(text_table(*sweep_rows(facts["sweep"])) + f"\n{facts['sweep']['rule']}\n")
@@ -136,7 +148,7 @@ def choose_soup(config: MergeConfig, hub: dict[str, Any]) -> tuple[list[str], re
     """
     assert config.val_data is not None
     metric, task = config.metric or METRIC, load_task(config.val_data, config.corpus)
-    pooling = merged_settings(open_checkpoints(config.models, **hub)).pooling
+    pooling = merged_settings(open_model_folders(config.models, **hub)).pooling
     output = Path(config.output_path)
 
     def score(models: Sequence[str]) -> float:
@@ -167,13 +179,15 @@ def sweep_weights(config: MergeConfig, hub: dict[str, Any]) -> tuple[list[float]
     if config.general_data:
         sets["general"] = config.general_data, config.general_corpus
     tasks = {name: load_task(*of) for name, of in sets.items()}
-    checkpoints = open_checkpoints(config.models, **hub)
+    checkpoints = open_model_folders(config.models, **hub)
     pooling = merged_settings(checkpoints).pooling
-    parts: list[Any] = [[task.queries, task.corpus, [sorted(of.items()) for of in task.relevant], task.missing,
-                         task.own_rows] for task in tasks.values()]  # fmt: skip
+    parts: list[Any] = [
+        [task.queries, task.corpus, [sorted(of.items()) for of in task.relevant], task.missing, task.own_rows]
+        for task in tasks.values()
+    ]
     parts += [config.metric or METRIC, config.max_input_length, config.fp16, config.bf16]
     for one in checkpoints:
-        parts += [*map(records.sha256, one.files), repr(one.settings), one.backbone.config.to_json_string()]
+        parts += [*map(atomic.sha256, one.files), repr(one.settings), one.backbone.config.to_json_string()]
         parts += [one.tokenizer.backend_tokenizer.to_str()]
     key = hashlib.blake2b(json.dumps(parts, ensure_ascii=False).encode("utf-8", "replace"), digest_size=16).hexdigest()
     earlier, file = output / SWEEP_FILES[2], scores_file(output)
@@ -186,8 +200,12 @@ def sweep_weights(config: MergeConfig, hub: dict[str, Any]) -> tuple[list[float]
         lambda folder: dict(
             zip(tasks, score_model(config, folder, [*tasks.values()], pooling=pooling, **hub), strict=True)
         ),
-        file, key=key, metric=config.metric or METRIC, general_weight=config.general_weight, seed=config.seed,
-    )  # fmt: skip
+        file,
+        key=key,
+        metric=config.metric or METRIC,
+        general_weight=config.general_weight,
+        seed=config.seed,
+    )
     inputs = [line for name, of in sets.items() for line in describe_task(tasks[name], *of)]
     return [1 - found["chosen"], found["chosen"]], {"sweep": found}, inputs
 
@@ -202,10 +220,13 @@ def score_model(config: MergeConfig, name: str, tasks: Sequence[RetrievalTask], 
     encoder = load_encoder(name, **loading).to("cuda" if torch.cuda.is_available() else "cpu")
     metric = config.metric or METRIC
     options: dict[str, Any] = {
-        "metrics": [metric], "precision": "fp16" if config.fp16 else "bf16" if config.bf16 else "no",
-        "query_prompt": encoder.settings.query_prompt or "", "passage_prompt": encoder.settings.passage_prompt or "",
-        "query_max_length": config.max_input_length, "passage_max_length": config.max_input_length,
-    }  # fmt: skip
+        "metrics": [metric],
+        "precision": "fp16" if config.fp16 else "bf16" if config.bf16 else "no",
+        "query_prompt": encoder.settings.query_prompt or "",
+        "passage_prompt": encoder.settings.passage_prompt or "",
+        "query_max_length": config.max_input_length,
+        "passage_max_length": config.max_input_length,
+    }
     with ExitStack() as stack:
         if len(tasks) > 1:  # they may share a corpus, which is encoded once
             beside = Path(config.output_path)

@@ -25,8 +25,9 @@ from typing import Any
 import yaml
 from huggingface_hub import try_to_load_from_cache
 
-from bge_core import UserError, records
-from bge_core.cli import as_words
+from bge_core import UserError
+from bge_core.files import atomic
+from bge_core.runtime.cli import as_words
 
 Stage = tuple[str, str, dict[str, list[str]], Path]  # name, kind, the words behind each flag, output
 OUTPUT_FLAG = {"mine": "output_file", "train": "output_dir", "merge": "output_path", "evaluate": "output_dir"}
@@ -94,7 +95,7 @@ def identity(word: str) -> str:
     for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
         parts = file.relative_to(path).parts
         if file.is_file() and not any(part in REPORTS or part.startswith((".", "checkpoint-")) for part in parts):
-            total.update(f"{parts} {records.sha256(file)}\n".encode())
+            total.update(f"{parts} {atomic.sha256(file)}\n".encode())
     return total.hexdigest()
 
 
@@ -106,7 +107,7 @@ def run(stages: list[Stage], launcher: str | None) -> int:
     for name, kind, flags, output in stages:
         manifest = Path(f"{output}.manifest.json") if kind == "mine" else output / "manifest.json"
         file = output.with_name(f"{name}.recipe.json")
-        record = records.read_json(file) or {"made_from": {}, "found": None, "output": None}
+        record = atomic.read_json(file) or {"made_from": {}, "found": None, "output": None}
         words = {flag: flags[flag] for flag in flags if not re.search("output|cache", flag)}
         now = {flag: list(map(identity, words[flag])) for flag in words} | {"stage": [kind]}
         before = record["made_from"]
@@ -115,7 +116,7 @@ def run(stages: list[Stage], launcher: str | None) -> int:
             print(f"[{name}] skipped: settings, inputs and output are unchanged", file=sys.stderr)
             continue
         why = "new" if not before else f"changed {', '.join(changed)}" if changed else "not finished or not whole"
-        found = records.sha256(manifest) if manifest.is_file() else None
+        found = atomic.sha256(manifest) if manifest.is_file() else None
         begun = kind == "train" and found not in (None, record["found"])  # the manifest is of this run
         command = shlex.split(launcher) if launcher and kind != "merge" else [sys.executable]
         command += [str(Path(__file__).with_name(f"{kind}.py")), *as_words(flags)]
@@ -124,7 +125,7 @@ def run(stages: list[Stage], launcher: str | None) -> int:
         if kind != "mine" and before and (changed or not begun):
             command += ["--overwrite_output_dir", "True"]
         print(f"[{name}] runs, {why}: {shlex.join(command)}", file=sys.stderr)
-        records.write_json(file, {"made_from": now, "found": found if changed else record["found"], "output": None})
+        atomic.write_json(file, {"made_from": now, "found": found if changed else record["found"], "output": None})
         child = subprocess.Popen(command, start_new_session=True)  # a Ctrl-C, too, reaches it from here alone
         while child.poll() is None:
             time.sleep(0.05)
@@ -132,7 +133,7 @@ def run(stages: list[Stage], launcher: str | None) -> int:
                 child.send_signal(told.pop())
         if code := child.returncode:
             return code if code > 0 else 128 - code
-        records.write_json(file, {"made_from": now, "found": None, "output": identity(str(output))})
+        atomic.write_json(file, {"made_from": now, "found": None, "output": identity(str(output))})
     print(f"model: {stages[0][3].with_name('model')}")
     return 0
 

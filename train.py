@@ -34,12 +34,20 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from bge_core import UserError, checkpoint, plan, records, report, watchdog
-from bge_core.batch import Tokens
-from bge_core.cli import as_dict, changed_fields, run_stage
-from bge_core.config import TrainConfig
-from bge_core.data import TrainingData, start_worker
-from bge_core.distributed import (
+from bge_core import UserError
+from bge_core.encoder.load import load_encoder
+from bge_core.encoder.model import Encoder, compile_layers
+from bge_core.encoder.tokens import Tokens
+from bge_core.evaluation.evaluator import evaluate_encoder
+from bge_core.evaluation.metrics import per_query_metrics
+from bge_core.evaluation.tasks import load_task
+from bge_core.files import atomic
+from bge_core.loss import LossConfig, training_loss
+from bge_core.reports import model_card, plots, tables
+from bge_core.runtime import watchdog
+from bge_core.runtime.cli import as_dict, changed_fields, run_stage
+from bge_core.runtime.config import TrainConfig
+from bge_core.runtime.distributed import (
     clip_gradients,
     gather_objects,
     is_sharded,
@@ -50,15 +58,12 @@ from bge_core.distributed import (
     world,
     wrap,
 )
-from bge_core.evaluation import evaluate_encoder
-from bge_core.launch import resolve_sharding, start, tracker_options
-from bge_core.loss import LossConfig, training_loss
-from bge_core.metrics import per_query_metrics
-from bge_core.model import Encoder, compile_layers, load_encoder
-from bge_core.optim import ExponentialMovingAverage, build_optimizer, learning_rate_schedule
-from bge_core.runlog import append_metrics
-from bge_core.step import LossFunction, StepSettings, forward_backward
-from bge_core.tasks import load_task
+from bge_core.runtime.launch import resolve_sharding, start, tracker_options
+from bge_core.runtime.log import append_metrics
+from bge_core.training import checkpoint, optim, plan, preflight, run_folder
+from bge_core.training.data import TrainingData, start_worker
+from bge_core.training.optim import ExponentialMovingAverage, build_optimizer, learning_rate_schedule
+from bge_core.training.step import LossFunction, StepSettings, forward_backward
 
 logger = logging.getLogger(__name__)
 STOPPED_BY_SIGNAL = 75  # EX_TEMPFAIL: try again
@@ -123,26 +128,30 @@ def train(config: TrainConfig, at_end: ExitStack) -> int:
         )
     if config.show_batch:
         if rank == 0:
-            print(report.describe_batch(data, config))
+            print(preflight.describe_batch(data, config))
         return 0
 
     loss_file = config.loss.rpartition(":")[0] if config.loss else inspect.getfile(training_loss)
     all_together = world_size == 1 or config.negatives_cross_device
     data_order = {
         "train_data": [[entry["path"], entry["sha256"]] for entry in data.inputs],
-        "loss": [[loss_file, records.sha256(loss_file)]],
-        "rows": data.plan.batch_size, "accumulation": accumulation,
+        "loss": [[loss_file, atomic.sha256(loss_file)]],
+        "rows": data.plan.batch_size,
+        "accumulation": accumulation,
         "candidates": "all" if all_together else config.per_device_train_batch_size,
-    }  # fmt: skip
+    }
     resume = None
     if not config.plan:
-        on_main(lambda: at_end.enter_context(checkpoint.hold(output_dir)))
+        on_main(lambda: at_end.enter_context(run_folder.lock_run_folder(output_dir)))
         resume = on_main(
-            lambda: checkpoint.open_run_folder(
-                output_dir, as_dict(config), data_order, resume=config.resume_from_checkpoint,
+            lambda: run_folder.open_run_folder(
+                output_dir,
+                as_dict(config),
+                data_order,
+                resume=config.resume_from_checkpoint,
                 overwrite=config.overwrite_output_dir,
             )
-        )  # fmt: skip
+        )
     if resume:
         encoder = build_encoder(config, str(resume))
     encoder.settings = replace(
@@ -172,20 +181,29 @@ def train(config: TrainConfig, at_end: ExitStack) -> int:
     num_steps = data.num_steps
     num_warmup = config.warmup_steps or math.ceil(config.warmup_ratio * num_steps)
     lr_at = learning_rate_schedule(config.lr_scheduler_type, config.learning_rate, num_warmup, num_steps)
-    save_every = plan.interval(config.save_steps, num_steps)
-    eval_every = plan.interval(config.eval_steps or config.save_steps, num_steps)
+    save_every = optim.interval(config.save_steps, num_steps)
+    eval_every = optim.interval(config.eval_steps or config.save_steps, num_steps)
     evaluation = {
-        "batch_size": config.per_device_eval_batch_size, "precision": accelerator.mixed_precision,
-        "query_prompt": encoder.settings.query_prompt, "passage_prompt": encoder.settings.passage_prompt,
-        "query_max_length": data.query_max_len, "passage_max_length": data.passage_max_len,
-    }  # fmt: skip
+        "batch_size": config.per_device_eval_batch_size,
+        "precision": accelerator.mixed_precision,
+        "query_prompt": encoder.settings.query_prompt,
+        "passage_prompt": encoder.settings.passage_prompt,
+        "query_max_length": data.query_max_len,
+        "passage_max_length": data.passage_max_len,
+    }
 
     # ---- begin, or go on where a checkpoint left off
     progress: dict[str, Any] = {
-        "skipped": 0, "window": {}, "scores": {}, "stale": 0, "best_value": -math.inf, "best_step": 0, "best_scores": {}
-    }  # fmt: skip
+        "skipped": 0,
+        "window": {},
+        "scores": {},
+        "stale": 0,
+        "best_value": -math.inf,
+        "best_step": 0,
+        "best_scores": {},
+    }
     model.train()
-    settle(model, world_size)
+    warm_up_ddp(model, world_size)
     torch.manual_seed(config.seed + rank)
     first_step = 0
     if resume:
@@ -200,25 +218,34 @@ def train(config: TrainConfig, at_end: ExitStack) -> int:
         else:
             checkpoint.seed_random_state(config.seed, first_step, rank)
         logger.info("resumed from %s", resume)
-    facts = report.run_facts(config, data, encoder, accelerator.mixed_precision, accumulation, world_size, num_warmup)
+    facts = preflight.run_facts(
+        config, data, encoder, accelerator.mixed_precision, accumulation, world_size, num_warmup
+    )
     facts["sharding"] = "FSDP2" if shard else "none"
     if config.plan:
         told = plan.plan_run(
-            config, data, model, optimizer, settings, embedding_size=encoder.embedding_size,
-            num_candidates=facts["candidates per query"], save_every=save_every, eval_every=eval_every,
+            config,
+            data,
+            model,
+            optimizer,
+            settings,
+            embedding_size=encoder.embedding_size,
+            num_candidates=facts["candidates per query"],
+            save_every=save_every,
+            eval_every=eval_every,
             gather=gather_objects,
-        )  # fmt: skip
+        )
         if rank == 0:
-            logger.info(report.text_table(("plan", ""), plan.describe(told), left=True))
+            logger.info(tables.text_table(("plan", ""), plan.describe(told), left=True))
             print(json.dumps(told))
         return 0
-    manifest = records.make_manifest("train", as_dict(config), data.inputs, data_order=data_order, facts=facts)
+    manifest = atomic.make_manifest("train", as_dict(config), data.inputs, data_order=data_order, facts=facts)
     metrics_file = output_dir / "metrics.jsonl"
     if rank == 0:
-        for line in report.preflight(config, data, encoder, facts):
+        for line in preflight.preflight(config, data, encoder, facts):
             logger.info(line)
-        records.write_json(output_dir / "manifest.json", manifest | {"status": "running"})
-        checkpoint.cut_metrics(metrics_file, first_step)
+        atomic.write_json(output_dir / "manifest.json", manifest | {"status": "running"})
+        run_folder.cut_metrics(metrics_file, first_step)
     if config.report_to != "none":
         accelerator.init_trackers(
             "bge_core", {k: v for k, v in as_dict(config).items() if isinstance(v, (int, float, str))}
@@ -245,10 +272,13 @@ def train(config: TrainConfig, at_end: ExitStack) -> int:
     # ---- the loop
     last_step = first_step if out_of_patience() else num_steps
     loader = torch.utils.data.DataLoader(
-        data, batch_size=None, sampler=range(first_step, last_step), num_workers=config.dataloader_num_workers,
+        data,
+        batch_size=None,
+        sampler=range(first_step, last_step),
+        num_workers=config.dataloader_num_workers,
         worker_init_fn=start_worker,
         generator=torch.Generator(),  # its own: drawing the workers' seed from the global one would shift dropout
-    )  # fmt: skip
+    )
     bar = tqdm(total=num_steps, initial=first_step, desc="train", unit="step", disable=None if rank == 0 else True)
     signals: list[int] = []
     for number in STOP_SIGNALS:
@@ -273,7 +303,7 @@ def train(config: TrainConfig, at_end: ExitStack) -> int:
         if means.pop("save_failed"):
             saver.wait()  # raises the reason
         if not math.isfinite(means["loss"]) or not (math.isfinite(grad_norm) or scaler.is_enabled()):
-            raise report.not_finite(output_dir, step, rank, data, micro_batches)
+            raise preflight.not_finite(output_dir, step, rank, data, micro_batches)
 
         scale = scaler.get_scale()
         scaler.step(optimizer)
@@ -290,15 +320,18 @@ def train(config: TrainConfig, at_end: ExitStack) -> int:
         bar.update()
         if step % config.logging_steps == 0 or step == num_steps:
             seconds, clock = time.perf_counter() - clock, time.perf_counter()
-            logged = report.summarize(window, seconds) | {"lr": optimizer.param_groups[0]["lr"], "grad_norm": grad_norm}
+            logged = preflight.summarize(window, seconds) | {
+                "lr": optimizer.param_groups[0]["lr"],
+                "grad_norm": grad_norm,
+            }
             if not math.isfinite(grad_norm):  # a skipped step; JSON has no infinity
                 logged["grad_norm"] = None
             if scaler.is_enabled():
                 logged |= {"skipped_steps": progress["skipped"], "loss_scale": scaler.get_scale()}
             log({"step": step, "epoch": round(step / data.plan.steps_per_epoch, 4)} | logged)
-            bar.set_postfix_str(report.one_line(logged))
+            bar.set_postfix_str(preflight.one_line(logged))
             if bar.disable and rank == 0:
-                logger.info("step %d/%d  %s", step, num_steps, report.one_line(logged))
+                logger.info("step %d/%d  %s", step, num_steps, preflight.one_line(logged))
             window.clear()
 
         if task and (step == num_steps or (eval_every and step % eval_every == 0)):
@@ -346,17 +379,22 @@ def train(config: TrainConfig, at_end: ExitStack) -> int:
         scores = progress["best_scores" if use_best else "scores"]
         if use_best:
             logger.info(
-                "the final model is that of step %d (%s %.4f)", progress["best_step"], config.metric_for_best_model,
+                "the final model is that of step %d (%s %.4f)",
+                progress["best_step"],
+                config.metric_for_best_model,
                 progress["best_value"],
-            )  # fmt: skip
-        report.plot_curves(metrics_file, output_dir / "curves.png")
+            )
+        plots.plot_curves(metrics_file, output_dir / "curves.png")
         base = {"base model": config.model_name_or_path, "training data": config.train_data}
-        report.write_model_card(
-            output_dir, title=config.run_name or output_dir.name, scores=scores,
-            facts={**base, **facts, "settings": changed_fields(config)}, prompt=encoder.settings.query_prompt or "",
-        )  # fmt: skip
+        model_card.write_model_card(
+            output_dir,
+            title=config.run_name or output_dir.name,
+            scores=scores,
+            facts={**base, **facts, "settings": changed_fields(config)},
+            prompt=encoder.settings.query_prompt or "",
+        )
         skipped = {"skipped_steps": progress["skipped"]}
-        records.write_json(output_dir / "manifest.json", manifest | {"status": "finished", "scores": scores, **skipped})
+        atomic.write_json(output_dir / "manifest.json", manifest | {"status": "finished", "scores": scores, **skipped})
         encoders = shlex.join([str(config.model_name_or_path), str(output_dir)])
         print(
             f"model: {output_dir}\nnext: python evaluate.py --encoder {encoders} --val_data data/test.jsonl "
@@ -369,11 +407,16 @@ def train(config: TrainConfig, at_end: ExitStack) -> int:
 def build_encoder(config: TrainConfig, name: str) -> Encoder:
     """The encoder, float32 master weights, with what gets no gradient switched off."""
     encoder = load_encoder(
-        name, pooling=config.sentence_pooling_method, normalize=config.normalize_embeddings,
-        tokenizer_name=config.tokenizer_name, cache_dir=config.cache_dir, token=config.token,
-        trust_remote_code=config.trust_remote_code, attention=config.attention,
+        name,
+        pooling=config.sentence_pooling_method,
+        normalize=config.normalize_embeddings,
+        tokenizer_name=config.tokenizer_name,
+        cache_dir=config.cache_dir,
+        token=config.token,
+        trust_remote_code=config.trust_remote_code,
+        attention=config.attention,
         attention_dropout=config.attention_dropout,
-    )  # fmt: skip
+    )
     encoder.freeze(position_embeddings=config.fix_position_embedding)
     if config.gradient_checkpointing:
         encoder.backbone.gradient_checkpointing_enable({"use_reentrant": False})
@@ -410,11 +453,15 @@ def prompt_of(instruction: str | None, form: str) -> str:
 def loss_config(config: TrainConfig) -> LossConfig:
     """The loss's part of the settings."""
     return LossConfig(
-        temperature=config.temperature, in_batch_negatives=config.use_inbatch_neg,
-        distillation=config.kd_loss_type if config.knowledge_distillation else None, mrl_dims=tuple(config.mrl_dims),
-        normalize=config.normalize_embeddings, exclude_positives=config.exclude_positives,
-        block_size=config.loss_block_size, args=config.parsed_loss_args,
-    )  # fmt: skip
+        temperature=config.temperature,
+        in_batch_negatives=config.use_inbatch_neg,
+        distillation=config.kd_loss_type if config.knowledge_distillation else None,
+        mrl_dims=tuple(config.mrl_dims),
+        normalize=config.normalize_embeddings,
+        exclude_positives=config.exclude_positives,
+        block_size=config.loss_block_size,
+        args=config.parsed_loss_args,
+    )
 
 
 def load_loss(spec: str) -> LossFunction:
@@ -433,7 +480,7 @@ def load_loss(spec: str) -> LossFunction:
     return function  # type: ignore[no-any-return]
 
 
-def settle(model: torch.nn.Module, world_size: int) -> None:
+def warm_up_ddp(model: torch.nn.Module, world_size: int) -> None:
     """Two throw-away passes: DDP orders its buckets anew after the first, which changes sums in the last bit.
 
     Done at every start, they leave the first real step the same order in a fresh and in a resumed run.

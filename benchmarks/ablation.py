@@ -37,7 +37,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import numpy as np  # noqa: E402
 from cmrc_table import bootstrap_interval  # noqa: E402
 
-from bge_core import records  # noqa: E402
+from bge_core.files import atomic, records  # noqa: E402
+from bge_core.files.text import text_id  # noqa: E402
 
 NUM_VALIDATION = 400
 MAX_COST = 3  # times the reference's tokens in training
@@ -109,7 +110,7 @@ def split_validation(data: Path, folder: Path) -> None:
     first: dict[int, int] = {}
     for i, row in enumerate(rows):
         for text in (*row["pos"], row["query"]):
-            group[root(i)] = root(first.setdefault(records.text_id(text), i))
+            group[root(i)] = root(first.setdefault(text_id(text), i))
     members: defaultdict[int, list[int]] = defaultdict(list)
     for i in range(len(rows)):
         members[root(i)].append(i)
@@ -119,8 +120,8 @@ def split_validation(data: Path, folder: Path) -> None:
     for some in groups:
         if len(taken) + len(some) <= NUM_VALIDATION:
             taken.update(some)
-    records.write_jsonl(folder / "validation.jsonl", (row for i, row in enumerate(rows) if i in taken))
-    records.write_jsonl(folder / "choose.jsonl", (row for i, row in enumerate(rows) if i not in taken))
+    atomic.write_jsonl(folder / "validation.jsonl", (row for i, row in enumerate(rows) if i in taken))
+    atomic.write_jsonl(folder / "choose.jsonl", (row for i, row in enumerate(rows) if i not in taken))
 
 
 def words(flags: dict[str, Any]) -> list[str]:

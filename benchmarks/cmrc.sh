@@ -23,7 +23,7 @@ fi
 $PYTHON - "$OUT/prepared" "$CMRC/qa" <<'PYTHON'
 import json, sys
 from pathlib import Path
-from bge_core.records import normalize_text as clean
+from bge_core.files.text import normalize_text as clean
 prepared, raw = map(Path, sys.argv[1:])
 rows = {name: [json.loads(line) for line in open(prepared / f"{name}.jsonl", encoding="utf-8")] for name in ("train", "test", "corpus")}
 pairs = [json.loads(line) for file in sorted(raw.glob("*.jsonl")) for line in open(file, encoding="utf-8")]

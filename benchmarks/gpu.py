@@ -36,11 +36,13 @@ import torch.nn.functional as F  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from transformers import BertConfig, BertModel  # noqa: E402
 
-from bge_core.batch import Batch, Tokens, pad_buckets  # noqa: E402
+from bge_core.encoder.model import Encoder, compile_layers  # noqa: E402
+from bge_core.encoder.settings import EncoderSettings  # noqa: E402
+from bge_core.encoder.tokens import Tokens, pad_buckets  # noqa: E402
 from bge_core.loss import LossConfig  # noqa: E402
-from bge_core.model import Encoder, EncoderSettings, compile_layers  # noqa: E402
-from bge_core.optim import build_optimizer  # noqa: E402
-from bge_core.step import StepSettings, forward_backward  # noqa: E402
+from bge_core.training.batch import Batch  # noqa: E402
+from bge_core.training.optim import build_optimizer  # noqa: E402
+from bge_core.training.step import StepSettings, forward_backward  # noqa: E402
 
 # Every twentieth of the sorted lengths, in tokens with [CLS] and [SEP].
 SENTENCES = [3, 13, 16, 19, 22, 24, 26, 29, 31, 34, 36, 39, 42, 46, 49, 54, 59, 66, 76, 95, 476]
@@ -196,7 +198,7 @@ def encode_case(bench: Bench, way: str, shape: dict[str, int], texts: int) -> di
 def search_case(bench: Bench, rows: int, size: int) -> dict[str, Any]:
     """Exact search of 1,000 queries among `rows` vectors on the GPU."""
     try:
-        from bge_core.search import exact_search, gpu_available
+        from bge_core.search.exact import exact_search, gpu_available
 
         if not gpu_available():
             return {"not measured": "faiss has no GPU here"}

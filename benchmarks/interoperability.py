@@ -23,9 +23,10 @@ from typing import Any
 
 import numpy as np
 
-from bge_core.evaluation import EvaluationResult, evaluate
-from bge_core.model import Encoder, load_encoder
-from bge_core.tasks import RetrievalTask
+from bge_core.encoder.load import load_encoder
+from bge_core.encoder.model import Encoder
+from bge_core.evaluation.evaluator import EvaluationResult, evaluate
+from bge_core.evaluation.tasks import RetrievalTask
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "examples"))

@@ -14,8 +14,8 @@ from FlagEmbedding import FlagModel
 from sentence_transformers import SentenceTransformer
 from transformers import AutoModel, AutoTokenizer
 
-from bge_core.encode import encode
-from bge_core.model import load_encoder
+from bge_core.encoder.encode import encode
+from bge_core.encoder.load import load_encoder
 
 TEXTS = ["什么是向量检索？", "信用卡在境外取现怎么收费", "hello world", "长" * 600, "1"]
 

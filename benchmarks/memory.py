@@ -34,15 +34,17 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoTokenizer, BertConfig, BertModel
 
-from bge_core import records
-from bge_core.config import TrainConfig
-from bge_core.data import TrainingData
-from bge_core.encode import encode
+from bge_core.encoder.encode import encode
+from bge_core.encoder.load import load_encoder
+from bge_core.encoder.model import Encoder
+from bge_core.encoder.settings import EncoderSettings
+from bge_core.files import atomic, records
 from bge_core.loss import LossConfig, LossInput, training_loss
-from bge_core.model import Encoder, EncoderSettings, load_encoder
-from bge_core.optim import build_optimizer
-from bge_core.report import text_table
-from bge_core.step import StepSettings, forward_backward
+from bge_core.reports.tables import text_table
+from bge_core.runtime.config import TrainConfig
+from bge_core.training.data import TrainingData
+from bge_core.training.optim import build_optimizer
+from bge_core.training.step import StepSettings, forward_backward
 
 ROOT = Path(__file__).resolve().parent.parent
 PAIRS = 5
@@ -175,7 +177,7 @@ def write_pairs(folder: Path, file: Path, num_rows: int) -> None:
             other = rows[(i + 7) % len(rows)]["pos"][0]
             yield {"query": row["query"] + mark, "pos": [row["pos"][0] + mark], "neg": [other + mark + "。"]}
 
-    records.write_jsonl(file, copies())
+    atomic.write_jsonl(file, copies())
 
 
 def child(kind: str, **arguments: Any) -> dict[str, Any]:
@@ -261,7 +263,7 @@ def main() -> None:
     text = f"{few['extra_mb']:.0f} MB / {many['extra_mb']:.0f} MB"
     rows.append(["encoding 10,000 / 1,000,000 short texts, memory beyond the model", text])
 
-    records.write_json(ROOT / "benchmarks/results/memory.json", results)
+    atomic.write_json(ROOT / "benchmarks/results/memory.json", results)
     table = text_table(["what", "measured"], rows, left=True)
     markdown = "\n".join(["| what | measured |", "| --- | --- |", *(f"| {a} | {b} |" for a, b in rows)])
     (ROOT / "benchmarks/results/memory.md").write_text(

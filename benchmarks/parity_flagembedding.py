@@ -187,13 +187,13 @@ def train_ours(
     sys.path[:0] = [] if str(ROOT) in sys.path else [str(ROOT)]
     import torch
 
-    from bge_core.config import TrainConfig
-    from bge_core.data import Example, TrainingData
-    from bge_core.distributed import sum_over_ranks, world, wrap
-    from bge_core.model import load_encoder
-    from bge_core.optim import build_optimizer
-    from bge_core.records import text_id
-    from bge_core.step import StepSettings, forward_backward
+    from bge_core.encoder.load import load_encoder
+    from bge_core.files.text import text_id
+    from bge_core.runtime.config import TrainConfig
+    from bge_core.runtime.distributed import sum_over_ranks, world, wrap
+    from bge_core.training.data import Example, TrainingData
+    from bge_core.training.optim import build_optimizer
+    from bge_core.training.step import StepSettings, forward_backward
     from train import loss_config
 
     rank, world_size = world()
@@ -330,7 +330,7 @@ def run_side(
             "FlagEmbedding",
             "FlagEmbedding.finetune.embedder.encoder_only.base.modeling.BiEncoderOnlyEmbedderModel",
         ),
-        "ours": ("bge_core", "bge_core.step.forward_backward"),
+        "ours": ("bge_core", "bge_core.training.step.forward_backward"),
     }[side]
     return {
         "source": {

@@ -122,7 +122,7 @@ def callback_of(clock: Clock) -> Any:
 def train_ours(job: Result, folder: str) -> Result:
     """train.py, its own loop."""
     import train
-    from bge_core import watchdog
+    from bge_core.runtime import watchdog
 
     clock, encoders, begun = Clock(job["warm_up"]), [], []
     step_begins, step_ends, build = watchdog.step_begins, watchdog.step_ends, train.build_encoder
@@ -217,7 +217,7 @@ def encode(job: Result, folder: str) -> Result:
     """Sentences per second of the side's own encode call; a first call of 64 texts warms up."""
     texts = json.loads(Path(job["rows"]).read_text(encoding="utf-8"))
     if job["side"] == "ours":
-        from bge_core.model import load_encoder
+        from bge_core.encoder.load import load_encoder
 
         encoder = load_encoder(job["model"], pooling=job["pooling"])
 

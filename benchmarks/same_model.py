@@ -29,10 +29,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from bge_core import records
-from bge_core.encode import encode
-from bge_core.model import load_encoder
-from bge_core.runlog import read_metrics
+from bge_core.encoder.encode import encode
+from bge_core.encoder.load import load_encoder
+from bge_core.files import atomic, records
+from bge_core.runtime.log import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 PROCESSES = (1, 2, 4)
@@ -60,7 +60,7 @@ def without_dropout(encoder: Path, folder: Path) -> None:
     shutil.copytree(encoder, folder, dirs_exist_ok=True)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    records.write_json(folder / "config.json", config)
+    atomic.write_json(folder / "config.json", config)
 
 
 def run(words: list[str]) -> float:
@@ -81,7 +81,7 @@ def train(args: argparse.Namespace, num_processes: int) -> Path:
         "output_dir": folder, "per_device_train_batch_size": args.batch_size // num_processes,
         "max_steps": args.steps, "seed": args.seed, "logging_steps": 1, "save_steps": 0,
     }  # fmt: skip
-    if args.reuse and (records.read_json(folder / "manifest.json") or {}).get("status") == "finished":
+    if args.reuse and (atomic.read_json(folder / "manifest.json") or {}).get("status") == "finished":
         return folder
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes)]
     words += [str(ROOT / "train.py"), "--overwrite_output_dir"]
@@ -131,7 +131,7 @@ def plot(losses: dict[int, np.ndarray], title: str, picture: Path) -> None:
         axis.margins(x=0.01)
     above.legend(loc="upper right")
     below.legend(loc="lower right", ncols=2)
-    with records.atomic_path(picture) as temporary:
+    with atomic.atomic_path(picture) as temporary:
         figure.savefig(temporary, format="png", dpi=130)
 
 
@@ -164,8 +164,8 @@ def main() -> int:
     start = held_out_vectors(args.work / "encoder", args.work / "data")
     settings = SETTINGS | {
         "steps": args.steps, "batch_size": args.batch_size, "seed": args.seed,
-        "encoder": records.sha256(args.encoder / "model.safetensors"),
-        "train_data": records.sha256(args.work / "data/train.jsonl"),
+        "encoder": atomic.sha256(args.encoder / "model.safetensors"),
+        "train_data": atomic.sha256(args.work / "data/train.jsonl"),
     }  # fmt: skip
     found: dict[str, Any] = {
         "moved": float(np.abs(vectors[1] - start).max()),  # what 200 steps change: the measure of the differences
@@ -173,7 +173,7 @@ def main() -> int:
         "embedding": {w: float(np.abs(vectors[w] - vectors[1]).max()) for w in PROCESSES[1:]},
         "cosine": {w: float((vectors[w] * vectors[1]).sum(axis=1).min()) for w in PROCESSES[1:]},
     }
-    golden = records.read_json(args.results / "same_model.json") or {}
+    golden = atomic.read_json(args.results / "same_model.json") or {}
     if golden.get("settings") == settings:
         found["loss"]["golden"] = float(difference(losses[1], np.array(golden["losses"])).max())
     print(json.dumps(found, indent=2))
@@ -189,7 +189,7 @@ def main() -> int:
         "losses": losses[1].tolist(),
     }  # fmt: skip
     args.results.mkdir(parents=True, exist_ok=True)
-    records.write_json(args.results / "same_model.json", record)
+    atomic.write_json(args.results / "same_model.json", record)
     title = f"CMRC 2018, global batch {args.batch_size}, dropout 0, float32: one loss on 1, 2 and 4 processes"
     plot(losses, title, args.results / "same_model.png")
     return 0

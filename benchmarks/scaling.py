@@ -197,7 +197,8 @@ def make_encoder() -> Any:
     """The small BERT, random weights, no dropout."""
     from transformers import BertConfig, BertModel
 
-    from bge_core.model import Encoder, EncoderSettings
+    from bge_core.encoder.model import Encoder
+    from bge_core.encoder.settings import EncoderSettings
 
     torch.manual_seed(0)
     config = BertConfig(
@@ -212,7 +213,8 @@ def make_encoder() -> Any:
 
 def make_batch(num_queries: int, num_processes: int, seed: int = 0) -> Any:
     """Random tokens; every text of its kind has the same length, so that nothing is padded."""
-    from bge_core.batch import Batch, Tokens
+    from bge_core.encoder.tokens import Tokens
+    from bge_core.training.batch import Batch
 
     generator = torch.Generator().manual_seed(seed)
     lengths = [QUERY_TOKENS] * num_queries + [PASSAGE_TOKENS] * (num_queries * GROUP)
@@ -276,9 +278,9 @@ def counted_collectives() -> Iterator[dict[str, int]]:
 
 def count(num_queries: int) -> dict[str, int]:
     """Operations of the loss and bytes of the gather of one process, forward and backward."""
-    from bge_core.distributed import world
     from bge_core.loss import LossConfig, training_loss
-    from bge_core.step import loss_input
+    from bge_core.runtime.distributed import world
+    from bge_core.training.step import loss_input
 
     batch = make_batch(num_queries, world()[1], seed=world()[0])
     vectors = torch.randn(num_queries * (1 + GROUP), SMALL.hidden).requires_grad_()
@@ -303,7 +305,7 @@ def seconds(
     function: Callable[[], object], repeats: int = REPEATS, prepare: Callable[[], object] | None = None
 ) -> float:
     """Median over repeats of the slowest process's time; two calls before do not count."""
-    from bge_core.distributed import gather_objects, world
+    from bge_core.runtime.distributed import gather_objects, world
 
     times = []
     for _ in range(repeats + 2):
@@ -320,9 +322,9 @@ def seconds(
 
 def measure_constants() -> dict[str, float]:
     """Each constant of `Machine` alone, with all W processes busy."""
-    from bge_core.distributed import world
     from bge_core.loss import LossConfig, training_loss
-    from bge_core.optim import build_optimizer
+    from bge_core.runtime.distributed import world
+    from bge_core.training.optim import build_optimizer
 
     world_size = world()[1]
     encoder, batch = make_encoder(), make_batch(GLOBAL_QUERIES // world_size, world_size)
@@ -357,9 +359,9 @@ def measure_constants() -> dict[str, float]:
 
 def measure_step() -> float:
     """Seconds of a whole update at the same global batch, through the project's own step."""
-    from bge_core.distributed import world, wrap
-    from bge_core.optim import build_optimizer
-    from bge_core.step import StepSettings, forward_backward
+    from bge_core.runtime.distributed import world, wrap
+    from bge_core.training.optim import build_optimizer
+    from bge_core.training.step import StepSettings, forward_backward
 
     world_size = world()[1]
     encoder = make_encoder()
@@ -378,8 +380,8 @@ def measure_step() -> float:
 
 def worker() -> int:
     """What one of W processes does; rank 0 prints one JSON line."""
-    from bge_core.distributed import world
-    from bge_core.launch import start
+    from bge_core.runtime.distributed import world
+    from bge_core.runtime.launch import start
 
     start()
     torch.manual_seed(0)

@@ -46,9 +46,9 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from bge_core import records  # noqa: E402
-from bge_core.ann import approximate_search, measure_recall  # noqa: E402
-from bge_core.search import exact_search  # noqa: E402
+from bge_core.files import atomic  # noqa: E402
+from bge_core.search.approximate import approximate_search, measure_recall  # noqa: E402
+from bge_core.search.exact import exact_search  # noqa: E402
 
 RESULTS = ROOT / "benchmarks/results"
 WHAT = ("memory", "speed", "growth", "indexes", "constants")
@@ -79,7 +79,7 @@ def mapped(folder: Path, kind: str, num_rows: int) -> np.ndarray:
     """(num_rows, 384) as a memory map; the file is written if it is missing or shorter."""
     path = folder / f"{kind}.f32"
     if not path.exists() or path.stat().st_size < 4 * DIM * num_rows:
-        with records.atomic_path(path) as temporary, open(temporary, "wb") as file:
+        with atomic.atomic_path(path) as temporary, open(temporary, "wb") as file:
             for start in range(0, num_rows, BLOCK):
                 make_rows(kind, start // BLOCK, min(BLOCK, num_rows - start)).tofile(file)
     return np.memmap(path, dtype=np.float32, mode="r", shape=(num_rows, DIM))
@@ -194,7 +194,7 @@ def measure_index(folder: Path, factory: str, index_rows: int, **_: Any) -> Resu
         "build_private_mb": peak[0], "bytes_per_vector": path.stat().st_size / index_rows,
         "queries_per_second": NUM_QUERIES / min(took),
         "recall": measure_recall(queries, corpus, rows, INDEX_K, memory_mb=MEMORY_MB),
-        "trained_on": records.read_json(f"{path}.json")["train_rows"],
+        "trained_on": atomic.read_json(f"{path}.json")["train_rows"],
     }  # fmt: skip
 
 
@@ -391,7 +391,7 @@ def plot(growth: Result, picture: Path) -> None:
         panel.legend()
     figure.suptitle(f"exact_search, {DIM} dimensions, k = {K}, memory_mb {MEMORY_MB}, {growth['threads']} threads")
     FigureCanvasAgg(figure)
-    with records.atomic_path(picture) as temporary:
+    with atomic.atomic_path(picture) as temporary:
         figure.savefig(temporary, format="png", dpi=130)
 
 
@@ -412,7 +412,7 @@ def main() -> None:
         print(json.dumps(MEASURES[job.pop("kind")](**job)))
         return
 
-    found: Result = records.read_json(args.results / "search.json") or {}
+    found: Result = atomic.read_json(args.results / "search.json") or {}
     cores = f"{os.cpu_count()} cores, {args.threads} threads"
     import faiss
 
@@ -429,8 +429,8 @@ def main() -> None:
                 found["indexes"] = {name: known[name] for name in dict.fromkeys((*FACTORIES, *known)) if name in known}
             else:
                 found[what] = measure(what, args.threads, **common)
-            records.write_json(args.results / "search.json", found)
-    with records.atomic_path(args.results / "search.md") as temporary:
+            atomic.write_json(args.results / "search.json", found)
+    with atomic.atomic_path(args.results / "search.md") as temporary:
         temporary.write_text(as_markdown(found), encoding="utf-8")
     if "constants" in found and "HNSW32" in found.get("indexes", {}):
         for page in ("scaling.md", "scaling.zh-CN.md"):

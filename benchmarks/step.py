@@ -39,14 +39,17 @@ from peers import PASSAGE_LENGTH, QUERY_LENGTH, spread, write_rows  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from transformers import AutoModel  # noqa: E402
 
-from bge_core import packing, records  # noqa: E402
-from bge_core.batch import Batch, Tokens, pad_buckets  # noqa: E402
-from bge_core.config import TrainConfig  # noqa: E402
-from bge_core.data import TrainingData  # noqa: E402
-from bge_core.launch import start  # noqa: E402
-from bge_core.model import Encoder, compile_layers, load_encoder  # noqa: E402
-from bge_core.optim import build_optimizer  # noqa: E402
-from bge_core.step import StepSettings, forward_backward  # noqa: E402
+from bge_core.encoder import packing  # noqa: E402
+from bge_core.encoder.load import load_encoder  # noqa: E402
+from bge_core.encoder.model import Encoder, compile_layers  # noqa: E402
+from bge_core.encoder.tokens import Tokens, pad_buckets  # noqa: E402
+from bge_core.files import atomic  # noqa: E402
+from bge_core.runtime.config import TrainConfig  # noqa: E402
+from bge_core.runtime.launch import start  # noqa: E402
+from bge_core.training.batch import Batch  # noqa: E402
+from bge_core.training.data import TrainingData  # noqa: E402
+from bge_core.training.optim import build_optimizer  # noqa: E402
+from bge_core.training.step import StepSettings, forward_backward  # noqa: E402
 
 KINDS = {
     "matrix products": ("mm", "addmm", "bmm", "baddbmm", "matmul", "linear"),
@@ -264,7 +267,7 @@ def main() -> None:
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}", "threads": args.threads,
         "seed": 0, "date": str(date.today()), "command": " ".join(["python", "benchmarks/step.py", *sys.argv[1:]]),
     }  # fmt: skip
-    records.write_json(ROOT / "benchmarks/results/step.json", result)
+    atomic.write_json(ROOT / "benchmarks/results/step.json", result)
     packed, padded = result["profile_packed"], result["profile_padded"]
     lines = ["| milliseconds of a step | padded | packed |", "| --- | ---: | ---: |"]
     lines += [f"| {kind} | {padded.get(kind, 0):,.0f} | {packed.get(kind, 0):,.0f} |" for kind in padded]

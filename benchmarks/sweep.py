@@ -30,7 +30,7 @@ sys.path.insert(0, str(ROOT))
 
 from ablation import split_validation  # noqa: E402
 
-from bge_core import records  # noqa: E402
+from bge_core.files import atomic, records  # noqa: E402
 
 LENGTHS = ["--query_max_len", "64", "--passage_max_len", "128"]
 Row = dict[str, Any]
@@ -38,8 +38,8 @@ Row = dict[str, Any]
 
 def write_halves(rows: list[Row], folder: Path, name: str) -> None:
     """<name>_choose.jsonl and <name>_report.jsonl: every second row each."""
-    records.write_jsonl(folder / f"{name}_choose.jsonl", rows[::2])
-    records.write_jsonl(folder / f"{name}_report.jsonl", rows[1::2])
+    atomic.write_jsonl(folder / f"{name}_choose.jsonl", rows[::2])
+    atomic.write_jsonl(folder / f"{name}_report.jsonl", rows[1::2])
 
 
 def prepare_cmrc(data: Path, encoder: str, out: Path, half: list[str]) -> tuple[Path, Path, Path | None]:
@@ -54,7 +54,7 @@ def prepare_cmrc(data: Path, encoder: str, out: Path, half: list[str]) -> tuple[
     pairs = [{"query": texts[i], "pos": [texts[i + 1]]} for i in range(start, len(texts) - 1, 2)]
     write_halves(pairs, out, "general")
     general_corpus = out / "general_corpus.jsonl"
-    records.write_jsonl(general_corpus, ({"text": text} for text in texts[start:]))
+    atomic.write_jsonl(general_corpus, ({"text": text} for text in texts[start:]))
     model, corpus = out / "trained", data / "corpus.jsonl"
     if not (model / "manifest.json").exists():
         run("mine.py", "--model_name_or_path", encoder, "--input_file", out / "choose.jsonl", "--candidate_pool",
@@ -76,7 +76,7 @@ def prepare_demo(out: Path) -> tuple[Path, Path, Path | None]:
     general = records.read_rows(ROOT / "examples/general_zh/general.jsonl", records.check_evaluation_row)
     write_halves(general, out, "general")
     corpus = out / "general_corpus.jsonl"  # all passages, so that halves do not make it easy
-    records.write_jsonl(corpus, ({"text": text} for row in general for text in row["pos"]))
+    atomic.write_jsonl(corpus, ({"text": text} for row in general for text in row["pos"]))
     return demo / "trained", demo / "data/corpus.jsonl", corpus
 
 
@@ -114,16 +114,16 @@ def main() -> None:
         "--add_instruction", "--max_passage_length", "128", "--metrics", "MRR@10", "Recall@10", "nDCG@10",
         "--output_dir", out / "report", "--overwrite_output_dir", "True", "--cache_dir", out / "cache",
         *half)  # fmt: skip
-    found = records.read_json(out / "merged/sweep.json")
+    found = atomic.read_json(out / "merged/sweep.json")
     found["report"] = {
         part: {
-            "metrics": records.read_json(out / f"report/{part}_report/metrics.json"),
-            "significance": records.read_json(out / f"report/{part}_report/significance.json"),
+            "metrics": atomic.read_json(out / f"report/{part}_report/metrics.json"),
+            "significance": atomic.read_json(out / f"report/{part}_report/significance.json"),
         }
         for part in ("domain", "general")
     }
     results = ROOT / "benchmarks/results"
-    records.write_json(results / f"sweep_{name}.json", found)
+    atomic.write_json(results / f"sweep_{name}.json", found)
     shutil.copy(out / "merged/sweep.png", results / f"sweep_{name}.png")
     print(json.dumps(found["report"], ensure_ascii=False, indent=1))
 

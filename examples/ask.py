@@ -10,11 +10,12 @@ from pathlib import Path
 import numpy as np
 import transformers
 
-from bge_core import records
-from bge_core.encode import encode
-from bge_core.model import Encoder, load_encoder
-from bge_core.report import text_table
-from bge_core.search import exact_search
+from bge_core.encoder.encode import encode
+from bge_core.encoder.load import load_encoder
+from bge_core.encoder.model import Encoder
+from bge_core.files import atomic, records
+from bge_core.reports.tables import text_table
+from bge_core.search.exact import exact_search
 
 DEMO = Path(__file__).resolve().parent.parent / "outputs" / "demo"
 TOP = 5
@@ -23,7 +24,7 @@ WIDTH = 26  # characters of an answer on one line; both columns fit a terminal o
 
 def main() -> int:
     """Answer questions from standard input; returns the exit code."""
-    manifest = records.read_json(DEMO / "trained/manifest.json")
+    manifest = atomic.read_json(DEMO / "trained/manifest.json")
     if not manifest or manifest.get("status") != "finished":
         print("error: outputs/demo holds no trained model; run make demo first", file=sys.stderr)
         return 2

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from get_encoder import EncoderError, get_encoder
 
-from bge_core.report import text_table
+from bge_core.reports.tables import text_table
 
 ROOT = Path(__file__).resolve().parent.parent
 OUTPUT = Path("outputs/demo")

@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from transformers import AutoModel, AutoTokenizer
 
-from bge_core.model import EncoderSettings, load_encoder
+from bge_core.encoder.load import load_encoder
+from bge_core.encoder.settings import EncoderSettings
 
 INPUTS = ["input_ids", "attention_mask"]
 

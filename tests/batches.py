@@ -1,6 +1,6 @@
 """Global batches of token lists, as ranks' `Batch`es and as the slow float64 truth of their loss and gradient.
 
-A row names its texts by number, the same number being the same text; what `bge_core.data` would make of them is
+A row names its texts by number, the same number being the same text; what `bge_core.training.data` would make of them is
 written out here by hand, and so is the encoder: one text at a time, without padding.
 """
 
@@ -16,9 +16,11 @@ import reference
 import torch
 from torch import Tensor
 
-from bge_core.batch import Batch, Tokens
+from bge_core.encoder.load import load_encoder
+from bge_core.encoder.model import Encoder
+from bge_core.encoder.tokens import Tokens
 from bge_core.loss import LossConfig
-from bge_core.model import Encoder, load_encoder
+from bge_core.training.batch import Batch
 
 MODES: dict[str, dict[str, Any]] = {
     "info_nce": {},

@@ -20,10 +20,10 @@ import numpy as np
 import torch
 
 from bge_core import UserError
-from bge_core.cache import EmbeddingCache, clean_cache
-from bge_core.distributed import world
-from bge_core.launch import start
-from bge_core.model import load_encoder
+from bge_core.encoder.load import load_encoder
+from bge_core.runtime.distributed import world
+from bge_core.runtime.launch import start
+from bge_core.search.cache import EmbeddingCache, clean_cache
 
 ROOT = Path(__file__).resolve().parent.parent
 PRELOAD = ["cache_kill_drill", "transformers.models.bert.modeling_bert", "transformers.models.bert.tokenization_bert"]

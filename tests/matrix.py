@@ -5,7 +5,7 @@ Its loss and every parameter's gradient are compared, on every rank, with the fl
 knows nothing of ranks, chunks or blocks. Some cells beyond the product follow (EXTRAS).
 
     python tests/matrix.py                             all cells, the worst of each number of processes
-    python tests/matrix.py --worlds 2 1 --dtypes float64 --stop_at_first       what tests/test_mutations.py runs
+    python tests/matrix.py --worlds 2 1 --dtypes float64 --stop_at_first       what tests/training/test_mutations.py runs
 
 This process imports everything once and forks: one process for the truth, then W processes for each W, which share one
 gloo group (W = 1 has none) and run all its cells. A wrong number is noted and the next cell follows; an exception ends
@@ -46,11 +46,11 @@ from tiny_model import make_tiny_bert
 from transformers.utils import logging as transformers_logging
 
 import bge_core
-from bge_core.batch import Batch
-from bge_core.distributed import unwrap, wrap
+from bge_core.encoder.model import Encoder
 from bge_core.loss import LossConfig
-from bge_core.model import Encoder
-from bge_core.step import StepSettings, forward_backward, loss_input
+from bge_core.runtime.distributed import unwrap, wrap
+from bge_core.training.batch import Batch
+from bge_core.training.step import StepSettings, forward_backward, loss_input
 from train import load_loss
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -15,8 +15,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertConfig, BertModel
 
-from bge_core.cli import parse_config
-from bge_core.refused import REFUSED
+from bge_core.runtime.cli import parse_config
+from bge_core.runtime.config import REFUSED
 
 ENGLISH = sorted(f"docs/{file.name}" for file in (readme.ROOT / "docs").glob("*.md") if ".zh-CN" not in file.name)
 PAGES = [page for english in ENGLISH for page in (english, english.replace(".md", ".zh-CN.md"))]

@@ -17,7 +17,7 @@ import test_readme as readme
 import torch
 from tiny_model import make_tiny_bert
 
-from bge_core.model import load_encoder
+from bge_core.encoder.load import load_encoder
 
 PAGES = ("docs/evaluating.md", "docs/evaluating.zh-CN.md")
 PROMPT = "为这个句子生成表示以用于检索相关文章："

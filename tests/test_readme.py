@@ -30,10 +30,11 @@ import runs
 import torch
 from transformers import HfArgumentParser
 
-from bge_core import config, records
-from bge_core.cli import parse_config
+from bge_core.files import records
 from bge_core.loss import LossConfig, LossInput, training_loss
-from bge_core.refused import REFUSED
+from bge_core.runtime import config
+from bge_core.runtime.cli import parse_config
+from bge_core.runtime.config import REFUSED
 
 ROOT = Path(__file__).resolve().parent.parent
 READMES = ("README.md", "README.zh-CN.md")

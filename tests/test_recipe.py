@@ -27,8 +27,8 @@ from conftest import ROOT
 
 import recipe
 import train
-from bge_core.cli import parse_config
-from bge_core.config import EvaluateConfig, MergeConfig, MineConfig, TrainConfig
+from bge_core.runtime.cli import parse_config
+from bge_core.runtime.config import EvaluateConfig, MergeConfig, MineConfig, TrainConfig
 
 MINE = {"stage": "mine", "range_for_sampling": "1-20", "negative_number": 3}
 TRAIN = {

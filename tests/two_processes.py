@@ -1,4 +1,4 @@
-"""What two real processes (gloo) compute, for tests/test_distributed.py and tests/test_parity_flagembedding.py.
+"""What two real processes (gloo) compute, for tests/runtime/test_distributed.py and tests/training/test_parity_flagembedding.py.
 
 Starting them costs more than all they do, so they start once and run everything; `run` is called by the session's
 fixture `two_ranks`. A case that fails is recorded with its traceback and the processes go on with the next.
@@ -23,8 +23,9 @@ from batches import MODES, Gradients, TextRow, gradients_of, load, make_rows, ra
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 from bge_core import UserError
-from bge_core.batch import Batch
-from bge_core.distributed import (
+from bge_core.encoder.encode import encode
+from bge_core.loss import LossConfig, LossInput, LossOutput
+from bge_core.runtime.distributed import (
     gather_counts,
     gather_objects,
     gather_rows,
@@ -34,10 +35,9 @@ from bge_core.distributed import (
     world,
     wrap,
 )
-from bge_core.encode import encode
-from bge_core.launch import start
-from bge_core.loss import LossConfig, LossInput, LossOutput
-from bge_core.step import StepSettings, forward_backward
+from bge_core.runtime.launch import start
+from bge_core.training.batch import Batch
+from bge_core.training.step import StepSettings, forward_backward
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
 TEXTS = [

@@ -1,0 +1,9 @@
+"""Texts to vectors: a stock transformers backbone on packed rows, pooling and normalization.
+
+tokens: texts in one row. settings: what a model folder states. packing, kernels: attention without padding. selfcheck:
+is a packed row computed like single texts? model: the module. load: from a folder or the hub. encode: many texts.
+reranker: a cross-encoder.
+"""
+
+from bge_core.encoder.load import load_encoder as load_encoder
+from bge_core.encoder.model import Encoder as Encoder

@@ -1,0 +1,172 @@
+"""The encoder: a stock transformers backbone, pooling and normalization; loaded from and saved for everybody.
+
+    text -> tokens -> backbone -> pooling (cls, mean or last_token) -> normalization -> vector
+
+A saved folder opens in transformers, in sentence-transformers (which would silently use mean pooling without the files
+that state otherwise) and in FlagEmbedding, and gives the same vectors.
+
+Shapes: T tokens of all texts, S texts, L longest text of a padded rectangle, D embedding size.
+"""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from bge_core import UserError
+from bge_core.encoder import packing
+from bge_core.encoder.encode import encode
+from bge_core.encoder.kernels import replace_dropout
+from bge_core.encoder.packing import first_position  # cross
+from bge_core.encoder.selfcheck import _layers  # cross
+from bge_core.encoder.settings import POOLINGS, EncoderSettings, Pooling, save_tokenizer, write_settings  # cross
+from bge_core.encoder.tokens import Tokens, pad_buckets
+from bge_core.runtime.config import Attention
+
+logger = logging.getLogger(__name__)
+
+
+class Encoder(nn.Module):
+    """Backbone, pooling and normalization.
+
+    Args:
+        backbone: a transformers encoder whose output has `last_hidden_state`.
+        tokenizer: its fast tokenizer.
+        settings: pooling and normalize must be stated.
+        attention: the kernel to pack with (packing.py), or "padded".
+    """
+
+    def __init__(
+        self, backbone: Any, tokenizer: Any, settings: EncoderSettings, attention: Attention = "padded"
+    ) -> None:
+        super().__init__()
+        if settings.pooling not in POOLINGS:
+            raise UserError(f"pooling {settings.pooling!r}: use one of {', '.join(POOLINGS)}")
+        replace_dropout(backbone)
+        self.backbone = backbone
+        self.tokenizer = tokenizer
+        self.settings = settings
+        self.attention = attention
+        if attention != "padded":
+            packing.enable(backbone)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.backbone.parameters()).device
+
+    @property
+    def embedding_size(self) -> int:
+        """D."""
+        return int(self.backbone.config.hidden_size)
+
+    @property
+    def max_positions(self) -> int:
+        """Longest text in tokens that the backbone takes."""
+        limit = getattr(self.backbone.config, "max_position_embeddings", None) or 1 << 30
+        return int(limit - first_position(self.backbone))
+
+    def freeze(self, *, position_embeddings: bool = False) -> None:
+        """Switch off the gradient of what gets none (BERT's pooler) and, on request, of the position embeddings."""
+        for name, parameter in self.backbone.named_parameters():
+            if name.startswith("pooler.") or (position_embeddings and "position_embeddings" in name):
+                parameter.requires_grad_(False)
+
+    def forward(self, tokens: Tokens) -> Tensor:
+        """Vectors of S texts; what occurs twice is computed once, unless dropout makes the two differ.
+
+        Args:
+            tokens: on this encoder's device. S may be 0: a rank without rows still takes part in the backward.
+
+        Returns:
+            (S, D), float32 or wider, of length 1 where `settings.normalize`.
+        """
+        if not len(tokens):
+            return self(Tokens(tokens.input_id_T.new_full((1,), self.tokenizer.pad_token_id), [1]))[:0]
+        place_S = list(range(len(tokens)))
+        if not (self.training and has_dropout(self.backbone)):
+            tokens, place_S = tokens.distinct()
+        token_vectors = self._padded if self.attention == "padded" else self._packed
+        hidden_TD, lengths, order = token_vectors(tokens)
+        vector_SD = pool(hidden_TD, lengths, self.settings.pooling)
+        vector_SD = vector_SD[torch.tensor(order).argsort()[place_S].to(vector_SD.device, non_blocking=True)]
+        return F.normalize(vector_SD, dim=-1) if self.settings.normalize else vector_SD
+
+    def _packed(self, tokens: Tokens) -> tuple[Tensor, list[int], list[int]]:
+        return packing.packed_hidden(
+            self.backbone,
+            tokens,
+            first_position=first_position(self.backbone),
+            attention=self.attention,
+            first_only=self.settings.pooling == "cls",
+        )
+
+    def _padded(self, tokens: Tokens) -> tuple[Tensor, list[int], list[int]]:
+        """As `packed_hidden`, on padded rectangles."""
+        # Where FSDP made a module of shards of this one, every rank has to run the layers equally often: once.
+        max_waste = 1.0 if hasattr(self, "unshard") else 0.125
+        parts, order = [], []
+        for bucket, id_sL, mask_sL in pad_buckets(tokens, self.tokenizer.pad_token_id, max_waste):
+            hidden_sLD = self.backbone(input_ids=id_sL, attention_mask=mask_sL).last_hidden_state
+            parts.append(hidden_sLD[mask_sL.bool()])
+            order += bucket
+        return torch.cat(parts), [tokens.lengths[i] for i in order], order
+
+    def encode(self, texts: Sequence[str], **options: Any) -> np.ndarray:
+        """Vectors (n, D) of texts, as they are; a prompt, half precision and more: see `encode.encode`."""
+        return encode(self, texts, **options)
+
+    def save(self, folder: str | Path, weights: dict[str, Tensor] | None = None) -> None:
+        """Write weights, tokenizer and the files that sentence-transformers reads into an existing or new folder.
+
+        Args:
+            folder: where to.
+            weights: a copy of the backbone's state dict, to be saved in the place of its own.
+        """
+        folder = Path(folder)
+        try:
+            self.backbone.save_pretrained(folder, state_dict=weights)
+        except SafetensorError as error:  # what safetensors makes of a full disk
+            raise OSError(f"{folder}: the weights could not be written: {str(error).split('error: ')[-1]}") from None
+        for file in folder.glob("*.safetensors"):  # the library makes them readable by their owner alone
+            file.chmod((folder / "config.json").stat().st_mode)
+        save_tokenizer(self.tokenizer, folder)
+        write_settings(folder, self.settings, self.embedding_size)
+
+
+def pool(hidden_TD: Tensor, lengths: Sequence[int], pooling: Pooling | None) -> Tensor:
+    """One vector a text from the token vectors of S texts in one row, in float32 or wider; (S, D).
+
+    cls: the first token. mean: sum of the tokens / their number. last_token: the last one.
+    """
+    hidden_TD = hidden_TD.to(torch.promote_types(hidden_TD.dtype, torch.float32))
+    length_S = torch.tensor(lengths)
+    if pooling == "mean":
+        text_T = torch.arange(len(lengths)).repeat_interleave(length_S).to(hidden_TD.device, non_blocking=True)
+        sum_SD = hidden_TD.new_zeros((len(lengths), hidden_TD.shape[1])).index_add(0, text_T, hidden_TD)
+        return sum_SD / length_S[:, None].to(hidden_TD.device, non_blocking=True)
+    chosen_S = length_S.cumsum(0) - (length_S if pooling == "cls" else 1)
+    return hidden_TD[chosen_S.to(hidden_TD.device, non_blocking=True)]
+
+
+def has_dropout(backbone: Any) -> bool:
+    """Whether the model draws random numbers in training: by its modules, or by what its config says of any dropout."""
+    rates = [value for name, value in vars(backbone.config).items() if "drop" in name]
+    rates += [module.p for module in backbone.modules() if isinstance(module, nn.Dropout)]
+    return any(rates)
+
+
+def compile_layers(backbone: Any) -> None:
+    """Let torch.compile fuse what stands between a layer's matrix products, for any number of tokens.
+
+    Each layer is compiled by itself, around `packed_attention`. The last one is not: it may work on first tokens alone.
+    """
+    _, _, layers = _layers(backbone) or (None, None, nn.ModuleList())
+    for layer in layers[:-1]:
+        layer.compile(dynamic=True)

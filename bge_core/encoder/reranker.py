@@ -1,0 +1,256 @@
+"""A cross-encoder as teacher: it reads query and passage together and says how well the one answers the other.
+
+    (query, passage) -> [CLS] query [SEP] passage [SEP] -> transformer -> first token's vector -> head -> one logit
+
+As bge-reranker and its kin: `AutoModelForSequenceClassification` with one label. Pairs are sorted by length and packed
+without padding, as texts are for the encoder. A pair's tokens do not depend on the pairs beside it, nor its batch on
+the number of processes.
+
+Shapes: T tokens of all pairs, S pairs, D hidden size; s pairs of one padded rectangle, L its longest.
+"""
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertForSequenceClassification,
+    RobertaForSequenceClassification,
+    XLMRobertaForSequenceClassification,
+)
+
+from bge_core import UserError
+from bge_core.encoder import packing
+from bge_core.encoder.encode import BLOCK, MAX_TOKENS, plan_batches
+from bge_core.encoder.packing import first_position
+from bge_core.encoder.selfcheck import packed_or_padded
+from bge_core.encoder.tokens import Tokens, pad_buckets
+from bge_core.runtime.config import Attention
+from bge_core.runtime.distributed import sum_over_ranks, world
+from bge_core.runtime.watchdog import heartbeat
+
+FLAG = "--reranker_name_or_path"
+
+# Models whose head is known to read the first token's vector alone.
+PACKABLE = (BertForSequenceClassification, RobertaForSequenceClassification, XLMRobertaForSequenceClassification)
+
+
+class Reranker(nn.Module):
+    """A cross-encoder.
+
+    Args:
+        model: a transformers model for sequence classification with one label.
+        tokenizer: its fast tokenizer.
+        max_length: longest pair in tokens, cut to what the model takes.
+        attention: the kernel to pack with (packing.py), for a model of `PACKABLE`; or "padded".
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, max_length: int, attention: Attention = "padded") -> None:
+        super().__init__()
+        self.model, self.tokenizer, self.attention = model, tokenizer, attention
+        limit = getattr(model.config, "max_position_embeddings", None) or 1 << 30
+        self.max_length = min(max_length, limit - first_position(model))
+        names = tokenizer.model_input_names
+        self.uses_types = getattr(model.config, "type_vocab_size", 0) > 1 and "token_type_ids" in names
+        num_special = tokenizer.num_special_tokens_to_add(pair=True)
+        if self.max_length < num_special + 2:
+            raise UserError(
+                f"--reranker_max_length {max_length}: a pair needs {num_special} special tokens and one token of each "
+                f"text; use {num_special + 2} or more"
+            )
+        if attention != "padded":
+            packing.enable(model.base_model)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.model.parameters()).device
+
+    def score(
+        self,
+        pairs: Sequence[tuple[str, str]],
+        *,
+        batch_size: int | None = None,
+        max_tokens: int | None = None,
+        precision: str = "no",
+        description: str = "rerank",
+    ) -> np.ndarray:
+        """The logit of each (query, passage), higher where the passage answers better; on every rank.
+
+        Args:
+            pairs: n pairs. Of one that is too long the passage is cut; the longer text, where the query alone is.
+            batch_size: at most so many pairs in a batch; None: any number.
+            max_tokens: at most so many tokens in a batch (one pair may be longer); None: 8192, on a CPU 2048.
+            precision: "fp16" or "bf16" autocast, or "no".
+            description: of the progress bar.
+
+        Returns:
+            (n,) float32, in input order, as the model gives them: no sigmoid.
+
+        Raises:
+            UserError: a logit is not finite; the pair is named.
+        """
+        max_tokens = max_tokens or MAX_TOKENS.get(self.device.type, 8192)
+        blocks = [pairs[start : start + BLOCK] for start in range(0, len(pairs), BLOCK)]
+        half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision)
+        autocast = torch.autocast(self.device.type, half) if half else nullcontext()
+        quiet = True if world()[0] or len(pairs) <= 1000 else None  # None: no bar where stderr is not a terminal
+        bar = tqdm(total=len(pairs), desc=description, unit="pair", disable=quiet)
+        parts = [np.empty(0, dtype=np.float32)]
+        self.eval()
+        with ThreadPoolExecutor(1) as pool, torch.inference_mode(), autocast, bar:
+            ahead = [pool.submit(self._tokenize, block) for block in blocks[:1]]
+            for i in range(len(blocks)):
+                tokenized = ahead.pop().result()
+                ahead += [pool.submit(self._tokenize, after) for after in blocks[i + 1 : i + 2]]
+                parts.append(self._score_block(*tokenized, batch_size, max_tokens, bar))
+        scores = np.concatenate(parts)
+        broken = np.flatnonzero(~np.isfinite(scores))
+        if len(broken):
+            query, passage = pairs[broken[0]]
+            raise UserError(
+                f"{FLAG}: the model gives NaN for {len(broken)} of {len(pairs)} pairs, first {query[:40]!r} and "
+                f"{passage[:40]!r}: is it broken?" + " Or is fp16 too small for it? Try --bf16." * (precision == "fp16")
+            )
+        return scores
+
+    def _tokenize(self, pairs: Sequence[tuple[str, str]]) -> tuple[list[list[int]], list[list[int]]]:
+        """Token ids of each pair, and their types: none where the model has none."""
+        queries = list(dict.fromkeys(query for query, _ in pairs))
+        query_ids = self.tokenizer(queries, add_special_tokens=False, verbose=False)["input_ids"]
+        room = self.max_length - self.tokenizer.num_special_tokens_to_add(pair=True)
+        # The tokenizer cuts the passage alone only as long as something of it is left.
+        too_long = {query for query, ids in zip(queries, query_ids, strict=True) if len(ids) >= room}
+        ids: list[list[int]] = [[]] * len(pairs)
+        types: list[list[int]] = [[]] * len(pairs)
+        for cut in ("only_second", "longest_first"):
+            rows = [i for i, (query, _) in enumerate(pairs) if (query in too_long) == (cut == "longest_first")]
+            if rows:
+                found = self.tokenizer(
+                    [pairs[i][0] for i in rows],
+                    [pairs[i][1] for i in rows],
+                    truncation=cut,
+                    max_length=self.max_length,
+                    return_token_type_ids=self.uses_types,
+                    verbose=False,
+                )
+                for place, i in enumerate(rows):
+                    ids[i] = found["input_ids"][place]
+                    types[i] = found["token_type_ids"][place] if self.uses_types else []
+        return ids, types
+
+    def _score_block(
+        self, ids: list[list[int]], types: list[list[int]], batch_size: int | None, max_tokens: int, bar: tqdm
+    ) -> np.ndarray:
+        """Logits of some pairs, on every rank: each takes every world_size-th batch."""
+        rank, world_size = world()
+        # On the device, so that a GPU is not waited for after each batch.
+        logit_S = torch.zeros(len(ids), dtype=torch.float32, device=self.device)
+        for number, rows in enumerate(plan_batches([len(pair) for pair in ids], batch_size, max_tokens)):
+            heartbeat()
+            if number % world_size == rank:
+                tokens = Tokens.from_lists([ids[i] for i in rows]).to(self.device)
+                type_T = torch.tensor([t for i in rows for t in types[i]]).to(self.device) if self.uses_types else None
+                logit_S[torch.tensor(rows).to(self.device, non_blocking=True)] = self(tokens, type_T)
+            bar.update(len(rows))
+        return sum_over_ranks(logit_S).cpu().numpy()  # those of other ranks are zero here
+
+    def forward(self, tokens: Tokens, type_T: Tensor | None = None) -> Tensor:
+        """The logits (S,) of S pairs, float32.
+
+        Args:
+            tokens: the pairs, each with its special tokens, on this model's device.
+            type_T: 0 for tokens of the query, 1 for those of the passage; None: the model has no types.
+        """
+        logit_S1, order = (self._padded if self.attention == "padded" else self._packed)(tokens, type_T)
+        return logit_S1[torch.tensor(order).argsort().to(logit_S1.device, non_blocking=True), 0].float()
+
+    def _packed(self, tokens: Tokens, type_T: Tensor | None) -> tuple[Tensor, list[int]]:
+        """Logits (S, 1) and the position in `tokens` of each: the head on the first tokens of one row."""
+        first_SD, _, order = packing.packed_hidden(
+            self.model.base_model,
+            tokens,
+            first_position=first_position(self.model),
+            attention=self.attention,
+            first_only=True,
+            token_type_id_T=type_T,
+        )
+        first_S1D = first_SD[:, None]  # the heads of transformers look for the first token themselves
+        pooler = self.model.base_model.pooler  # BERT's; RoBERTa's head has its own
+        return self.model.classifier(first_S1D if pooler is None else pooler(first_S1D)), order
+
+    def _padded(self, tokens: Tokens, type_T: Tensor | None) -> tuple[Tensor, list[int]]:
+        """As `_packed`, by the stock model on padded rectangles."""
+        parts, order = [], []
+        types = None if type_T is None else type_T.split(tokens.lengths)
+        for bucket, id_sL, mask_sL in pad_buckets(tokens, self.tokenizer.pad_token_id):
+            more = {}
+            if types is not None:
+                more["token_type_ids"] = nn.utils.rnn.pad_sequence([types[i] for i in bucket], batch_first=True)
+            parts.append(self.model(input_ids=id_sL, attention_mask=mask_sL, **more).logits)
+            order += bucket
+        return torch.cat(parts), order
+
+
+def load_reranker(
+    name: str | Path,
+    *,
+    max_length: int = 512,
+    trust_remote_code: bool = False,
+    attention: Attention = "auto",
+    dtype: torch.dtype = torch.float32,
+) -> Reranker:
+    """Load a cross-encoder from the hub or a folder.
+
+    Args:
+        name: hub name or folder, such as BAAI/bge-reranker-v2-m3.
+        max_length: longest pair in tokens.
+        trust_remote_code: run model code that comes with the checkpoint.
+        attention: how a batch is computed, see packing.py. Models other than BERT and (XLM-)RoBERTa are padded.
+        dtype: of the weights, whatever the checkpoint was saved in.
+
+    Returns:
+        The cross-encoder, on the CPU, in eval mode.
+
+    Raises:
+        UserError: not a model, not reachable, or no cross-encoder: it has no head, or not one label; `max_length` too
+            small for any text.
+    """
+    folder, hub = Path(name), {"trust_remote_code": trust_remote_code}
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise UserError(f"{FLAG} {name}: is not a model folder (it has no config.json); name that of a cross-encoder")
+    if not folder.exists() and (str(name).startswith((".", "/", "~")) or str(name).count("/") > 1):
+        raise UserError(f"{FLAG} {name}: no such folder; name that of a cross-encoder")
+    try:
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            name, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **hub
+        )
+        tokenizer = AutoTokenizer.from_pretrained(name, use_fast=True, **hub)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise UserError(
+            f"{FLAG} {name}: could not be loaded as a cross-encoder: {str(error).strip().splitlines()[0]}\n"
+            "Give a folder, or a hub name; where the hub is out of reach, set HF_ENDPOINT to a mirror."
+        ) from None
+    # What a checkpoint lacks, or has in another shape, transformers draws at random.
+    lacks, num_labels = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}, model.config.num_labels
+    if lacks or num_labels != 1:
+        reason = f"the checkpoint lacks {', '.join(sorted(lacks)[:3])}" if lacks else f"it has {num_labels} labels"
+        raise UserError(
+            f"{FLAG} {name}: is no cross-encoder with one score ({reason}); name one, such as "
+            "BAAI/bge-reranker-v2-m3, or give an ordinary encoder to --teacher_encoder"
+        )
+    if not tokenizer.is_fast or tokenizer.pad_token_id is None:
+        raise UserError(f"{FLAG} {name}: needs a fast tokenizer (tokenizer.json) with a padding token")
+    if attention != "padded":
+        known = isinstance(model, PACKABLE)
+        attention = packed_or_padded(name, model.base_model, attention) if known else "padded"
+    return Reranker(model, tokenizer, max_length, attention).eval()

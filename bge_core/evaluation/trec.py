@@ -1,0 +1,187 @@
+"""TREC's files: qrels and runs, read and written."""
+
+import itertools
+import logging
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import numpy as np
+
+from bge_core import UserError
+from bge_core.files import records
+
+logger = logging.getLogger(__name__)
+
+
+Qrels = dict[str, dict[str, int]]
+
+_BEIR_HEADER = ["query-id", "corpus-id", "score"]
+_QRELS_COLUMNS = "question 0 document grade; or begin with the header query-id, corpus-id, score, with tabs between"
+_RUN_COLUMNS = "question Q0 document rank score tag"
+
+
+def _refuse_without_positives(name: str, judged: Iterable[Mapping[str, int]]) -> None:
+    if not any(grade > 0 for grades in judged for grade in grades.values()):
+        raise UserError(f"{name}: no question has a positive, that is a score above 0; give qrels that have some")
+
+
+def read_qrels(path: str | Path) -> Qrels:
+    """The grades of a TREC qrels file (`question 0 document grade`), or of BEIR's, which begins with a header.
+
+    Args:
+        path: the file. BEIR's header is query-id, corpus-id, score, with tabs between.
+
+    Returns:
+        {question: {document: grade}} in the file's order; grades below 0 are kept.
+
+    Raises:
+        UserError: no such file, no line in it, or bad lines (the first ten are named): another number of columns, a
+            grade that is no integer, or two grades of one document.
+
+    Source: the formats of trec_eval 9, and of BEIR's data_loader.py.
+    """
+    qrels: Qrels = {}
+    bad = records.BadLines()
+    first = next(_lines(path), (0, ""))[1]
+    layout: tuple[Any, ...] = (4, _QRELS_COLUMNS)
+    if first.split() == _BEIR_HEADER:
+        layout = (3, "as the header says, none of them empty", "\t" if "\t" in first else None, 1)
+    for number, (question, *_, document, text) in _table(path, bad, *layout):
+        known = qrels.setdefault(question, {})
+        if not text.removeprefix("-").isdecimal():
+            bad.add(path, number, f"the score is {text!r}; it must be an integer, 0 for not relevant")
+        elif known.setdefault(document, int(text)) != int(text):
+            bad.add(path, number, f"the score is {text}, but {known[document]} on an earlier line; keep one of them")
+    return qrels
+
+
+def read_run(path: str | Path) -> dict[str, list[tuple[str, float]]]:
+    """The rankings of a TREC run file (`question Q0 document rank score tag`), in trec_eval's order.
+
+    That is: by score, falling, where scores equal in single precision tie; ties by document id, falling. The rank
+    column counts for nothing.
+
+    Returns:
+        {question: [(document, score in single precision)], best first}, the questions in the file's order.
+
+    Raises:
+        UserError: no such file, no line in it, or bad lines (the first ten are named): another number of columns, a
+            score that is no finite number, or a document that a question has twice.
+
+    Source: trec_eval 9, form_res_rels.c (comp_sim_docno) and get_trec_results.c.
+    """
+    found: dict[str, dict[str, float]] = {}
+    bad = records.BadLines()
+    for number, (question, _, document, _, text, _) in _table(path, bad, 6, _RUN_COLUMNS):
+        try:
+            score = float(text)
+        except ValueError:
+            score = math.nan
+        if not math.isfinite(score):
+            bad.add(path, number, f"the score is {text!r}; it must be a finite number")
+        elif document in found.setdefault(question, {}):
+            bad.add(path, number, f"question {question!r} has document {document!r} on an earlier line, too; keep one")
+        else:
+            found[question][document] = score
+    return {question: _ordered(ranking) for question, ranking in found.items()}
+
+
+def run_name(path: str | Path) -> str:
+    """What a run calls itself: the tag, the last column, of its first line. UserError where there is no line."""
+    return next(_table(path, records.BadLines(), 6, _RUN_COLUMNS))[1][-1]
+
+
+def run_as_ranking(
+    run: Mapping[str, Sequence[tuple[str, float]]], qrels: Mapping[str, Mapping[str, int]]
+) -> tuple[list[str], list[np.ndarray], list[dict[int, int]], list[list[int]]]:
+    """A run in the form that `metrics.per_query_metrics` scores: documents become rows of a corpus, all of the run's.
+
+    Every question of the qrels counts (trec_eval -c): one that the run lacks has an empty ranking. What the run has
+    without a judgement is left out, with a warning.
+
+    Args:
+        run: see `read_run`.
+        qrels: see `read_qrels`; a grade below 0 counts as 0.
+
+    Returns:
+        query_ids: (Q,) in the order of the qrels.
+        ranked: (Q,) of (K,) int64, each question's rows, the best first.
+        relevant, missing: (Q,) as in `RetrievalTask`; missing are positives that the run has for no question.
+
+    Raises:
+        UserError: no question of the run is judged, or none has a positive.
+    """
+    _refuse_without_positives("the qrels", qrels.values())
+    unjudged = [question for question in run if question not in qrels]
+    if len(unjudged) == len(run):
+        raise UserError(f"the qrels judge none of the run's {len(run)} questions; give those of the run's test set")
+    if unjudged:
+        logger.warning(
+            "the qrels do not judge %d questions of the run; they are left out; first: %s",
+            len(unjudged),
+            ", ".join(unjudged[:3]),
+        )
+    if num_empty := sum(question not in run for question in qrels):
+        logger.warning("the run lacks %d judged questions, which score 0", num_empty)
+    found = [[document for document, _ in run.get(question, ())] for question in qrels]
+    row_of = {document: row for row, document in enumerate(dict.fromkeys(itertools.chain.from_iterable(found)))}
+    return (
+        list(qrels),
+        [np.array([row_of[document] for document in documents], dtype=np.int64) for documents in found],
+        [{row_of[one]: max(grade, 0) for one, grade in of.items() if one in row_of} for of in qrels.values()],
+        [[grade for one, grade in of.items() if one not in row_of and grade > 0] for of in qrels.values()],
+    )
+
+
+def _ordered(ranking: Mapping[str, float]) -> list[tuple[str, float]]:
+    scores: list[float] = np.array(list(ranking.values()), dtype=np.float32).tolist()
+    return [(document, score) for score, document in sorted(zip(scores, ranking, strict=True), reverse=True)]
+
+
+def _table(
+    path: str | Path, bad: records.BadLines, num_columns: int, layout: str, separator: str | None = None, skip: int = 0
+) -> Iterator[tuple[int, list[str]]]:
+    """Yield (line number from 1, columns) after the first `skip` lines; after the last one refuse what is in `bad`."""
+    number = 0
+    for number, line in itertools.islice(_lines(path), skip, None):
+        columns = line.split(separator)
+        if len(columns) == num_columns and all(columns):
+            yield number, columns
+        else:
+            bad.add(path, number, f"has {len(columns)} columns ({line[:60]!r}); write {num_columns}: {layout}")
+    bad.refuse()
+    if not number:
+        raise UserError(f"{path}: holds no line; write {num_columns} columns: {layout}")
+
+
+def _lines(path: str | Path) -> Iterator[tuple[int, str]]:
+    """Yield (number from 1, line) of a text file; blank lines are skipped."""
+    number = 0
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield number, line.rstrip("\r\n")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}; name a file") from None
+    except UnicodeDecodeError:
+        raise UserError(
+            f"{path}: not UTF-8 somewhere after line {number}; convert it, as with iconv -t UTF-8"
+        ) from None
+
+
+def without_space(word: str) -> str:
+    """A word for a column of a run: white space as in an address of the web, as %20."""
+    return re.sub(r"\s", lambda found: quote(found[0]), word)
+
+
+def falling(scores: np.ndarray) -> np.ndarray:
+    """The scores, each a last bit below the one before where they tie: trec_eval would order ties by id."""
+    fallen = scores.astype(np.float32)
+    for i in range(1, len(fallen)):
+        fallen[i] = min(fallen[i], np.nextafter(fallen[i - 1], np.float32(-np.inf)))
+    return fallen

@@ -1,0 +1,266 @@
+"""What a stage reads, beyond one JSON-lines file: Parquet files, folders, datasets of the Hugging Face hub.
+
+data.jsonl, data.parquet      a file
+folder                        the .jsonl, .json and .parquet files below it, sorted
+org/name[[:config]:split]     a dataset of the hub; without a split: train
+sources.yaml                  several of them, each with its instruction and weight; for training rows:
+
+    - path: faq.jsonl         relative to this file's folder, if it is there
+      prompt: "..."           query instruction of its rows; a row's own prompt wins
+      weight: 2.0             how often its rows come in an epoch; default 1
+"""
+
+import difflib
+import hashlib
+import math
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from bge_core import UserError
+from bge_core.files import atomic, records
+from bge_core.files.records import Check, Row
+
+Place = tuple[str, int]  # file or dataset, and the line or row in it, counted from 1
+
+SUFFIXES = (".jsonl", ".json", ".parquet")
+YAML_SUFFIXES = (".yaml", ".yml")
+_REFUSED = {
+    **dict.fromkeys((".csv", ".tsv", ".xlsx", ".xls"), "is a table; make JSON lines of it with prepare.py"),
+    **dict.fromkeys(YAML_SUFFIXES, "a list of sources names data files and folders, and training rows only"),
+}
+_NO_DATASET = "no such file, nor does the hub give it (offline? name files, or set HF_ENDPOINT to a mirror)"
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(:[^:/]+){0,2}", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Source:
+    """One source of training rows.
+
+    Args:
+        path: a file, a folder or a dataset of the hub.
+        prompt: query instruction of its rows that have none; None: the run's.
+        weight: how often its rows come in an epoch. 2.5: twice, and a random half of them a third time.
+    """
+
+    path: str
+    prompt: str | None = None
+    weight: float = 1.0
+
+
+_KEYS = {
+    "path": (lambda value: isinstance(value, str) and value.strip(), "a file, a folder or a dataset of the hub"),
+    "prompt": (lambda value: value is None or isinstance(value, str), "text, in quotes"),
+    "weight": (lambda value: type(value) in (int, float) and 0 < value < math.inf, "a number above 0, as 2.0"),
+}
+
+
+def is_hub_name(path: str | Path) -> bool:
+    """Whether this names a dataset of the hub: it has the form of one, and nothing like it is here."""
+    is_file = str(path).lower().endswith((*SUFFIXES, *_REFUSED))
+    return _HUB_NAME.fullmatch(str(path)) is not None and not is_file and not Path(path).parent.exists()
+
+
+def list_files(paths: Sequence[str | Path]) -> list[Path]:
+    """The files named, and the .jsonl, .json and .parquet files below the folders named, each once, sorted by path.
+
+    Raises:
+        UserError: nothing there, or a table or list of sources, which is no data file.
+    """
+    found: set[Path] = set()
+    for path in map(Path, paths):
+        if path.is_dir():
+            inside = {file for file in path.rglob("*") if file.suffix in SUFFIXES and file.is_file()}
+            inside = {file for file in inside if not file.name.endswith("manifest.json")}
+            if (atomic.read_json(path / "manifest.json") or {}).get("stage") == "prepare":
+                raise UserError(f"{path}: holds the test questions, too; name one file, as {path / 'train.jsonl'}")
+            if not inside:
+                raise UserError(f"{path}: the folder holds no .jsonl file, nor .json or .parquet")
+            found |= inside
+        elif path.suffix.lower() in _REFUSED:
+            raise UserError(f"{path}: {_REFUSED[path.suffix.lower()]}")
+        elif not path.is_file():
+            raise UserError(f"{path}: no such file or folder")
+        else:
+            found.add(path)
+    return sorted(found)
+
+
+def read_source(path: str | Path, check: Check, *, streaming: bool = True) -> Iterator[tuple[Place, Row]]:
+    """Yield (place, row) of a file, a folder or a dataset of the hub.
+
+    Args:
+        path: its name.
+        check: says what is wrong with a row and what to do, or None.
+        streaming: read a dataset of the hub as it comes; False: download it first, and find it there when offline.
+
+    Raises:
+        UserError: nothing there; a file's bad rows (after its last one: their number and the first ten); the first bad
+            row of a dataset of the hub, or that it cannot be had; no row at all.
+    """
+    place = None
+    for name in [str(path)] if is_hub_name(path) else map(str, list_files([path])):
+        if is_hub_name(path):
+            rows = _checked(name, _hub_rows(name, streaming), check, 1, _NO_DATASET)
+        elif name.lower().endswith(".parquet"):
+            rows = _checked(name, _parquet_rows(name), check, math.inf, "not readable as Parquet")
+        else:
+            rows = records.read_jsonl(name, check)
+        for number, row in rows:
+            place = (name, number)
+            yield place, row
+    if place is None:
+        raise UserError(f"{path}: holds no row")
+
+
+def _checked(name: str, rows: Iterable[Row], check: Check, most: float, fault: str) -> Iterator[tuple[int, Row]]:
+    """Yield (number from 1, row), as `records.read_jsonl` does; the `most`-th bad row is the last that is read."""
+    bad = records.BadLines()
+    try:
+        for number, row in enumerate(rows, start=1):
+            if problem := check(row):
+                bad.add(name, number, f"{problem} (its fields: {', '.join(row)})")
+                if bad.count == most:
+                    break
+            else:
+                yield number, row
+    except Exception as error:  # of the network, of the hub, of what is in the file: too many kinds to name
+        raise UserError(f"{name}: {fault}: {error}") from error
+    bad.refuse()
+
+
+def _parquet_rows(file: str) -> Iterator[Row]:
+    from pyarrow import parquet
+
+    with parquet.ParquetFile(file) as table:
+        for batch in table.iter_batches(batch_size=1024):
+            yield from batch.to_pylist()
+
+
+def _hub_rows(name: str, streaming: bool) -> Iterator[Row]:
+    import datasets
+
+    path, *more = name.split(":")
+    split = more.pop() if more else "train"
+    yield from datasets.load_dataset(path, *more, split=split, streaming=streaming)
+
+
+def read_training_source(source: Source, *, with_scores: bool = False, streaming: bool = True) -> Iterator[Row]:
+    """Yield a source's training rows, with its prompt where a row has none.
+
+    Raises:
+        UserError: see `read_source`.
+    """
+    check = partial(records.check_training_row, with_scores=with_scores)
+    for _, row in read_source(source.path, check, streaming=streaming):
+        without = source.prompt is not None and row.get("prompt") is None
+        yield row | {"prompt": source.prompt} if without else row
+
+
+def read_training_rows(paths: Sequence[str | Path]) -> list[Row]:
+    """All training rows of several sources, sorted by path; weights do not count here.
+
+    Raises:
+        UserError: see `load_sources` and `read_source`.
+    """
+    return [row for source in load_sources(paths) for row in read_training_source(source)]
+
+
+def read_corpus(paths: Sequence[str | Path]) -> tuple[list[str], list[str]]:
+    """The ids and texts ("title text" where a title is given) of corpora, one after another.
+
+    The default id is the line's number from 0, as if all files were one: a file goes on after the last row of the one
+    before. Ids given in the rows may repeat; that is the caller's to judge.
+
+    Raises:
+        UserError: see `read_source`.
+    """
+    ids, texts, offset, last = [], [], 0, ("", 0)
+    for place, row in (item for path in paths for item in read_source(path, records.check_corpus_row)):
+        offset += last[1] if place[0] != last[0] else 0
+        last = place
+        ids.append(str(row["id"]) if row.get("id") is not None else str(offset + place[1] - 1))
+        texts.append(f"{row['title']} {row['text']}" if row.get("title") else row["text"])
+    return ids, texts
+
+
+def describe_source(path: str | Path, num_rows: int) -> Row:
+    """A manifest's entry of a source: "sha256", or the "revision" of a dataset of the hub.
+
+    A folder and a sources.yaml have a list "files", and the hash is of these files' hashes, prompts and weights.
+    """
+    return {"path": str(path)} | _content(str(path)) | {"rows": num_rows}
+
+
+def _content(path: str) -> dict[str, Any]:
+    if is_hub_name(path):
+        return {"revision": _revision(path.split(":")[0])}
+    if not Path(path).is_dir() and not path.endswith(YAML_SUFFIXES):
+        return {"sha256": atomic.sha256(path)}
+    files = [asdict(source) | _content(source.path) for source in load_sources([path])]
+    contents = [[value for name, value in file.items() if name not in ("path", "files")] for file in files]
+    return {"sha256": hashlib.sha256(repr(contents).encode()).hexdigest(), "files": files}
+
+
+def _revision(name: str) -> str | None:
+    """The commit that the hub has now, or None where it does not say."""
+    import huggingface_hub
+
+    with suppress(Exception):  # out of reach: the rows come from an earlier download
+        return huggingface_hub.HfApi().dataset_info(name, timeout=10).sha
+    return None
+
+
+def load_sources(paths: Sequence[str | Path]) -> list[Source]:
+    """The sources that these names stand for, sorted; one that is named twice in the same way counts once.
+
+    A file of a folder is a source of its own; what a sources.yaml lists, folder or not, is one each.
+
+    Raises:
+        UserError: nothing there; a sources.yaml with an unknown key, a wrong type, a weight that is not above 0 or a
+            missing file (file and number of the entry are named).
+    """
+    found: set[Source] = set()
+    for path in paths:
+        if str(path).endswith(YAML_SUFFIXES):
+            found.update(_read_yaml(Path(path)))
+        else:
+            found.update(Source(str(name)) for name in ([path] if is_hub_name(path) else list_files([path])))
+    return sorted(found, key=lambda source: (Path(source.path), source.prompt or "", source.weight))
+
+
+def _read_yaml(file: Path) -> Iterator[Source]:
+    try:
+        entries = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{file}: not readable as YAML: {error}") from None
+    if not isinstance(entries, list) or not entries:
+        raise UserError(f"{file}: must be a list of sources; begin each with '- path: ' and a file")
+    for number, entry in enumerate(entries, start=1):
+        try:
+            yield _source(file.parent, entry)
+        except UserError as error:
+            raise UserError(f"{file}, entry {number}: {error}") from None
+
+
+def _source(folder: Path, entry: Any) -> Source:
+    if not isinstance(entry, dict) or "path" not in entry:
+        raise UserError("has no 'path'; begin it with '- path: ' and a file")
+    for key, value in entry.items():
+        if key not in _KEYS:
+            (nearest,) = difflib.get_close_matches(str(key), _KEYS, n=1, cutoff=0)
+            raise UserError(f"unknown key {key!r}; did you mean {nearest!r}? There are {', '.join(_KEYS)}")
+        fits, what = _KEYS[key]
+        if not fits(value):
+            raise UserError(f"{key} is {value!r}; it must be {what}")
+    beside = folder / entry["path"]
+    path = str(beside) if beside.exists() else entry["path"]
+    if not is_hub_name(path):
+        list_files([path])  # is it there?
+    return Source(path, entry.get("prompt"), float(entry.get("weight", 1)))

@@ -1,0 +1,199 @@
+"""Model folders to merge: opened without reading their weights, and compared."""
+
+import functools
+import json
+import logging
+import math
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, fields, replace
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import AutoConfig, AutoModel, AutoTokenizer
+from transformers.utils import cached_file
+
+from bge_core import UserError
+from bge_core.encoder.load import load_encoder
+from bge_core.encoder.settings import EncoderSettings, read_settings
+from bge_core.runtime.config import MergeMethod
+
+logger = logging.getLogger(__name__)
+
+
+_QUIET: Any = {f"_raise_exceptions_for_{x}": False for x in ("missing_entries", "gated_repo", "connection_errors")}
+
+_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A model on disk: its transformers model without weights, its tokenizer, what its sentence-transformers files say.
+
+    `tensors` holds a function for each tensor, by the backbone's names, that maps it from its file.
+    """
+
+    name: str
+    backbone: Any
+    tokenizer: Any
+    settings: EncoderSettings
+    files: list[Path]
+    tensors: dict[str, Callable[[], Tensor]]
+
+
+def open_model_folders(
+    models: Sequence[str],
+    weights: Sequence[float] | None = None,
+    *,
+    method: MergeMethod = "linear",
+    base_model: str | None = None,
+    **hub: Any,
+) -> list[ModelFolder]:
+    """Open all models, then the base; UserError where they, or the weights (None: not known yet), do not fit."""
+    if weights is not None:
+        _refuse_weights(models, weights, method)
+    checkpoints = [open_model_folder(str(name), **hub) for name in [*models, *filter(None, [base_model])]]
+    for one, other in combinations(checkpoints, 2):
+        _refuse_difference(one, other)
+    return checkpoints
+
+
+def _refuse_weights(models: Sequence[str], weights: Sequence[float], method: MergeMethod) -> None:
+    what = f"weights {_joined(weights)} for the models {_joined(models)}"
+    if len(weights) != len(models):
+        raise UserError(f"{what}: give one a model ({len(models)})")
+    total = math.fsum(weights) if all(map(math.isfinite, weights)) else math.nan
+    if method == "task_arithmetic" and math.isnan(total):
+        raise UserError(f"{what}: use finite numbers")
+    if method != "task_arithmetic" and not abs(total - 1) <= 1e-3:
+        raise UserError(f"{what}: they sum to {total:g}; make it 1")
+    if method == "ties" and min(weights) < 0:
+        raise UserError(f"{what}: --method ties takes none below 0")
+    if method == "task_arithmetic" and math.isclose(total, 1):
+        logger.warning("%s sum to 1: the base cancels out, and the result is that of --method linear", what)
+
+
+def open_model_folder(name: str, **hub: Any) -> ModelFolder:
+    """Open a hub model or a folder without reading its weights.
+
+    They are read later, tensor by tensor, from safetensors files with the backbone's names (or those of a model with a
+    head: a prefix more). Any other checkpoint (pytorch_model.bin, names of old versions) transformers loads whole.
+
+    Raises:
+        UserError: not a model, not reachable, damaged, weights missing, a LoRA adapter.
+    """
+    access = {key: hub.get(key) for key in ("cache_dir", "token")}
+    _refuse_adapter(name, **access)
+    try:
+        config = AutoConfig.from_pretrained(name, **hub)
+        tokenizer = AutoTokenizer.from_pretrained(name, **hub)
+        with torch.device("meta"):
+            backbone = AutoModel.from_config(config, trust_remote_code=hub.get("trust_remote_code"))
+    except (OSError, ValueError, KeyError):
+        load_encoder(name, attention="padded", **hub)  # says what is wrong, as in every other stage
+        raise
+    names = set(backbone.state_dict())
+    files = _weight_files(name, **access)
+    tensors: dict[str, Callable[[], Tensor]] = {}
+    for file in files if all(file.suffix == ".safetensors" for file in files) else []:
+        try:
+            stored = safe_open(file, "pt")
+            keys = list(stored.keys())
+        except SafetensorError as error:
+            raise UserError(f"{name}: {file} is not a whole safetensors file ({error}); fetch it again") from None
+        for key in keys:
+            own = key if key in names else key.removeprefix(f"{backbone.base_model_prefix}.")
+            read = functools.partial(_read_tensor, stored, key)
+            if own in names or not read().is_floating_point():  # position ids, which older versions stored
+                tensors[own] = read
+    if any(key not in tensors and not key.startswith("pooler.") for key in names):
+        state = load_encoder(name, attention="padded", **hub).backbone.state_dict()
+        tensors = {key: functools.partial(state.__getitem__, key) for key in state}
+    return ModelFolder(name, backbone, tokenizer, read_settings(name, **access), files, tensors)
+
+
+def _refuse_adapter(name: str, **access: Any) -> None:
+    found: str | None = None
+    with suppress(OSError, ValueError):  # what is no model at all is told of later
+        found = cached_file(name, "adapter_config.json", **access, **_QUIET)
+    if found is None:
+        return
+    base = json.loads(Path(found).read_text(encoding="utf-8")).get("base_model_name_or_path") or "BASE"
+    raise UserError(
+        f"{name}: is a LoRA adapter (adapter_config.json), no whole model; merge it into its base first, in Python:\n"
+        "  from peft import PeftModel\n"
+        "  from transformers import AutoModel, AutoTokenizer\n"
+        f"  adapted = PeftModel.from_pretrained(AutoModel.from_pretrained({base!r}), {name!r})\n"
+        "  adapted.merge_and_unload().save_pretrained('whole_model')\n"
+        f"  AutoTokenizer.from_pretrained({base!r}).save_pretrained('whole_model')\n"
+        "and name the folder whole_model in its place"
+    )
+
+
+def _read_tensor(stored: Any, key: str) -> Tensor:
+    """Memory-mapped: nothing is copied."""
+    tensor: Tensor = stored.get_tensor(key)
+    return tensor
+
+
+def _weight_files(name: str, **hub: Any) -> list[Path]:
+    """The files that transformers would take: one, or the shards that an index lists; none where it finds none."""
+    find: Callable[[str], str | None] = functools.partial(cached_file, name, **hub, **_QUIET)
+    present = next(filter(None, map(find, _WEIGHTS)), None)
+    if present is None or not present.endswith(".json"):
+        return [Path(present)] if present else []
+    index = json.loads(Path(present).read_text(encoding="utf-8"))
+    found = {shard: find(shard) for shard in sorted(set(index["weight_map"].values()))}
+    if absent := [shard for shard, path in found.items() if path is None]:
+        raise UserError(f"{name}: lacks {_joined(absent)}, which {Path(present).name} lists; fetch it again")
+    return [Path(path) for path in found.values() if path]
+
+
+def _refuse_difference(one: ModelFolder, other: ModelFolder) -> None:
+    def same(what: str, ours: object, theirs: object) -> None:
+        if ours != theirs:
+            raise UserError(f"{one.name} and {other.name} cannot be merged: {what} is {ours} and {theirs}")
+
+    ours, theirs = one.backbone.config, other.backbone.config
+    for field in ("model_type", "num_attention_heads"):  # another number of heads has the same shapes
+        same(field, getattr(ours, field, None), getattr(theirs, field, None))
+    keys, other_keys = set(one.backbone.state_dict()), set(other.backbone.state_dict())
+    for key in sorted(key for key in keys ^ other_keys if not key.startswith("pooler.")):
+        same(f"weight {key}", *("present" if key in held else "absent" for held in (keys, other_keys)))
+    for key in sorted(one.tensors.keys() & other.tensors.keys()):
+        same(f"the shape of {key}", *(tuple(c.tensors[key]().shape) for c in (one, other)))
+    ids, other_ids = one.tokenizer.get_vocab(), other.tokenizer.get_vocab()
+    for token in sorted(token for token, _ in ids.items() ^ other_ids.items())[:1]:
+        same(f"the tokenizer's id of {token!r}", ids.get(token, "absent"), other_ids.get(token, "absent"))
+    if one.settings.pooling and other.settings.pooling:
+        same("pooling", one.settings.pooling, other.settings.pooling)
+
+
+def _joined(values: Iterable[Any]) -> str:
+    shown = [str(value) for value in values]
+    return ", ".join(shown[:5]) + ", ..." * (len(shown) > 5)
+
+
+def merged_settings(checkpoints: Sequence[ModelFolder]) -> EncoderSettings:
+    """Each setting as the first model that states it has it (else cls, normalized); a contradiction is warned of."""
+    stated: dict[str, Any] = {}
+    for name in (field.name for field in fields(EncoderSettings)):
+        for checkpoint in checkpoints:
+            value = getattr(checkpoint.settings, name)
+            if value is not None and stated.setdefault(name, value) != value:
+                logger.warning("%s: has %s %r; the result has %r", checkpoint.name, name, value, stated[name])
+    return replace(EncoderSettings(pooling="cls", normalize=True), **stated)
+
+
+def merged_names(checkpoints: Sequence[ModelFolder]) -> list[str]:
+    """The tensors of the merged model: the first model's, without its pooler unless every model has one."""
+    names = set(checkpoints[0].tensors)
+    poolers = {name for name in names if name.startswith("pooler.")}
+    if lacking := [c.name for c in checkpoints if poolers - c.tensors.keys()]:
+        logger.info("%s: no pooler, which no embedding uses; the result has none either", _joined(lacking))
+        names -= poolers
+    return sorted(names)

@@ -1,0 +1,345 @@
+"""What may be wrong with a training file, found from its texts alone, without a model: one `Finding` for each kind.
+
+Two texts are the same if their normalized forms are (`records.normalize_text`: NFKC, single spaces). Two are nearly
+the same if their letters and digits are, width, case, spaces and punctuation apart, or if
+
+    edit ratio of the letters and digits >= limit        (limit: NEAR_TEXT for passages, NEAR_QUERY for queries)
+
+and they hold the same numbers: 1997 for 1998 makes another question, and the best of all negatives.
+
+Passages are compared within a row. Queries of two files are many pairs, so for each query only those of the other file
+are compared that share one of its RAREST rarest character trigrams, the first MAX_NEAR of them: a query in which hardly
+three characters in a row have stayed is not found.
+"""
+
+import functools
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import chain, islice
+from typing import Any, Literal
+
+from bge_core.files.records import Row
+from bge_core.files.text import normalize_text
+
+Severity = Literal["bad", "warning", "note"]
+NEAR_TEXT, NEAR_QUERY = 0.95, 0.9
+RAREST, MAX_NEAR = 6, 1000
+MAX_EXAMPLES = 5
+MAX_SAMPLE = 20_000  # texts whose lengths are counted; a tokenizer takes a minute for a million
+SHORT, HUB = 5, 10  # characters of a positive; queries that it answers
+SPECIAL = 2  # tokens that an encoder puts around a text
+_LETTER = re.compile(r"[^\W_]")
+_NOT_LETTERS = re.compile(r"[\W_]+")
+_NUMBER = re.compile(r"[\d零〇一二两三四五六七八九十百千万亿]+")
+
+# UTF-8 read as Latin-1 or Windows-1252, UTF-8 read as GBK (its quotes, full stops and commas), U+FFFD read as GBK
+_AFTER = "\u0080-\u00bf" + bytes(range(0x80, 0xA0)).decode("cp1252", "ignore")
+_MOJIBAKE = re.compile(f"(?:[\u00c2-\u00ef][{_AFTER}]+){{2}}|[锛銆鈥].*?[锛銆鈥]|锟斤拷", re.DOTALL)
+
+# name: severity, what is counted, what they do, what to do about it; the worst first
+KINDS: dict[str, tuple[Severity, str, str, str]] = {
+    "contradictions": ("bad", "rows", "have a negative that this or another row gives as a positive of the same query",
+                       "Take it out of neg (mine.py does), or merge the rows of a query."),
+    "query_among_negatives": ("bad", "rows", "have their query among the negatives", "Take it out (mine.py does)."),
+    "shared_queries": ("bad", "test rows", "ask a query of the training data",
+                       "Remove these queries from the training data, or the test measures memory."),
+    "empty_texts": ("bad", "different texts", "hold no letter or digit", "Remove them."),
+    "replacement_characters": ("bad", "different texts", "hold U+FFFD, which stands for a character that was lost",
+                               "Read the source again with the right encoding (often GB18030)."),
+    "near_contradictions": ("warning", "negatives", "say nearly word for word what a positive of their row says",
+                            "Look at them, and remove those that are answers (mine.py's guards do)."),
+    "scores_missing": ("warning", "rows", "lack the scores of some texts, while others have theirs",
+                       "Score all (mine.py --reranker_name_or_path) before --knowledge_distillation."),
+    "scores_above": ("warning", "scored negatives", "score above the lowest positive of their row",
+                     "Look at them: they are likely answers; mine.py --teacher_margin 0 leaves them out."),
+    "scores_constant": ("warning", "scored rows", "have the same score for all texts, which teaches nothing",
+                        "Check how the scores were made."),
+    "positive_is_query": ("warning", "rows", "have their query as a positive", "Remove it: it teaches nothing."),
+    "identical_rows": ("warning", "rows", "repeat an earlier row in full", "Keep one of each."),
+    "repeated_queries": ("warning", "rows", "ask the query of an earlier row, with other texts",
+                         "Merge them into one row with all positives, lest one answer is trained against the other."),
+    "repeated_texts": ("warning", "rows", "hold a text twice among their positives or their negatives",
+                       "Keep one of each."),
+    "mojibake": ("warning", "different texts", "look as if read with a wrong encoding",
+                 "Look at them; if so, read the source again with the right encoding (UTF-8 or GB18030)."),
+    "short_positives": ("warning", "positives", f"have fewer than {SHORT} characters",
+                        "Give the sentence that holds the answer: a bare word matches every query or none."),
+    "near_shared_queries": ("warning", "test rows", "ask nearly a query of the training data",
+                            "Look at them; split so that all wordings of a question fall on the same side."),
+    "queries_cut": ("warning", "", "", "Raise --query_max_len, or shorten them: what is cut is not read."),
+    "passages_cut": ("warning", "", "", "Raise --passage_max_len, or split them: what is cut is not read."),
+    "no_negatives": ("warning", "rows", "have no negatives", "Mine some: python mine.py."),
+    "uneven_negatives": ("note", "rows", "have fewer negatives than others",
+                         "Harmless: a row trains with those it has; mine.py fills them up to one number."),
+    "hubs": ("note", "different positives", f"answer {HUB} different queries or more",
+             "Fine for a FAQ; else look whether they are boilerplate."),
+    "shared_positives": ("note", "test rows", "have a positive of the training data",
+                         "Expected if one passage answers many queries; to test unseen passages, split by passage."),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One kind of fault.
+
+    Args:
+        name: a key of KINDS, or what another check calls it.
+        severity: "bad": mend it; "warning": look at it; "note": know it.
+        count: how many have it.
+        total: how many were looked at.
+        message: one sentence with the figures.
+        remedy: one sentence: what to do.
+        examples: at most five, with `row` counted from 1.
+    """
+
+    name: str
+    severity: Severity
+    count: int
+    total: int
+    message: str
+    remedy: str
+    examples: list[Row | str] = field(default_factory=list)
+
+    @property
+    def share(self) -> float:
+        """count / total."""
+        return self.count / max(1, self.total)
+
+
+class _Hits:
+    """Counts what is found, and keeps the first few."""
+
+    def __init__(self) -> None:
+        self.count: Counter[str] = Counter()
+        self.examples: defaultdict[str, list[Row | str]] = defaultdict(list)
+
+    def add(self, name: str, **example: Any) -> None:
+        self.count[name] += 1
+        if len(self.examples[name]) < MAX_EXAMPLES:
+            self.examples[name].append({key: _clip(value) for key, value in example.items()})
+
+    def finding(self, name: str, total: int, what: str = "", more: str = "") -> list[Finding]:
+        """Of this kind, if there is any; `what` and `more`: the sentence, and its end."""
+        severity, unit, does, remedy = KINDS[name]
+        count = self.count[name]
+        message = f"{count:,} of {total:,} {what or f'{unit} {does}'} ({count / max(1, total):.1%}){more}."
+        return [Finding(name, severity, count, total, message, remedy, self.examples[name])] if count else []
+
+
+def check_rows(
+    rows: Sequence[Row],
+    *,
+    against: Sequence[Row] | None = None,
+    count_tokens: Callable[[list[str]], Sequence[int]] | None = None,
+    query_max_len: int | None = None,
+    passage_max_len: int | None = None,
+) -> list[Finding]:
+    """All that is found, the worst first; a kind that does not occur is left out.
+
+    Args:
+        rows: checked rows of training data (`records.check_training_row`).
+        against: test rows (`query`, `pos`) whose queries must not be among them.
+        count_tokens: texts -> tokens of each, with the special ones; None: characters stand for tokens.
+        query_max_len, passage_max_len: limits of what the encoder reads, in tokens; None: not looked at. A text is
+            measured without an instruction, and of more than MAX_SAMPLE texts an evenly spread sample is.
+    """
+    norm = functools.cache(normalize_text)
+    hits = _Hits()
+    first_row: dict[str, int] = {}  # of each text
+    asked: defaultdict[str, set[str]] = defaultdict(set)  # normalized query -> its positives in all rows
+    askers: defaultdict[str, set[str]] = defaultdict(set)  # normalized positive -> the queries that it answers
+    for number, row in enumerate(rows, 1):
+        for text in (row["query"], *row["pos"], *(row.get("neg") or ())):
+            first_row.setdefault(text, number)
+        asked[norm(row["query"])].update(map(norm, row["pos"]))
+        for text in row["pos"]:
+            askers[norm(text)].add(norm(row["query"]))
+    num_neg = [len(row.get("neg") or ()) for row in rows]
+    _check_each_row(rows, norm, asked, max(num_neg, default=0), hits)
+    num_scored = _check_scores(rows, hits)
+    for positive, queries in askers.items():
+        if len(queries) >= HUB:
+            hits.add("hubs", text=positive, queries=len(queries), query=min(queries))
+    for text, number in first_row.items():
+        for name, found in (
+            ("empty_texts", not (_LETTER.search(text))),
+            ("replacement_characters", "\ufffd" in text),
+            ("mojibake", _MOJIBAKE.search(text)),
+        ):
+            if found:
+                hits.add(name, row=number, text=text)
+    if against is not None:
+        _check_leaks(against, norm, asked, askers, hits)
+    totals = {
+        "rows": len(rows),
+        "test rows": len(against or ()),
+        "different texts": len(first_row),
+        "negatives": sum(num_neg),
+        "positives": sum(len(row["pos"]) for row in rows),
+        "different positives": len(askers),
+        **num_scored,
+    }
+    findings = [found for name, kind in KINDS.items() if kind[1] for found in hits.finding(name, totals[kind[1]])]
+    passages = [text for row in rows for text in (*row["pos"], *(row.get("neg") or ()))]
+    for name, limit, texts in (
+        ("queries", query_max_len, [row["query"] for row in rows]),
+        ("passages", passage_max_len, passages),
+    ):
+        if limit is not None:
+            findings += _check_lengths(name, limit, list(dict.fromkeys(texts)), count_tokens, first_row, hits)
+    return sorted(findings, key=lambda found: list(KINDS).index(found.name))
+
+
+def summary_lines(findings: Iterable[Finding]) -> list[str]:
+    """For a terminal: each finding, what to do, and two examples."""
+    lines = []
+    for finding in findings:
+        lines += [f"{finding.severity.upper():<9}{finding.message}", f"{'':<9}-> {finding.remedy}"]
+        for example in finding.examples[:2]:
+            parts = example.items() if isinstance(example, dict) else (("", example),)
+            lines.append(f"{'':<12}" + " | ".join(f"{name} {_clip(value, 50)}".strip() for name, value in parts))
+    return lines or ["Nothing to mend was found."]
+
+
+def _check_each_row(
+    rows: Sequence[Row], norm: Callable[[str], str], asked: dict[str, set[str]], most_negatives: int, hits: _Hits
+) -> None:
+    seen_rows: set[tuple[object, ...]] = set()
+    seen_queries: set[str] = set()
+    letters = functools.lru_cache(maxsize=100_000)(_letters)
+    for number, row in enumerate(rows, 1):
+        query, texts = norm(row["query"]), row.get("neg") or []
+        positives, negatives = list(map(norm, row["pos"])), list(map(norm, texts))
+        place = {"row": number, "query": row["query"]}
+        known = set(positives)
+        key = (query, row.get("prompt"), tuple(positives), tuple(negatives))
+        if key in seen_rows:
+            hits.add("identical_rows", **place)
+        elif query in seen_queries:
+            hits.add("repeated_queries", **place)
+        seen_rows.add(key)
+        seen_queries.add(query)
+        repeated = [
+            text for of in (positives, negatives) if len(set(of)) < len(of) for text in of if of.count(text) > 1
+        ]
+        for name, found in (
+            ("repeated_texts", repeated),
+            ("contradictions", [text for text in negatives if text in asked[query]]),
+            ("query_among_negatives", query in negatives),
+            ("positive_is_query", query in known),
+            ("no_negatives", not negatives),
+            ("uneven_negatives", 0 < len(negatives) < most_negatives),
+        ):
+            if found:
+                hits.add(name, **place, **({"text": found[0]} if isinstance(found, list) else {}))
+        for text in positives:
+            if len(text) < SHORT:
+                hits.add("short_positives", **place, text=text)
+        for negative in negatives:
+            for positive in positives if negative not in known else ():
+                gap = abs(len(positive) - len(negative))
+                # A ratio of 0.95 leaves a gap of a ninth at most; the 4 are for punctuation.
+                if 9 * (gap - 4) <= len(positive) and _near(letters(positive), letters(negative), NEAR_TEXT):
+                    hits.add("near_contradictions", **place, positive=positive, negative=negative)
+                    break
+
+
+def _letters(text: str) -> tuple[str, list[str]]:
+    """The letters and digits of a text, without case, and its numbers."""
+    return _NOT_LETTERS.sub("", text).casefold(), _NUMBER.findall(text)
+
+
+def _near(one: tuple[str, list[str]], other: tuple[str, list[str]], limit: float) -> bool:
+    from rapidfuzz import fuzz
+
+    if one[0] == other[0]:
+        return bool(one[0])
+    return one[1] == other[1] and fuzz.ratio(one[0], other[0], score_cutoff=100 * limit) > 0
+
+
+def _check_scores(rows: Sequence[Row], hits: _Hits) -> dict[str, int]:
+    """What the teacher's scores say; returns how many rows and negatives have some."""
+    num = {"scored rows": 0, "scored negatives": 0}
+    some = any(row.get("pos_scores") is not None or row.get("neg_scores") is not None for row in rows)
+    for number, row in enumerate(rows, 1) if some else ():
+        of_pos, of_neg, texts = row.get("pos_scores"), row.get("neg_scores") or [], row.get("neg") or []
+        if of_pos is None or len(of_neg) < len(texts):
+            hits.add("scores_missing", row=number, query=row["query"])
+            continue
+        num["scored rows"] += 1
+        num["scored negatives"] += len(of_neg)
+        if len(of_pos) + len(of_neg) > 1 and len({*of_pos, *of_neg}) == 1:
+            hits.add("scores_constant", row=number, query=row["query"], score=of_pos[0])
+        lowest = min(of_pos)
+        for text, score in zip(texts, of_neg, strict=True):
+            if score > lowest:
+                hits.add("scores_above", row=number, query=row["query"], text=text, score=score, lowest_positive=lowest)
+    return num
+
+
+def _check_leaks(
+    against: Sequence[Row],
+    norm: Callable[[str], str],
+    asked: dict[str, set[str]],
+    askers: dict[str, set[str]],
+    hits: _Hits,
+) -> None:
+    """Test rows whose query, or nearly, or whose positive is in the training data."""
+    from rapidfuzz import fuzz, process
+
+    forms = [_letters(query) for query in asked]
+    tests = [_letters(norm(row["query"])) for row in against]
+    wanted = {gram for letters, _ in tests for gram in _trigrams(letters)}
+    holders: defaultdict[str, list[int]] = defaultdict(list)  # trigram -> the training queries that hold it
+    for i, (letters, _) in enumerate(forms):
+        for gram in wanted.intersection(_trigrams(letters)):
+            holders[gram].append(i)
+    names = list(asked)
+    for number, (row, test) in enumerate(zip(against, tests, strict=True), 1):
+        if norm(row["query"]) in asked:
+            hits.add("shared_queries", row=number, query=row["query"])
+        else:
+            grams = sorted((gram for gram in _trigrams(test[0]) if gram in holders), key=lambda g: (len(holders[g]), g))
+            near = list(dict.fromkeys(islice(chain.from_iterable(holders[g] for g in grams[:RAREST]), MAX_NEAR)))
+            found = process.extract_iter(
+                test[0], [forms[i][0] for i in near], scorer=fuzz.ratio, score_cutoff=100 * NEAR_QUERY
+            )
+            same = (near[j] for _, _, j in found if _near(test, forms[near[j]], NEAR_QUERY))
+            if (place := next(same, None)) is not None:
+                hits.add("near_shared_queries", row=number, query=row["query"], training_query=names[place])
+        if shared := [text for text in row["pos"] if norm(text) in askers]:
+            hits.add("shared_positives", row=number, query=row["query"], text=shared[0])
+
+
+def _trigrams(letters: str) -> set[str]:
+    """All three characters in a row; a shorter text is its own."""
+    return {letters[i : i + 3] for i in range(max(1, len(letters) - 2))}
+
+
+def _check_lengths(
+    kind: str,
+    limit: int,
+    texts: list[str],
+    count_tokens: Callable[[list[str]], Sequence[int]] | None,
+    first_row: dict[str, int],
+    hits: _Hits,
+) -> list[Finding]:
+    step = max(1, -(-len(texts) // MAX_SAMPLE))
+    sample = texts[::step]
+    lengths = count_tokens(sample) if count_tokens else [len(text) + SPECIAL for text in sample]
+    for text, length in zip(sample, lengths, strict=True):
+        if length > limit:
+            hits.add(f"{kind}_cut", row=first_row[text], tokens=length, text=text)
+    what = f"different {kind}{' of a sample' if step > 1 else ''} are longer than the {limit} tokens that are read"
+    guess = "" if count_tokens else " (an estimate: a character counts as a token)"
+    return hits.finding(f"{kind}_cut", len(sample), what, f"; the longest has {max(lengths, default=0):,}{guess}")
+
+
+def _clip(value: Any, width: int = 120) -> Any:
+    """A text in one line, cut to `width` characters."""
+    if not isinstance(value, str):
+        return round(value, 4) if isinstance(value, float) else value
+    text = " ".join(value.split())
+    return text if len(text) <= width else text[: width - 1] + "…"

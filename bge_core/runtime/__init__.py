@@ -1,0 +1,5 @@
+"""How a stage starts and runs: its settings, its launch, the processes beside it.
+
+config: one dataclass a stage. cli: how they are read. launch: device, precision, process group. distributed: what ranks
+do together. watchdog: names a process that hangs. log: metrics.jsonl and memory.
+"""

@@ -1,0 +1,514 @@
+"""One dataclass a stage: the names of its flags and YAML keys, their types, defaults and bounds. cli.py reads them."""
+
+import difflib
+import json
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, cast
+
+from bge_core import UserError
+
+
+def _flag(default: Any, help: str, *aliases: str) -> Any:
+    metadata: dict[str, Any] = {"help": help}
+    if aliases:
+        metadata["aliases"] = [f"--{name}" for name in aliases]
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def _required(help: str, *aliases: str) -> Any:
+    metadata: dict[str, Any] = {"help": help}
+    if aliases:
+        metadata["aliases"] = [f"--{name}" for name in aliases]
+    return field(metadata=metadata)
+
+
+def _need(condition: bool, name: str, value: object, remedy: str) -> None:
+    if not condition:
+        raise UserError(f"--{name} {value!r}: {remedy}")
+
+
+def _need_positive(config: Any, names: str) -> None:
+    for name in names.split():
+        value = getattr(config, name)
+        _need(value is None or value > 0, name, value, "use a number above 0")
+
+
+def _need_from_0(config: Any, names: str) -> None:
+    for name in names.split():
+        _need((getattr(config, name) or 0) >= 0, name, getattr(config, name), "use 0 or a number above it")
+
+
+def _need_unset(config: Any, names: str, remedy: str) -> None:
+    for name in names.split():
+        _need(not getattr(config, name), name, getattr(config, name), remedy)
+
+
+def _two_placeholders(name: str, value: str) -> str:
+    value = value.replace("\\n", "\n")
+    try:
+        value.format("", "")
+        complete = value.count("{}") == 2
+    except (IndexError, KeyError, ValueError):
+        complete = False
+    _need(complete, name, value, "must hold '{}' twice: first the instruction, then the text")
+    return value
+
+
+Attention = Literal["auto", "padded", "sdpa", "varlen", "flash", "flex"]
+MergeMethod = Literal["linear", "slerp", "task_arithmetic", "ties", "greedy_soup"]
+MergeType = Literal["float32", "float16", "bfloat16", "keep"]
+_MAX_TOKENS = "At most this many tokens per encoding batch. Default: 8192, on a CPU 2048."
+_CACHE = "Folder where vectors are kept, by content: a second run on the same texts encodes nothing. Default: none."
+_ATTENTION = "How attention is computed without padding: auto takes the fastest that works; padded: as stock models."
+
+
+@dataclass
+class PrepareConfig:
+    """Raw question/answer files -> train.jsonl, test.jsonl, corpus.jsonl."""
+
+    input_dir: str = _required(
+        "Folder (or one file) with .jsonl .json .csv .tsv .xlsx .parquet files; read recursively."
+    )
+    output_dir: str = _required("Where train.jsonl, test.jsonl, corpus.jsonl and manifest.json go.")
+    train_num: int | None = _flag(None, "At most this many training rows. Default: nine tenths of the rows.")
+    split_by: Literal["group", "question"] = _flag(
+        "group", "group: no question and no answer on both sides. question: new questions about known answers."
+    )
+    query_field: str | None = _flag(None, "Column of the question; default: found by common names.")
+    answer_field: str | None = _flag(None, "Column of the answer; default: found by common names.")
+    seed: int = _flag(42, "Seed of the split.")
+    overwrite_output_dir: bool = _flag(False, "Replace the files of an earlier run in output_dir.")
+
+    def __post_init__(self) -> None:
+        _need(self.train_num is None or self.train_num > 0, "train_num", self.train_num, "use a number above 0")
+
+
+@dataclass
+class MineConfig:
+    """Training data -> training data with hard negatives, found with faiss."""
+
+    model_name_or_path: str | None = _flag(None, "Encoder that finds the negatives.", "embedder_name_or_path")
+    input_file: list[str] = _flag([], "Training data (query, pos, optional neg): JSONL, parquet, folders, hub names.")
+    output_file: str | None = _flag(None, "Where the rows with their mined `neg` go.")
+    candidate_pool: list[str] = _flag(
+        [], "Texts to choose from (`text`, optional `title`); default: the distinct pos and neg of input_file."
+    )
+    # where to look
+    retriever: Literal["dense", "bm25", "hybrid"] = _flag(
+        "dense", "dense: by vectors; bm25: by words; hybrid: both, fused by reciprocal rank."
+    )
+    range_for_sampling: str = _flag("10-210", "a-b: sample from hits [a, b) of the ranking counted from 0.")
+    use_gpu_for_searching: bool = _flag(False, "Search with faiss on the GPUs.")
+    index_factory: str = _flag(
+        "Flat", "faiss index: Flat is exact; HNSW32, 'IVF4096,PQ64', ... are faster on millions."
+    )
+    index_path: str | None = _flag(None, "File of such an index, reused if it fits. Default: in cache_dir, if given.")
+    search_memory: int = _flag(512, "MiB to search in; larger arrays are searched block by block.")
+    # what is no negative
+    guard_identical: bool = _flag(True, "Spare texts with the letters and digits of a positive.")
+    guard_near_duplicates: bool = _flag(True, "Spare texts that say what a positive says in nearly the same words.")
+    near_duplicate_threshold: float = _flag(0.85, "How alike they must be, 0 to 1.")
+    guard_same_questions: bool = _flag(True, "Spare positives of questions that are the same or nearly so.")
+    same_question_threshold: float = _flag(0.85, "How alike the questions must be, 0 to 1.")
+    guard_answers: bool = _flag(True, "Spare texts that hold the row's `answer`, if it states one.")
+    max_score: float | None = _flag(None, "Highest score of a negative.")
+    min_score: float | None = _flag(None, "Lowest score of a negative.")
+    absolute_margin: float | None = _flag(None, "A negative scores at least this much below its positive.")
+    relative_margin: float | None = _flag(None, "A negative scores at most (1 - this) times its positive.")
+    # what to take
+    negative_number: int = _flag(15, "Negatives per query.")
+    sampling: Literal["uniform", "top", "score"] = _flag(
+        "uniform", "From the range: each hit equally likely, the highest ones, or by exp(score / temperature)."
+    )
+    sampling_temperature: float = _flag(0.05, "Of --sampling score; smaller: harder negatives.")
+    keep_neg: bool = _flag(False, "Keep the input's own negatives and add the mined ones behind them.")
+    seed: int = _flag(42, "Seed of the sampling.")
+    # a teacher
+    reranker_name_or_path: str | None = _flag(
+        None, "Cross-encoder whose scores become pos_scores and neg_scores, for --knowledge_distillation."
+    )
+    reranker_max_length: int = _flag(512, "Longest query and passage together in tokens.")
+    teacher_encoder: str | None = _flag(None, "The same with a second encoder's cosines.")
+    teacher_margin: float | None = _flag(None, "A negative's teacher score is at least this much below its positive's.")
+    # how texts are encoded
+    query_instruction_for_retrieval: str | None = _flag(
+        None, "Put before each query. Default: the model's stored query prompt, if any; '' for none."
+    )
+    passage_instruction_for_retrieval: str | None = _flag(None, "Likewise for candidates.")
+    sentence_pooling_method: Literal["cls", "mean", "last_token"] | None = _flag(
+        None, "Default: what the model's sentence-transformers files say, else cls.", "pooling_method"
+    )
+    query_max_len: int = _flag(512, "Longest query in tokens.")
+    passage_max_len: int = _flag(512, "Longest candidate in tokens.")
+    max_tokens: int | None = _flag(None, _MAX_TOKENS)
+    batch_size: int | None = _flag(None, "At most this many texts per encoding batch.")
+    attention: Attention = _flag("auto", _ATTENTION)
+    fp16: bool = _flag(False, "Encode in float16 (GPU).")
+    bf16: bool = _flag(False, "Encode in bfloat16.")
+    trust_remote_code: bool = _flag(False, "Run model code that comes with the checkpoint.")
+    cache_dir: str | None = _flag(None, _CACHE)
+    cache_shard_size: int = _flag(4096, "Texts a file of the cache; a killed run loses at most so many.")
+    cache_dtype: Literal["float32", "float16"] = _flag("float32", "Type of the vectors in the cache.")
+    clean_cache: bool = _flag(False, "Remove what cache_dir holds of other models and settings, when all is done.")
+    # look at it
+    inspect: int = _flag(0, "Show this many rows with their negatives and scores.")
+    report: str | None = _flag(None, "The report, one HTML file. Default: <output_file>.report.html.")
+    check: str | None = _flag(None, "Only look at a training file, and mine nothing: duplicates, contradictions, ...")
+    check_against: str | None = _flag(None, "With --check: test data whose questions must not be in it.")
+
+    def __post_init__(self) -> None:
+        _need_positive(
+            self,
+            "negative_number max_tokens query_max_len passage_max_len search_memory batch_size "
+            "cache_shard_size sampling_temperature reranker_max_length",
+        )
+        _need(not (self.fp16 and self.bf16), "fp16", True, "cannot go with --bf16: choose one")
+        for name in ("near_duplicate_threshold", "same_question_threshold"):
+            _need(0 < getattr(self, name) <= 1, name, getattr(self, name), "use a number above 0, up to 1")
+        _need_from_0(self, "absolute_margin relative_margin teacher_margin inspect")
+        _need(
+            self.min_score is None or self.max_score is None or self.min_score < self.max_score,
+            "min_score",
+            self.min_score,
+            f"is not below --max_score {self.max_score}",
+        )
+        two = self.reranker_name_or_path and self.teacher_encoder
+        _need(not two, "teacher_encoder", self.teacher_encoder, "cannot go with --reranker_name_or_path: choose one")
+        teacher = self.reranker_name_or_path or self.teacher_encoder
+        _need(
+            self.teacher_margin is None or bool(teacher),
+            "teacher_margin",
+            self.teacher_margin,
+            "needs --reranker_name_or_path or --teacher_encoder",
+        )
+        _need(
+            self.check_against is None or self.check is not None, "check_against", self.check_against, "needs --check"
+        )
+        for name in () if self.check is not None else ("model_name_or_path", "input_file", "output_file"):
+            if not getattr(self, name):
+                raise UserError(f"the following arguments are required: --{name}; --help lists the flags")
+        _need(not self.clean_cache or self.cache_dir is not None, "clean_cache", True, "needs --cache_dir")
+        _ = self.sampling_range
+
+    @property
+    def guards(self) -> bool:
+        """Whether any guard stands."""
+        return self.guard_identical or self.guard_near_duplicates or self.guard_same_questions or self.guard_answers
+
+    @property
+    def sampling_range(self) -> tuple[int, int]:
+        """(a, b) of range_for_sampling "a-b": hits a (included) to b (excluded), counted from 0."""
+        try:
+            start, end = (int(part) for part in self.range_for_sampling.split("-"))
+        except ValueError:
+            start, end = 0, -1
+        _need(0 <= start < end, "range_for_sampling", self.range_for_sampling, "write two rising ranks, as 2-200")
+        return start, end
+
+
+@dataclass
+class TrainConfig:
+    """Training data -> a fine-tuned encoder; names and defaults of FlagEmbedding and transformers."""
+
+    # model
+    model_name_or_path: str = _required("Hub name or folder of the encoder to fine-tune.", "embedder_name_or_path")
+    output_dir: str = _required("Run folder: final model, checkpoints, metrics.jsonl, curves.png, manifest.json.")
+    train_data: list[str] = _required("Files (jsonl, parquet), folders, hub names or a sources.yaml.")
+    tokenizer_name: str | None = _flag(None, "Tokenizer, if it lies elsewhere than the model.")
+    cache_dir: str | None = _flag(None, "Folder of the hub's downloads.")
+    token: str | None = _flag(None, "Hub token; default: the environment's HF_TOKEN.")
+    trust_remote_code: bool = _flag(False, "Run model code that comes with the checkpoint.")
+    sentence_pooling_method: Literal["cls", "mean", "last_token"] | None = _flag(
+        None, "Default: what the checkpoint's sentence-transformers files say, else cls."
+    )
+    normalize_embeddings: bool = _flag(True, "Scale vectors to length 1, so that scores are cosines.", "normlized")
+    fix_position_embedding: bool = _flag(False, "Freeze the position embeddings.")
+    attention: Attention = _flag("auto", _ATTENTION)
+    attention_dropout: float | None = _flag(None, "Dropout of attention weights. Default: the checkpoint's.")
+    # data
+    train_group_size: int = _flag(8, "Passages per query: one positive and train_group_size - 1 of its negatives.")
+    query_max_len: int = _flag(32, "Longest query in tokens.")
+    passage_max_len: int = _flag(128, "Longest passage in tokens.")
+    query_instruction_for_retrieval: str | None = _flag(
+        None, "Put before each query. Default: the checkpoint's stored query prompt, if any; '' for none."
+    )
+    query_instruction_format: str = _flag("{}{}", "How instruction and query are joined.")
+    passage_instruction_for_retrieval: str | None = _flag(None, "Likewise for passages.")
+    passage_instruction_format: str = _flag("{}{}", "How instruction and passage are joined.")
+    max_example_num_per_dataset: int = _flag(100_000_000, "At most this many rows of each file, drawn with the seed.")
+    same_dataset_within_batch: bool = _flag(False, "All rows of a batch come from the same file.")
+    dataloader_drop_last: bool = _flag(False, "Leave out the last, smaller batch of an epoch.")
+    dataloader_num_workers: int = _flag(1, "Processes that tokenize ahead; 0: the training process itself.")
+    # loss
+    temperature: float = _flag(0.02, "Scores are divided by it.")
+    negatives_cross_device: bool = _flag(False, "Passages of every process are negatives for every query.")
+    use_inbatch_neg: bool = _flag(True, "Passages of other queries are negatives; False: a query's own passages alone.")
+    exclude_positives: bool = _flag(True, "A passage that is a known positive of the query is never its negative.")
+    knowledge_distillation: bool = _flag(False, "Learn from pos_scores and neg_scores.")
+    kd_loss_type: Literal["kl_div", "m3_kd_loss"] = _flag("kl_div", "Distillation loss.")
+    use_mrl: bool = _flag(False, "Matryoshka: the loss is the mean over mrl_dims.")
+    mrl_dims: list[int] = _flag([], "Leading dimensions that shall work alone.")
+    loss: str | None = _flag(
+        None, "FILE.py:FUNCTION(LossInput, LossConfig) -> LossOutput instead of the built-in loss."
+    )
+    loss_args: str | None = _flag(None, "JSON object, given to the loss as cfg.args.")
+    loss_block_size: int | None = _flag(
+        None, "Rows of the score matrix at a time; 0: the whole matrix. Default: by size, about 16 MB a block."
+    )
+    guide_encoder: str | None = _flag(None, "Frozen encoder whose vectors a loss of your own sees, too (GISTEmbed).")
+    # optimization
+    num_train_epochs: float = _flag(3.0, "Passes over the data; may be a fraction.")
+    max_steps: int = _flag(-1, "Optimizer updates; above 0 it beats num_train_epochs.")
+    per_device_train_batch_size: int = _flag(8, "Queries per process and micro-batch.")
+    gradient_accumulation_steps: int | None = _flag(None, "Micro-batches per update. Default: Accelerate's, else 1.")
+    sub_batch_size: int | None = _flag(
+        None, "GradCache: encode this many texts at a time; memory no longer grows with the batch."
+    )
+    max_tokens: int | None = _flag(None, "GradCache: encode texts of at most this many tokens at a time.")
+    learning_rate: float = _flag(5e-5, "Peak learning rate of AdamW.")
+    lr_scheduler_type: str = _flag("linear", "As in transformers: linear, cosine, constant, constant_with_warmup, ...")
+    warmup_ratio: float = _flag(0.0, "Warm-up as a share of all steps.")
+    warmup_steps: int = _flag(0, "Warm-up in steps; above 0 it beats warmup_ratio.")
+    weight_decay: float = _flag(0.0, "Decoupled weight decay of matrices (never of biases and norms).")
+    adam_beta1: float = _flag(0.9, "AdamW's beta1.")
+    adam_beta2: float = _flag(0.999, "AdamW's beta2.")
+    adam_epsilon: float = _flag(1e-8, "AdamW's epsilon.")
+    ema_decay: float | None = _flag(None, "Evaluate and publish a moving average of the weights, with this decay.")
+    max_grad_norm: float = _flag(1.0, "Clip the whole gradient to this norm; 0: never.")
+    fp16: bool = _flag(False, "float16 autocast with loss scaling (GPU).")
+    bf16: bool = _flag(False, "bfloat16 autocast.")
+    gradient_checkpointing: bool = _flag(False, "Trade time for activation memory.")
+    torch_compile: bool = _flag(False, "Compile the layers (needs a C++ compiler, on GPUs Triton).")
+    fsdp: bool = _flag(False, "FSDP2 instead of DDP: weights, gradients and AdamW's state lie in shards.")
+    ddp_timeout: int = _flag(1800, "Seconds that processes wait for one that hangs; then all end, and it is named.")
+    seed: int = _flag(42, "Seed of data order, choice of passages and dropout.")
+    full_determinism: bool = _flag(
+        False, "Deterministic GPU kernels: slower, the same bits in every run.", "deterministic"
+    )
+    # run folder
+    logging_steps: int = _flag(10, "Steps between two lines of metrics.jsonl.")
+    save_steps: float = _flag(500, "Steps between two checkpoints; below 1: that share of all steps; 0: none.")
+    save_total_limit: int | None = _flag(None, "Keep this many newest checkpoints (and the best).")
+    resume_from_checkpoint: str | None = _flag(None, "'latest', or the path of a checkpoint.")
+    allow_changed: list[str] = _flag([], "Settings that may differ from those of the run that is resumed.")
+    overwrite_output_dir: bool = _flag(False, "Begin anew in a folder that holds another run.")
+    report_to: str = _flag("none", "tensorboard, wandb or none.")
+    run_name: str | None = _flag(None, "Name of the run for the tracker.")
+    # evaluation while training
+    val_data: str | None = _flag(None, "Evaluation data (query, pos); scored every eval_steps and at the end.")
+    val_corpus: str | None = _flag(None, "Corpus to search; default: the distinct pos and neg of val_data.")
+    eval_steps: float | None = _flag(None, "Steps between two evaluations, as save_steps. Default: save_steps.")
+    per_device_eval_batch_size: int | None = _flag(None, "At most this many texts per batch of the evaluation.")
+    metric_for_best_model: str = _flag("MRR@10", "Decides the best checkpoint; larger is better.")
+    load_best_model_at_end: bool = _flag(False, "The final model is that of the best evaluation.")
+    early_stopping_patience: int | None = _flag(None, "Stop after this many evaluations without a better one.")
+    # look before you train
+    show_batch: bool = _flag(False, "Print one batch, decoded, and end.")
+    plan: bool = _flag(False, "Print what the run will take (memory, time, checkpoints, ...), and end; stdout: JSON.")
+
+    def __post_init__(self) -> None:
+        if self.sub_batch_size is not None and self.sub_batch_size <= 0:
+            self.sub_batch_size = None  # FlagEmbedding's -1: off
+        _need_positive(
+            self,
+            "train_group_size query_max_len passage_max_len per_device_train_batch_size max_tokens temperature "
+            "max_example_num_per_dataset learning_rate adam_epsilon ddp_timeout gradient_accumulation_steps "
+            "logging_steps save_total_limit early_stopping_patience per_device_eval_batch_size",
+        )
+        _need(0 <= (self.attention_dropout or 0) < 1, "attention_dropout", self.attention_dropout, "use 0 to below 1")
+        if self.ema_decay is not None:
+            _need(0 < self.ema_decay < 1, "ema_decay", self.ema_decay, "use a number above 0 and below 1, as 0.999")
+        _need_from_0(self, "weight_decay max_grad_norm warmup_steps save_steps loss_block_size dataloader_num_workers")
+        if self.max_steps <= 0:
+            _need_positive(self, "num_train_epochs")
+        _need(
+            self.guide_encoder is None or self.loss is not None,
+            "guide_encoder",
+            self.guide_encoder,
+            "the built-in loss asks no guide: add --loss examples/losses/gist.py:gist_loss, or your own",
+        )
+        _need(0 <= self.warmup_ratio <= 1, "warmup_ratio", self.warmup_ratio, "use a share from 0 to 1")
+        _need(not (self.fp16 and self.bf16), "fp16", True, "cannot go with --bf16: choose one")
+        remedy = "go with --use_mrl, as --use_mrl --mrl_dims 256 512"
+        _need(self.use_mrl == bool(self.mrl_dims), "mrl_dims", self.mrl_dims, remedy)
+        _need(all(dim > 0 for dim in self.mrl_dims), "mrl_dims", self.mrl_dims, "use numbers above 0")
+        trackers = ("none", "tensorboard", "wandb")
+        _need(self.report_to in trackers, "report_to", self.report_to, "use tensorboard, wandb or none")
+        _need(
+            self.negatives_cross_device <= self.use_inbatch_neg,
+            "negatives_cross_device",
+            True,
+            "needs in-batch negatives: drop --use_inbatch_neg False",
+        )
+        names = {f.name for f in fields(self)}
+        for name in self.allow_changed:
+            _need(name in names, "allow_changed", name, f"is no setting; {advice(name, names)}")
+        for name in ("load_best_model_at_end", "early_stopping_patience", "eval_steps", "val_corpus"):
+            _need(self.val_data is not None or not getattr(self, name), name, getattr(self, name), "needs --val_data")
+        self.query_instruction_format = _two_placeholders("query_instruction_format", self.query_instruction_format)
+        self.passage_instruction_format = _two_placeholders(
+            "passage_instruction_format", self.passage_instruction_format
+        )
+        _ = self.parsed_loss_args
+
+    @property
+    def parsed_loss_args(self) -> dict[str, Any]:
+        """loss_args as the object it states, {} without."""
+        try:
+            args: Any = json.loads(self.loss_args) if self.loss_args else {}
+        except json.JSONDecodeError:
+            args = None
+        _need(isinstance(args, dict), "loss_args", self.loss_args, """write a JSON object, as '{"margin": 0.1}'""")
+        return cast(dict[str, Any], args)
+
+
+@dataclass
+class MergeConfig:
+    """Several checkpoints -> one model: their weighted average, or merged in another way."""
+
+    models: list[str] = _required("Two or more hub names or folders.")
+    output_path: str = _required("Where the merged model goes.")
+    method: MergeMethod = _flag("linear", "Weighted average; slerp, task_arithmetic, ties; greedy_soup of checkpoints.")
+    weights: list[float] = _flag([], "One a model, summing to 1 (task_arithmetic: any). Default: equal.")
+    base_model: str | None = _flag(None, "Of task_arithmetic and ties: the model that those of --models started from.")
+    density: float | None = _flag(None, "Of ties: the share of each difference that is kept, by size. Default: 0.2.")
+    dtype: MergeType = _flag("float32", "Type of the merged weights; keep: that of the first model.")
+    example_data: str | None = _flag(None, "JSONL with query, pos, neg: weights from each model's loss on it.")
+    sweep: str | None = _flag(None, "start:stop:step: measure these weights of the second model, and write the best.")
+    val_data: str | None = _flag(None, "Of sweep and greedy_soup: test set of the domain, as evaluate.py reads it.")
+    corpus: str | None = _flag(None, "Its corpus; default: the distinct pos and neg of val_data.")
+    general_data: str | None = _flag(None, "Of sweep: test set of what should not get significantly worse.")
+    general_corpus: str | None = _flag(None, "Its corpus; default: the distinct pos and neg of general_data.")
+    general_weight: float | None = _flag(None, "Of sweep: choose by (1 - a) domain + a general instead, 0 <= a <= 1.")
+    metric: str | None = _flag(None, "Of sweep and greedy_soup: what decides. Default: MRR@10.")
+    fp16: bool = _flag(False, "Score in float16 (GPU).")
+    bf16: bool = _flag(False, "Score in bfloat16.")
+    temperature: float = _flag(5.0, "Of the softmax over the losses; larger: more equal weights.")
+    neg_number: int = _flag(7, "Negatives per example when the loss is computed.")
+    max_input_length: int = _flag(512, "Longest text in tokens when a loss or a score is computed.")
+    batch_size: int = _flag(2, "Examples per batch when the loss is computed.")
+    seed: int = _flag(42, "Seed of the choice of negatives, and of the sweep's intervals.")
+    overwrite_output_dir: bool = _flag(False, "Replace an earlier model in output_path.")
+    cache_dir: str | None = _flag(None, "Folder of the hub's downloads.")
+    trust_remote_code: bool = _flag(False, "Run model code that comes with the checkpoint.")
+
+    def __post_init__(self) -> None:
+        _need_positive(self, "max_input_length batch_size temperature")
+        _need_from_0(self, "seed")
+        _need(not (self.fp16 and self.bf16), "fp16", True, "cannot go with --bf16: choose one")
+        if self.method == "greedy_soup" or self.sweep:
+            name = "method" if self.method == "greedy_soup" else "sweep"
+            _need(self.val_data is not None, name, getattr(self, name), "needs --val_data, to score on")
+            _need_unset(self, "weights example_data", "--sweep and --method greedy_soup find the weights: drop it")
+        else:
+            remedy = "goes with --sweep or --method greedy_soup alone: drop it"
+            _need_unset(self, "val_data corpus metric fp16 bf16", remedy)
+        if self.sweep:
+            _need(len(self.models) == 2, "sweep", self.sweep, "takes two models: the base, then the fine-tuned one")
+            _need(self.method == "linear", "sweep", self.sweep, "goes with --method linear")
+        else:
+            _need_unset(self, "general_data general_corpus general_weight", "goes with --sweep alone: drop it")
+        if self.general_data is None:
+            _need_unset(self, "general_corpus general_weight", "needs --general_data")
+        _need(0 <= (self.general_weight or 0) <= 1, "general_weight", self.general_weight, "use a share from 0 to 1")
+
+
+@dataclass
+class EvaluateConfig:
+    """One or more encoders and evaluation data -> metrics by exact search, with intervals, tests and a report."""
+
+    val_data: list[str] = _required("Test sets: JSONL with query and pos, BEIR folders, hub names; with --run: qrels.")
+    encoder: list[str] = _flag([], "One or more hub names or folders; the first is what the others are compared with.")
+    corpus: list[str] = _flag(
+        [], "JSONL with text: one for all, or one a test set. Default: each set's own pos and neg."
+    )
+    run: list[str] = _flag([], "TREC run files to score, in place of encoders.")
+    k: int = _flag(100, "Depth of the ranking; a deeper one of --metrics counts.")
+    metrics: list[str] = _flag([], "Such as MRR@10 nDCG@20 Recall@100 MAP@100 Precision@5 Success@1 CappedRecall@10.")
+    add_instruction: bool = _flag(False, "Use the model's stored prompts, else BGE's instruction for its language.")
+    query_instruction_for_retrieval: str | None = _flag(None, "Put before each query; beats --add_instruction.")
+    passage_instruction_for_retrieval: str | None = _flag(None, "Put before each passage; beats --add_instruction.")
+    pooling_method: Literal["cls", "mean", "last_token"] | None = _flag(
+        None, "Default: what the model's sentence-transformers files say, else cls.", "sentence_pooling_method"
+    )
+    max_query_length: int = _flag(64, "Longest query in tokens.")
+    max_passage_length: int = _flag(512, "Longest passage in tokens.")
+    max_tokens: int | None = _flag(None, _MAX_TOKENS)
+    batch_size: int | None = _flag(None, "At most this many texts per encoding batch.")
+    attention: Attention = _flag("auto", _ATTENTION)
+    fp16: bool = _flag(False, "Encode in float16 (GPU).")
+    bf16: bool = _flag(False, "Encode in bfloat16.")
+    # what it costs
+    dims: list[int] = _flag([], "Also with vectors cut to these dimensions.")
+    dtypes: list[str] = _flag([], "Also with vectors kept as float32, float16, int8 or binary.")
+    index_factories: list[str] = _flag([], "Also with these faiss indexes, as HNSW32 or IVF256,PQ48.")
+    # how sure
+    resamples: int = _flag(10_000, "Of the bootstrap and of the permutation test.")
+    seed: int = _flag(0, "Of both.")
+    # what is written
+    output_dir: str | None = _flag(None, "Where the report, plots, metrics, rankings and the manifest go.")
+    overwrite_output_dir: bool = _flag(False, "Replace the files of an earlier evaluation in output_dir.")
+    lang: Literal["en", "zh"] = _flag("en", "Language of the report.")
+    update_model_card: bool = _flag(False, "Write scores and thresholds into the README.md of each encoder's folder.")
+    cache_dir: str | None = _flag(None, _CACHE)
+    cache_shard_size: int = _flag(4096, "Texts a file of the cache.")
+    trust_remote_code: bool = _flag(False, "Run model code that comes with the checkpoint.")
+
+    def __post_init__(self) -> None:
+        _need_positive(self, "k max_tokens max_query_length max_passage_length cache_shard_size resamples batch_size")
+        _need_from_0(self, "seed")
+        _need(not (self.fp16 and self.bf16), "fp16", True, "cannot go with --bf16: choose one")
+        _need(
+            bool(self.encoder) != bool(self.run), "encoder", self.encoder, "name models to encode with, or --run files"
+        )
+        if self.run:
+            _need_unset(
+                self,
+                "corpus dims dtypes index_factories update_model_card cache_dir add_instruction fp16 bf16 "
+                "max_tokens query_instruction_for_retrieval passage_instruction_for_retrieval pooling_method",
+                "has no meaning with --run",
+            )
+            _need(self.lang == "en", "lang", self.lang, "has no meaning with --run, which writes no report")
+            _need(len(self.val_data) == 1, "val_data", self.val_data, "with --run: one file of qrels")
+        fits = len(self.corpus) in (0, 1, len(self.val_data))
+        _need(fits, "corpus", self.corpus, f"give one for all, or one for each of {len(self.val_data)} test sets")
+        for dtype in self.dtypes:
+            known = dtype in ("float32", "float16", "int8", "binary")
+            _need(known, "dtypes", dtype, "use float32, float16, int8 or binary")
+
+
+# Flags of FlagEmbedding and its examples that mean nothing here; the reason is what the user reads.
+REFUSED = {
+    "deepspeed": "DeepSpeed is not tested here; launch with accelerate or torchrun (DDP, or --fsdp)",
+    "small_threshold": "merge small files yourself; every row is used",
+    "drop_threshold": "merge small files yourself; every row is used",
+    "shuffle_ratio": "it reorders thirds of a passage, which no evaluation does",
+    "cache_path": "rows are memory-mapped by datasets; set HF_DATASETS_CACHE",
+    "pad_to_multiple_of": "padding is the encoder's own affair",
+    "use_fast_tokenizer": "the fast tokenizer is always used",
+    "config_name": "the configuration always comes from the model; FlagEmbedding only printed it",
+    "save_strategy": "use --save_steps (below 1: a share of all steps; 0: none)",
+    "evaluation_strategy": "use --eval_steps with --val_data",
+    "eval_strategy": "use --eval_steps with --val_data",
+    "ddp_find_unused_parameters": "never needed: parameters without a gradient are frozen",
+    "optim": "AdamW is the optimizer; change it in bge_core/training/optim.py",
+    "remove_unused_columns": "unknown columns are always ignored",
+    "index_factory": "the search is exact",
+    "save_embedding": "--cache_dir keeps embeddings, by content",
+    "load_embedding": "--cache_dir keeps embeddings, by content",
+    "save_path": "--cache_dir keeps embeddings, by content",
+    "query_data": "it is called --val_data here",
+    "corpus_data": "it is called --corpus here",
+    "do_train": "train.py always trains",
+    "local_rank": "the launcher sets it in the environment",
+}
+
+
+def advice(name: str, known: set[str]) -> str:
+    """What to say of a name that is no flag or key: why not, or which one it resembles."""
+    if name in REFUSED:
+        return REFUSED[name]
+    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"did you mean --{nearest[0]}?" if nearest else "--help lists the flags"

@@ -1,0 +1,614 @@
+"""The data order as a pure function: which rows, which passages, which rank; and what a batch holds."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow
+import pytest
+import runs
+import torch
+from conftest import ROOT
+from hypothesis import given
+from hypothesis import strategies as st
+from pyarrow import parquet
+from transformers import AutoTokenizer
+
+from bge_core import UserError
+from bge_core.files import atomic
+from bge_core.files.atomic import write_jsonl
+from bge_core.files.text import text_id
+from bge_core.runtime.config import TrainConfig
+from bge_core.training.batch import Batch
+from bge_core.training.data import (
+    BatchPlan,
+    Example,
+    TrainingData,
+    assign_to_ranks,
+    choose_example,
+    instructed,
+    list_files,
+)
+
+
+def make_config(file: Path | list[str], **options: Any) -> TrainConfig:
+    files = file if isinstance(file, list) else [str(file)]
+    defaults = {"per_device_train_batch_size": 4, "train_group_size": 3, "query_instruction_for_retrieval": ""}
+    return TrainConfig(model_name_or_path="", output_dir="", train_data=files, **(defaults | options))
+
+
+def make_data(
+    file: Path | list[str], model: Path, rank: int = 0, world_size: int = 1, accumulation: int = 1, **options: Any
+) -> TrainingData:
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    return TrainingData(make_config(file, **options), tokenizer, 512, rank, world_size, accumulation)
+
+
+def write(file: Path, *rows: dict[str, Any]) -> Path:
+    write_jsonl(file, rows)
+    return file
+
+
+# --- the plan ---------------------------------------------------------------------------------------------------------
+
+
+def rows_of_steps(plan: BatchPlan, steps: range) -> list[list[list[int]]]:
+    """For each step the row numbers of its micro-batches."""
+    located = [plan.locate(step) for step in steps]
+    return [[batch.tolist() for batch in plan.epoch(epoch)[micro_batches]] for epoch, micro_batches in located]
+
+
+plans = st.builds(
+    BatchPlan,
+    file_sizes=st.lists(st.integers(0, 12), min_size=1, max_size=3).map(tuple),
+    batch_size=st.integers(1, 7),
+    accumulation=st.integers(1, 3),
+    seed=st.integers(0, 5),
+    drop_last=st.booleans(),
+    same_file=st.booleans(),
+)
+
+
+@given(plans, st.integers(0, 3))
+def test_an_epoch_has_each_row_once(plan: BatchPlan, epoch: int) -> None:
+    batches = plan.epoch(epoch)
+    rows = [row for batch in batches for row in batch.tolist()]
+    sizes = [len(batch) for batch in batches]
+    assert len(set(rows)) == len(rows) and set(rows) <= set(range(plan.num_rows))
+    assert len(batches) == plan.micro_batches_per_epoch
+    assert all(1 <= size <= plan.batch_size for size in sizes)
+    pools = plan.file_sizes if plan.same_file else (plan.num_rows,)
+    dropped = sum(size % plan.batch_size for size in pools) if plan.drop_last else 0
+    assert len(rows) == plan.num_rows - dropped
+    if plan.drop_last:
+        assert set(sizes) <= {plan.batch_size}
+    elif not plan.same_file:
+        assert all(size == plan.batch_size for size in sizes[:-1])
+
+
+@given(plans)
+def test_the_plan_is_a_pure_function_of_seed_and_epoch(plan: BatchPlan) -> None:
+    again = replace(plan)
+    late = again.epoch(3)
+    for epoch in (3, 0):
+        assert [b.tolist() for b in plan.epoch(epoch)] == [b.tolist() for b in (late if epoch else again.epoch(0))]
+
+
+@given(plans)
+def test_the_steps_of_an_epoch_are_its_micro_batches_in_order(plan: BatchPlan) -> None:
+    steps = rows_of_steps(plan, range(plan.steps_per_epoch, 2 * plan.steps_per_epoch)) if plan.steps_per_epoch else []
+    assert [batch for step in steps for batch in step] == [batch.tolist() for batch in plan.epoch(1)]
+    assert all(len(step) == plan.accumulation for step in steps[:-1])
+    assert all(1 <= len(step) <= plan.accumulation for step in steps)
+
+
+def unweighted_epoch(plan: BatchPlan, number: int) -> list[np.ndarray]:
+    """The order as it was before sources had weights: runs made then resume to the same batches."""
+    rng = np.random.default_rng((plan.seed, number))
+    if not plan.same_file:
+        return plan._cut(rng.permutation(plan.num_rows))
+    starts = np.cumsum((0, *plan.file_sizes))
+    parts = [plan._cut(start + rng.permutation(size)) for start, size in zip(starts, plan.file_sizes, strict=False)]
+    batches = [batch for part in parts for batch in part]
+    return [batches[i] for i in rng.permutation(len(batches))]
+
+
+@given(plans, st.integers(0, 3))
+def test_weights_of_one_leave_the_order_as_it_was(plan: BatchPlan, epoch: int) -> None:
+    want = [batch.tolist() for batch in unweighted_epoch(plan, epoch)]
+    for weights in ((), (1.0,) * len(plan.file_sizes)):
+        found = replace(plan, weights=weights).epoch(epoch)
+        assert [batch.tolist() for batch in found] == want and all(batch.dtype == np.int64 for batch in found)
+
+
+@given(plans, st.lists(st.sampled_from([0.01, 0.3, 0.5, 1.0, 1.1, 2.0, 2.75, 4.0]), min_size=3, max_size=3), st.data())
+def test_an_epoch_takes_each_source_by_its_weight(plan: BatchPlan, weights: list[float], drawn: st.DataObject) -> None:
+    plan = replace(plan, weights=tuple(weights[: len(plan.file_sizes)]), drop_last=False)
+    epoch = drawn.draw(st.integers(0, 3))
+    batches = plan.epoch(epoch)
+    assert [b.tolist() for b in batches] == [b.tolist() for b in replace(plan).epoch(epoch)]
+    assert len(batches) == plan.micro_batches_per_epoch
+    assert all(1 <= len(batch) <= plan.batch_size for batch in batches)
+    draws = [draw for batch in batches for draw in batch.tolist()]
+    assert len(set(draws)) == len(draws) and all(draw >= 0 for draw in draws)
+    start = 0
+    for size, weight in zip(plan.file_sizes, plan.weights, strict=True):
+        rows = range(start, start + size)
+        times = [sum(draw % plan.num_rows == row for draw in draws) for row in rows]
+        # floor(w) whole passes, and the fraction of the rows once more; none of a weight so small comes once
+        passes = int(weight)
+        once_more = max(round((weight - passes) * size), int(size > 0 and passes == 0))
+        assert sorted(times) == [passes] * (size - once_more) + [passes + 1] * once_more
+        for row, count in zip(rows, times, strict=True):
+            assert {draw for draw in draws if draw % plan.num_rows == row} == {
+                row + lap * plan.num_rows for lap in range(count)
+            }
+        start += size
+    if plan.same_file:
+        ends = np.cumsum(plan.file_sizes)
+        assert all(len(set(np.searchsorted(ends, batch % plan.num_rows, side="right"))) == 1 for batch in batches)
+
+
+def test_the_fraction_is_drawn_anew_in_each_epoch() -> None:
+    plan = BatchPlan((40, 5), 8, 1, seed=1, weights=(0.25, 1.0))
+    rows = [{draw for batch in plan.epoch(epoch) for draw in batch.tolist() if draw < 40} for epoch in range(60)]
+    assert all(len(of_epoch) == 10 for of_epoch in rows)
+    assert rows[0] != rows[1] and set.union(*rows) == set(range(40))
+
+
+def test_seeds_and_epochs_differ() -> None:
+    plan = BatchPlan((40,), 8, 1, seed=1)
+    orders = [np.concatenate(p.epoch(e)).tolist() for p in (plan, replace(plan, seed=2)) for e in (0, 1)]
+    assert len({tuple(order) for order in orders}) == 4
+    assert sorted(orders[0]) == list(range(40)) != orders[0]
+
+
+def test_the_last_micro_batch_is_short_or_left_out() -> None:
+    plan = BatchPlan((10,), 4, 2, seed=0)
+    assert [len(batch) for batch in plan.epoch(0)] == [4, 4, 2]
+    assert [len(batch) for batch in replace(plan, drop_last=True).epoch(0)] == [4, 4]
+    assert (plan.steps_per_epoch, replace(plan, drop_last=True).steps_per_epoch) == (2, 1)
+    assert [plan.locate(step) for step in range(3)] == [(0, slice(0, 2)), (0, slice(2, 4)), (1, slice(0, 2))]
+    assert [[len(b) for b in step] for step in rows_of_steps(plan, range(2))] == [[4, 4], [2]]
+
+
+def test_with_same_file_no_batch_mixes_files_and_batches_of_files_are_shuffled() -> None:
+    plan = BatchPlan((20, 20, 3), 4, 1, seed=0, same_file=True)
+    files = [{0 if row < 20 else 1 if row < 40 else 2 for row in batch.tolist()} for batch in plan.epoch(0)]
+    assert all(len(of_batch) == 1 for of_batch in files) and len(files) == 11
+    order = [min(of_batch) for of_batch in files]
+    assert order != sorted(order)
+
+
+# --- assign_to_ranks ----------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.integers(0, 500), max_size=40), st.integers(1, 8))
+def test_deal_gives_every_position_once_and_about_as_many_to_each(costs: list[int], num_ranks: int) -> None:
+    hands = assign_to_ranks(costs, num_ranks)
+    assert len(hands) == num_ranks
+    assert sorted(position for hand in hands for position in hand) == list(range(len(costs)))
+    assert all(hand == sorted(hand) for hand in hands)
+    sizes = [len(hand) for hand in hands]
+    assert max(sizes) - min(sizes) <= 1
+    sums = [sum(costs[i] for i in hand) for hand in hands]
+    assert max(sums) - min(sums) <= max(costs, default=0)
+
+
+def test_deal_goes_to_and_fro() -> None:
+    assert assign_to_ranks([1, 9, 5, 7], 2) == [[0, 1], [2, 3]]  # 9 and 1 | 7 and 5
+    assert assign_to_ranks([3, 3, 3], 2) == [[0], [1, 2]]
+    assert assign_to_ranks([5], 3) == [[0], [], []]
+
+
+# --- examples ---------------------------------------------------------------------------------------------------------
+
+RECORD: dict[str, Any] = {
+    "query": "问",
+    "pos": ["答一", "答二"],
+    "neg": ["错一", "错二", "错三", "错四"],
+    "pos_scores": None,
+    "neg_scores": None,
+    "prompt": None,
+}
+
+
+def choose(record: dict[str, Any] | None = None, seed: int = 0, **options: Any) -> Example:
+    return choose_example(7, RECORD | (record or {}), np.random.default_rng(seed), make_config([], **options))
+
+
+def test_a_positive_and_distinct_negatives_are_drawn() -> None:
+    seen = set()
+    for seed in range(60):
+        example = choose(seed=seed)
+        assert example.row == 7 and example.query == "问" and example.teacher is None
+        assert example.passages[0] in RECORD["pos"]
+        assert len(set(example.passages[1:])) == 2 and set(example.passages[1:]) <= set(RECORD["neg"])
+        assert example.passage_ids == [text_id(passage) for passage in example.passages]
+        assert example.known_ids == [text_id("答一"), text_id("答二"), text_id("问")]
+        seen |= set(example.passages)
+    assert seen == {*RECORD["pos"], *RECORD["neg"]}
+    assert choose(seed=3) == choose(seed=3)
+
+
+@pytest.mark.parametrize(
+    "negatives, want",
+    [
+        ([], []),
+        (None, []),
+        (["错"], ["错"]),
+        (["错", "错", " 错", "Ａ", "A"], ["A", "错"]),  # the same text once, however it is spelled
+        (["答一", "答二 ", "问", "错"], ["错"]),  # known positives (chosen or not) and the query
+    ],
+)
+def test_fewer_negatives_where_there_are_fewer(negatives: list[str] | None, want: list[str]) -> None:
+    for seed in range(5):
+        found = choose({"neg": negatives}, seed=seed, train_group_size=8).passages[1:]
+        assert sorted(text.replace("Ａ", "A").strip() for text in found) == want
+
+
+def test_known_positives_may_stay_negatives_but_the_chosen_one_may_not() -> None:
+    negatives = ["答一", "答二", "问"]
+    for seed in range(10):
+        example = choose({"neg": negatives}, seed=seed, train_group_size=8, exclude_positives=False)
+        assert sorted(example.passages[1:]) == sorted({*negatives} - {example.passages[0]})
+
+
+def test_a_group_of_one_has_its_positive_alone() -> None:
+    assert len(choose(train_group_size=1).passages) == 1
+
+
+def test_teacher_scores_follow_their_passages() -> None:
+    scores = {"答一": 9.0, "答二": 8.0, "错一": 1.0, "错二": 2.0, "错三": 3.0, "错四": 4.0}
+    record = {"pos_scores": [9.0, 8.0], "neg_scores": [1.0, 2.0, 3.0, 4.0]}
+    for seed in range(10):
+        example = choose(record, seed=seed, knowledge_distillation=True)
+        assert example.teacher == [scores[passage] for passage in example.passages]
+    alone = choose({"neg": [], "pos_scores": [9.0, 8.0], "neg_scores": []}, knowledge_distillation=True)
+    assert alone.teacher in ([9.0], [8.0])
+
+
+@pytest.mark.parametrize(
+    "prompt, instruction, form, want",
+    [
+        (None, "", "{}{}", "问"),
+        (None, "指令：", "{}{}", "指令：问"),
+        ("行：", "指令：", "{}{}", "行：问"),
+        ("", "指令：", "{}{}", "问"),  # an empty prompt is a prompt
+        (None, "指令", "<{}> {}", "<指令> 问"),
+        (None, "", "<{}> {}", "问"),  # nothing to join
+        (None, None, "{}{}", "问"),
+    ],
+)
+def test_a_rows_prompt_beats_the_instruction(prompt: str | None, instruction: str, form: str, want: str) -> None:
+    config = make_config([], query_instruction_for_retrieval=instruction, query_instruction_format=form)
+    assert instructed("问", prompt, config) == want
+    options = {"query_instruction_for_retrieval": instruction, "query_instruction_format": form}
+    example = choose({"prompt": prompt}, **options)
+    assert example.query == want
+    assert example.known_ids[-1] == text_id("问"), "the id is that of the question, not of the instruction"
+
+
+def test_passages_get_their_instruction_and_keep_their_ids() -> None:
+    options = {"passage_instruction_for_retrieval": "文", "passage_instruction_format": "[{}] {}"}
+    plain, with_instruction = choose(), choose(**options)
+    assert with_instruction.passages == [f"[文] {passage}" for passage in plain.passages]
+    assert with_instruction.passage_ids == plain.passage_ids
+
+
+# --- batches ----------------------------------------------------------------------------------------------------------
+
+
+def content(batch: Batch) -> tuple[object, ...]:
+    """Everything that a batch holds, comparable."""
+    teacher = None if batch.teacher_BG is None else batch.teacher_BG.tolist()
+    tensors = (batch.tokens.input_id_T, batch.own_BG, batch.passage_id_R, batch.excluded_BX)
+    return (*(t.tolist() for t in tensors), batch.tokens.lengths, teacher, batch.num_global_rows, batch.rows)
+
+
+def test_collate_numbers_the_columns(training_file: Path, tiny_bert: Path) -> None:
+    data = make_data(training_file, tiny_bert, query_max_len=5, passage_max_len=8, knowledge_distillation=True)
+    examples = [
+        Example(3, "一二三四五六", ["甲", "乙", "甲乙甲乙甲乙甲乙甲乙"], [11, 12, 13], [11, 21], [1.0, 2.0, 3.0]),
+        Example(5, "二", ["丙"], [14], [14, 15, 22], [4.0]),
+    ]
+    batch = data.collate(examples, [(2, 4), (7, 21)])
+    assert batch.rows == [3, 5] and batch.num_queries == 2 and batch.num_global_rows == 9
+    assert batch.tokens.lengths == [5, 3, 3, 3, 8, 3], "queries first; each cut to its limit, special tokens included"
+    cls, sep = data.tokenizer.cls_token_id, data.tokenizer.sep_token_id
+    assert all(text[0] == cls and text[-1] == sep for text in batch.tokens.texts())
+    assert batch.own_BG.tolist() == [[0, 1, 2], [3, -1, -1]]
+    assert batch.passage_id_R.tolist() == [11, 12, 13, 14]
+    assert batch.excluded_BX.tolist() == [[11, 21, -1], [14, 15, 22]]
+    assert batch.teacher_BG is not None and batch.teacher_BG.tolist() == [[1, 2, 3], [4, 0, 0]]
+
+
+def test_collate_keeps_wide_ids_whole(training_file: Path, tiny_bert: Path) -> None:
+    wide = 2**63 - 2
+    batch = make_data(training_file, tiny_bert).collate(
+        [Example(0, "问", ["答"], [wide], [wide, wide - 1], None)], [(1, 1)]
+    )
+    assert batch.passage_id_R.tolist() == [wide] and batch.excluded_BX.tolist() == [[wide, wide - 1]]
+    assert batch.passage_id_R.dtype == batch.excluded_BX.dtype == batch.own_BG.dtype == torch.int64
+
+
+def test_a_rank_without_rows_has_an_empty_batch(training_file: Path, tiny_bert: Path) -> None:
+    batch = make_data(training_file, tiny_bert, knowledge_distillation=True).collate([], [(1, 2), (0, 0)])
+    assert batch.num_queries == 0 and len(batch.tokens) == 0 and batch.num_global_rows == 1
+    assert batch.own_BG.shape == batch.excluded_BX.shape == (0, 0) and batch.passage_id_R.shape == (0,)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_ranks_together_have_the_rows_of_one_process(accumulation: int, training_file: Path, tiny_bert: Path) -> None:
+    """At an equal global batch: the same rows and passages in each micro-batch, on 1, 2, or 3 ranks."""
+    options = {"accumulation": accumulation, "knowledge_distillation": True, "num_train_epochs": 2.0}
+    alone = make_data(training_file, tiny_bert, per_device_train_batch_size=12, **options)
+    for world_size in (2, 3):
+        size = 12 // world_size
+        ranks = [
+            make_data(training_file, tiny_bert, r, world_size, per_device_train_batch_size=size, **options)
+            for r in range(world_size)
+        ]
+        assert len(ranks[0]) == len(alone) == 4 // accumulation
+        for step in range(len(alone)):
+            of_ranks = [list(rank.examples(step)) for rank in ranks]
+            for k, (examples, (count,)) in enumerate(alone.examples(step)):
+                dealt = [example for of_rank in of_ranks for example in of_rank[k][0]]
+                assert sorted(dealt, key=lambda e: e.row) == sorted(examples, key=lambda e: e.row)
+                assert {len(of_rank[k][0]) for of_rank in of_ranks} == {size}
+                counts = [(size, sum(len(e.passages) for e in of_rank[k][0])) for of_rank in of_ranks]
+                assert all(of_rank[k][1] == counts for of_rank in of_ranks)
+                assert (
+                    tuple(map(sum, zip(*counts, strict=True))) == count == (12, sum(len(e.passages) for e in examples))
+                )
+
+
+def test_a_short_last_batch_is_dealt_over_the_ranks(training_file: Path, tiny_bert: Path) -> None:
+    ranks = [make_data(training_file, tiny_bert, r, 2, per_device_train_batch_size=11) for r in range(2)]
+    sizes = [[[batch.num_queries for batch in step] for step in (rank[0], rank[1])] for rank in ranks]
+    assert sizes == [[[11], [1]], [[11], [1]]]
+    assert ranks[0][1][0].num_global_rows == 2
+    dropping = make_data(training_file, tiny_bert, 0, 2, per_device_train_batch_size=11, dataloader_drop_last=True)
+    assert dropping.plan.steps_per_epoch == 1
+    with pytest.raises(UserError, match="24 rows, fewer than one global batch of 26"):
+        make_data(training_file, tiny_bert, 0, 2, per_device_train_batch_size=13, dataloader_drop_last=True)
+
+
+def test_a_step_does_not_depend_on_what_was_read_before(training_file: Path, tiny_bert: Path) -> None:
+    """So a resumed run sees what an unbroken one sees, also in later epochs."""
+    data, fresh = (make_data(training_file, tiny_bert, num_train_epochs=2.0) for _ in range(2))
+    in_order = [[content(batch) for batch in data[step]] for step in range(len(data))]
+    for step in (7, 2, 11, 0):
+        assert [content(batch) for batch in fresh[step]] == in_order[step]
+    assert len(data) == 12
+    queries = [
+        sorted(row for step in steps for batch in data[step] for row in batch.rows)
+        for steps in (range(6), range(6, 12))
+    ]
+    assert queries[0] == queries[1] == list(range(24))
+
+
+def test_epochs_choose_other_passages(training_file: Path, tiny_bert: Path) -> None:
+    data = make_data(training_file, tiny_bert, num_train_epochs=2.0)
+    chosen = [
+        {e.row: e.passages for s in steps for es, _ in data.examples(s) for e in es}
+        for steps in (range(6), range(6, 12))
+    ]
+    assert chosen[0].keys() == chosen[1].keys() and chosen[0] != chosen[1]
+
+
+def test_steps_are_counted_as_in_transformers(training_file: Path, tiny_bert: Path) -> None:
+    assert len(make_data(training_file, tiny_bert, num_train_epochs=1.5)) == 9
+    assert len(make_data(training_file, tiny_bert, num_train_epochs=0.1)) == 1
+    assert len(make_data(training_file, tiny_bert, num_train_epochs=1.5, max_steps=4)) == 4
+    assert len(make_data(training_file, tiny_bert, accumulation=4)) == 3 * 2
+
+
+def test_workers_change_nothing(training_file: Path, tiny_bert: Path) -> None:
+    data = make_data(training_file, tiny_bert, num_train_epochs=2.0)
+    found = []
+    for num_workers in (0, 2):
+        loader = torch.utils.data.DataLoader(data, batch_size=None, sampler=range(3, 9), num_workers=num_workers)
+        found.append([[content(batch) for batch in step] for step in loader])
+    assert found[0] == found[1] and len(found[0]) == 6
+
+
+@pytest.mark.parametrize("parallelism", ["true", None])
+def test_a_worker_does_not_wait_for_the_tokenizers_threads(
+    parallelism: str | None, training_file: Path, tiny_bert: Path, tmp_path: Path
+) -> None:
+    """They are started while the data are read, and are not in the process that is forked then."""
+    words = runs.flags(tiny_bert, training_file, tmp_path / "out", max_steps=2, dataloader_num_workers=1, save_steps=0)
+    environment = {name: value for name, value in os.environ.items() if name != "TOKENIZERS_PARALLELISM"}
+    environment |= {"TOKENIZERS_PARALLELISM": parallelism} if parallelism else {}
+    done = subprocess.run(
+        [sys.executable, ROOT / "train.py", *words], env=environment, timeout=100, capture_output=True
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    assert b"TOKENIZERS_PARALLELISM" not in done.stderr  # no warning of the library's
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+ROW = {"query": "问", "pos": ["答"], "neg": ["错"]}
+
+
+def test_files_are_sorted_and_named_once(tmp_path: Path) -> None:
+    for name in ("b.jsonl", "a.jsonl", "sub/c.json", "manifest.json", "x.jsonl.manifest.json", "notes.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write(tmp_path / name, ROW)
+    found = list_files([str(tmp_path / "b.jsonl"), str(tmp_path)])
+    assert [file.relative_to(tmp_path).as_posix() for file in found] == ["a.jsonl", "b.jsonl", "sub/c.json"]
+    with pytest.raises(UserError, match="no such file or folder"):
+        list_files([str(tmp_path / "absent")])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="holds no .jsonl"):
+        list_files([str(tmp_path / "empty")])
+
+
+def test_the_order_of_the_named_files_changes_nothing(tmp_path: Path, tiny_bert: Path) -> None:
+    first = write(tmp_path / "a.jsonl", *(ROW | {"query": f"甲{i}"} for i in range(5)))
+    second = write(tmp_path / "b.jsonl", *(ROW | {"query": f"乙{i}"} for i in range(4)))
+    one, other = (make_data([str(f) for f in files], tiny_bert) for files in ([first, second], [second, first]))
+    assert one.plan.file_sizes == other.plan.file_sizes == (5, 4)
+    assert [content(b) for b in one[0]] == [content(b) for b in other[0]]
+    assert [entry["rows"] for entry in one.inputs] == [5, 4]
+
+
+def test_the_cache_follows_the_content(tmp_path: Path, tiny_bert: Path) -> None:
+    file = write(tmp_path / "train.jsonl", ROW)
+    assert make_data(file, tiny_bert).rows[0]["query"] == "问"
+    write(file, ROW | {"query": "新"}, ROW)
+    data = make_data(file, tiny_bert)
+    assert [row["query"] for row in data.rows] == ["新", "问"]
+
+
+def test_optional_fields_and_unknown_keys(tmp_path: Path, tiny_bert: Path) -> None:
+    rows = [
+        {"query": "一", "pos": ["答"], "other": {"nested": [1]}, "type": "normal"},
+        {"query": "二", "pos": ["答"], "neg": None, "prompt": None, "pos_scores": None},
+        {"query": "三", "pos": ["答"], "neg": [], "prompt": "行：", "pos_scores": [1], "neg_scores": []},
+    ]
+    data = make_data(write(tmp_path / "train.jsonl", *rows), tiny_bert, query_instruction_for_retrieval="指：")
+    examples = sorted((e for es, _ in data.examples(0) for e in es), key=lambda e: e.row)
+    assert [(e.query, e.passages) for e in examples] == [("指：一", ["答"]), ("指：二", ["答"]), ("行：三", ["答"])]
+
+
+def test_at_most_so_many_rows_of_each_file_drawn_with_the_seed(tmp_path: Path, tiny_bert: Path) -> None:
+    big = write(tmp_path / "a.jsonl", *(ROW | {"query": f"甲{i}"} for i in range(30)))
+    small = write(tmp_path / "b.jsonl", *(ROW | {"query": f"乙{i}"} for i in range(3)))
+    files = [str(big), str(small)]
+    kept = [
+        [row["query"] for row in make_data(files, tiny_bert, max_example_num_per_dataset=5, seed=seed).rows]
+        for seed in (1, 1, 2)
+    ]
+    assert kept[0] == kept[1] != kept[2]
+    for queries in kept:
+        assert len(queries) == len(set(queries)) == 8 and queries[5:] == ["乙0", "乙1", "乙2"]
+
+
+def make_sources(folder: Path, text: str, **files: list[dict[str, Any]]) -> Path:
+    for name, rows in files.items():
+        write(folder / f"{name}.jsonl", *rows)
+    (folder / "sources.yaml").write_text(text, encoding="utf-8")
+    return folder / "sources.yaml"
+
+
+def test_parquet_rows_train_as_json_lines_do(training_file: Path, tiny_bert: Path, tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in training_file.read_text(encoding="utf-8").splitlines()]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "train.parquet")
+    one, other = (
+        make_data(file, tiny_bert, knowledge_distillation=True) for file in (training_file, tmp_path / "train.parquet")
+    )
+    assert [[content(b) for b in one[step]] for step in range(6)] == [
+        [content(b) for b in other[step]] for step in range(6)
+    ]
+    (entry,) = other.inputs
+    assert entry["rows"] == len(rows) and entry["sha256"] == atomic.sha256(tmp_path / "train.parquet")
+
+
+def test_a_bad_row_of_a_parquet_file_is_named(tiny_bert: Path, tmp_path: Path) -> None:
+    parquet.write_table(pyarrow.Table.from_pylist([ROW, ROW | {"pos": []}]), tmp_path / "train.parquet")
+    with pytest.raises(UserError, match="train.parquet:2: field 'pos' is an empty list"):
+        make_data(tmp_path / "train.parquet", tiny_bert)
+
+
+def test_sources_bring_their_prompts(tiny_bert: Path, tmp_path: Path) -> None:
+    rows = [ROW | {"query": "一"}, ROW | {"query": "二", "prompt": "行："}, ROW | {"query": "三", "prompt": ""}]
+    text = "- {path: a.jsonl, prompt: '源：'}\n- path: b.jsonl\n"
+    file = make_sources(tmp_path, text, a=rows, b=[ROW | {"query": "四"}])
+
+    def queries() -> list[str]:
+        data = make_data(file, tiny_bert, query_instruction_for_retrieval="指：")
+        return [e.query for e in sorted((e for es, _ in data.examples(0) for e in es), key=lambda e: e.row)]
+
+    assert queries() == ["源：一", "行：二", "三", "指：四"]
+    file.write_text(text.replace("源", "新"), encoding="utf-8")  # the rows are not taken from a cache of the old prompt
+    assert queries() == ["新：一", "行：二", "三", "指：四"]
+
+
+def test_a_row_that_comes_again_in_an_epoch_chooses_other_passages(tiny_bert: Path, tmp_path: Path) -> None:
+    rows = [{"query": f"问{i}", "pos": ["答"], "neg": [f"错{j}" for j in range(30)]} for i in range(6)]
+    file = make_sources(
+        tmp_path, "- {path: a.jsonl, weight: 2.5}\n- path: b.jsonl\n", a=rows, b=[ROW | {"query": "甲"}] * 4
+    )
+    data = make_data(file, tiny_bert, train_group_size=9, num_train_epochs=1.0)
+    assert data.plan.draws == (15, 4) and len(data) == 5
+    examples = [e for step in range(5) for es, _ in data.examples(step) for e in es]
+    assert {e.row for e in examples} == set(range(10)) and len(examples) == 19
+    for row in range(6):
+        chosen = [e.passages for e in examples if e.row == row]
+        assert len(chosen) in (2, 3) and len({tuple(passages) for passages in chosen}) == len(chosen)
+        assert all(e.query == f"问{row}" for e in examples if e.row == row)
+
+
+def test_batches_of_one_source_and_what_is_described(tiny_bert: Path, tmp_path: Path) -> None:
+    for name in "cd":
+        (tmp_path / "folder").mkdir(exist_ok=True)
+        write(tmp_path / f"folder/{name}.jsonl", *(ROW | {"query": f"{name}{i}"} for i in range(3)))
+    text = "- {path: a.jsonl, weight: 2}\n- path: folder\n"
+    file = make_sources(tmp_path, text, a=[ROW | {"query": f"a{i}"} for i in range(4)])
+    more = write(tmp_path / "b.jsonl", *(ROW | {"query": f"b{i}"} for i in range(5)))
+    data = make_data([str(file), str(more)], tiny_bert, same_dataset_within_batch=True, num_train_epochs=1.0)
+    assert data.plan.file_sizes == (4, 5, 6) and data.plan.draws == (8, 5, 6)
+    assert [(Path(entry["path"]).name, entry["rows"]) for entry in data.inputs] == [
+        ("a.jsonl", 4), ("b.jsonl", 5), ("folder", 6), ("sources.yaml", 0),
+    ]  # fmt: skip
+    assert all(len(entry["sha256"]) == 64 for entry in data.inputs)
+    batches = [[e.query[0] for e in es] for step in range(len(data)) for es, _ in data.examples(step)]
+    assert len(batches) == 2 + 2 + 2
+    assert all(any(set(batch) <= source for source in ({"a"}, {"b"}, {"c", "d"})) for batch in batches)
+    before = data.inputs[-1]["sha256"]
+    file.write_text(text.replace("2", "2.5"), encoding="utf-8")  # so that a resumed run sees that its order changed
+    assert make_data([str(file), str(more)], tiny_bert).inputs[-1]["sha256"] != before
+
+
+@pytest.mark.parametrize(
+    "line, problem",
+    [
+        ('{"query": "问", "pos": "答"}', "field 'pos' is \"答\"; it must be a list"),
+        ('{"query": "问", "pos": []}', "'pos' is an empty list"),
+        ('{"pos": ["答"]}', "'query' is missing"),
+        ('{"query": 3, "pos": ["答"]}', "'query' is 3; it must be a string"),
+        ('{"query": "问", "pos": ["答"', "not JSON"),
+        ('["问"]', "is a JSON list"),
+        ('{"query": "问", "pos": ["答"], "neg": ["错"], "neg_scores": [1, 2]}', "'neg_scores' is [1, 2]"),
+        ('{"query": "问", "pos": ["答"], "pos_scores": [NaN]}', "finite"),
+        ('{"query": "问", "pos": ["答", " "]}', "'pos[1]' is empty"),
+        ('{"query": "问", "pos": ["答"], "prompt": 1}', "'prompt' is 1"),
+    ],
+)
+def test_a_bad_line_is_named(line: str, problem: str, tmp_path: Path, tiny_bert: Path) -> None:
+    file = tmp_path / "train.jsonl"
+    file.write_text(json.dumps(ROW, ensure_ascii=False) + "\n\n" + line + "\n", encoding="utf-8")
+    with pytest.raises(UserError) as caught:
+        make_data(file, tiny_bert)
+    assert f"{file}:3: " in str(caught.value) and problem in str(caught.value) and "1 bad line:" in str(caught.value)
+
+
+def test_all_bad_lines_are_counted_and_ten_shown(tmp_path: Path, tiny_bert: Path) -> None:
+    file = tmp_path / "train.jsonl"
+    file.write_bytes(b'{"query": "\xff"}\n' + b"{}\n" * 12)
+    with pytest.raises(UserError, match="13 bad lines") as caught:
+        make_data(file, tiny_bert)
+    assert str(caught.value).count(f"{file}:") == 10 and "... and 3 more" in str(caught.value)
+    assert f"{file}:1: not UTF-8" in str(caught.value)
+
+
+def test_distillation_needs_scores_on_every_row(tmp_path: Path, tiny_bert: Path) -> None:
+    file = write(tmp_path / "train.jsonl", ROW)
+    make_data(file, tiny_bert)
+    with pytest.raises(UserError, match="train.jsonl:1: field 'pos_scores' is missing; --knowledge_distillation"):
+        make_data(file, tiny_bert, knowledge_distillation=True)
+
+
+@pytest.mark.parametrize("content", ["", "\n\n"])
+def test_an_empty_file_is_the_users_error(content: str, tmp_path: Path, tiny_bert: Path) -> None:
+    (tmp_path / "empty.jsonl").write_text(content)
+    with pytest.raises(UserError, match="empty.jsonl: holds no row"):
+        make_data(tmp_path / "empty.jsonl", tiny_bert)
