@@ -1,4 +1,4 @@
-"""The snippets of docs/evaluating.md, "Elsewhere", run as they stand where their library is installed: its vectors are ours.
+"""The snippets of docs/after-training.md, "Serve it", run as they stand where their library is installed: its vectors are ours.
 
 None of these libraries but sentence-transformers belongs to the environment of the tests; with the others installed
 (benchmarks/interoperability.py says which) `pytest tests/test_elsewhere.py` runs them all.
@@ -19,7 +19,7 @@ from tiny_model import make_tiny_bert
 
 from bge_core.encoder.load import load_encoder
 
-PAGES = ("docs/evaluating.md", "docs/evaluating.zh-CN.md")
+PAGES = ("docs/after-training.md", "docs/after-training.zh-CN.md")
 PROMPT = "为这个句子生成表示以用于检索相关文章："
 TEXTS = ["信用卡", "境外取现怎么收费？"]
 Vectors = tuple[Any, Any]  # of TEXTS as questions and as passages
@@ -48,9 +48,8 @@ NEEDS = {"llama_index": "llama_index.embeddings.huggingface", "examples": "onnxr
 
 
 def snippets(page: str) -> dict[str, str]:
-    """The Python blocks of the last section, by the module that each imports first."""
-    part = re.split(r"^## ", readme.text(page), flags=re.MULTILINE)[-1]
-    found = readme.blocks(part, "python")
+    """Its Python blocks, by the module that each imports first."""
+    found = readme.blocks(readme.between(page, "elsewhere"), "python")
     return {re.findall(r"^(?:from|import) (\w+)", code, re.MULTILINE)[0]: code for code in found}
 
 
