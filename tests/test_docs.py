@@ -3,7 +3,6 @@ that were measured; the cost model is what the code does."""
 
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,15 +45,6 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-def stage_commands(page: str) -> Iterator[tuple[str, list[str]]]:
-    """(script, what follows it) of every command that starts a stage."""
-    for words in readme.commands(readme.text(page)):
-        if words[0] == "sbatch":
-            yield "train.py", words[words.index("--config") :]
-        elif (place := readme.stage_of(words)) is not None:
-            yield words[place], words[place + 1 :]
-
-
 @pytest.mark.parametrize("english", ENGLISH)
 def test_both_languages_have_the_same_structure_and_commands(english: str) -> None:
     chinese = english.replace(".md", ".zh-CN.md")
@@ -62,6 +52,7 @@ def test_both_languages_have_the_same_structure_and_commands(english: str) -> No
     assert readme.skeleton(english) == readme.skeleton(chinese)
     pages = readme.text(english), readme.text(chinese)
     assert readme.commands(pages[0]) == readme.commands(pages[1])
+    assert readme.code(english) == readme.code(chinese)
     assert set(readme.FLAG.findall(pages[0])) == set(readme.FLAG.findall(pages[1]))
     assert Path(chinese).name in pages[0] and Path(english).name in pages[1]
 
@@ -75,7 +66,7 @@ def test_flags_files_links_and_commands_exist(page: str, monkeypatch: pytest.Mon
     for link, anchor in re.findall(r"\]\(([^)#\s]*)#([^)\s]+)\)", readme.text(page)):
         assert anchor in anchors(readme.ROOT / "docs" / (link or Path(page).name)), f"{link}#{anchor}"
     monkeypatch.chdir(readme.ROOT)
-    for script, words in stage_commands(page):
+    for script, words in readme.stage_commands(page):
         parse_config(readme.STAGES[script], words)
 
 

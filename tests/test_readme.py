@@ -24,6 +24,7 @@ import signal
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,23 @@ def commands(part: str) -> list[list[str]]:
 def stage_of(words: list[str]) -> int | None:
     """Where the script stands in a command line."""
     return next((i for i, word in enumerate(words) if word in STAGES), None)
+
+
+def stage_commands(page: str) -> Iterator[tuple[str, list[str]]]:
+    """(script, what follows it) of every command that starts a stage."""
+    for words in commands(text(page)):
+        if words[0] == "sbatch":
+            assert any((ROOT / word).is_file() for word in words if word.endswith(".sh")), words
+            yield "train.py", words[words.index("--config") :]
+        elif (place := stage_of(words)) is not None:
+            assert words[0] in ("python", "torchrun", "accelerate"), words
+            yield words[place], words[place + 1 :]
+
+
+def code(page: str) -> list[str]:
+    """What is to be the same in both languages: Python without comments, JSON, YAML, examples of files."""
+    blocks_of_it = [block for language in ("python", "json", "yaml", "") for block in blocks(text(page), language)]
+    return [re.sub(r"(^|  )# .*", "", block, flags=re.MULTILINE) for block in blocks_of_it]
 
 
 @cache
@@ -233,22 +251,11 @@ def test_the_recommended_settings_are_those_of_the_readme(monkeypatch: pytest.Mo
 
 
 @both("README.md")
-def test_every_command_is_accepted(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_command_is_accepted_and_every_flag_exists(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every line that starts a stage, anywhere, gives a valid configuration, YAML files included."""
     monkeypatch.chdir(ROOT)
-    for words in commands(text(page)):
-        place = stage_of(words)
-        if words[0] == "sbatch":
-            script = ROOT / next(word for word in words if word.endswith(".sh"))
-            assert script.is_file()
-            words, place = ["train.py", *words[words.index("--config") :]], 0
-        if place is not None:
-            assert words[0] in ("python", "torchrun", "accelerate", "train.py"), words
-            parse_config(STAGES[words[place]], words[place + 1 :])
-
-
-@both("README.md")
-def test_every_flag_exists(page: str) -> None:
+    for script, words in stage_commands(page):
+        parse_config(STAGES[script], words)
     known = {flag for stage in STAGES for flag in known_flags(stage)} | OTHERS_FLAGS
     assert set(FLAG.findall(text(page))) - known == set()
 
@@ -325,23 +332,12 @@ def skeleton(page: str) -> list[str]:
     return kinds
 
 
-def uncommented(code: str) -> str:
-    """Python without its comments, which are in the page's language."""
-    return re.sub(r"(^|  )# .*", "", code, flags=re.MULTILINE)
-
-
-@pytest.mark.parametrize("page", ["README.md", GUIDE, FORMATS, TROUBLE, AFTER])
-def test_both_languages_have_the_same_structure_commands_and_code(page: str) -> None:
-    english, other = text(page), text(chinese(page))
-    assert skeleton(page) == skeleton(chinese(page))
-    assert commands(english) == commands(other)
-    assert [uncommented(code) for code in blocks(english, "python")] == [
-        uncommented(code) for code in blocks(other, "python")
-    ]
-    for language in ("json", "yaml", ""):
-        assert blocks(english, language) == blocks(other, language)
-    assert set(FLAG.findall(english)) == set(FLAG.findall(other))
-    assert Path(chinese(page)).name in english and Path(page).name in other
+def test_both_readmes_have_the_same_structure_commands_and_code() -> None:
+    english, other = READMES
+    assert skeleton(english) == skeleton(other)
+    assert commands(text(english)) == commands(text(other))
+    assert code(english) == code(other)
+    assert other in text(english) and english in text(other)
 
 
 @pytest.mark.parametrize("page", [*READMES, "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md"])
