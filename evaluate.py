@@ -74,7 +74,7 @@ def evaluate(config: EvaluateConfig) -> None:
     for task in tasks:
         logger.info("%s: %d questions, %d passages", task.name, len(task.queries), len(task.corpus))
 
-    cache = EmbeddingCache(config.cache_dir, config.cache_shard_size) if config.cache_dir else None
+    cache = EmbeddingCache(config.embedding_cache_dir, config.cache_shard_size) if config.embedding_cache_dir else None
     rankings: dict[str, dict[str, Ranking]] = {task.name: {} for task in tasks}
     costs: dict[str, dict[str, list[Any]]] = {task.name: {} for task in tasks}
     used: dict[str, dict[str, Any]] = {task.name: {} for task in tasks}

@@ -108,7 +108,9 @@ def mine(config: MineConfig) -> None:
         logger.warning("neg_scores of %d rows are left out: mined negatives have no score", num_scored)
     logger.info("%d rows, %d candidates, on %s", len(rows), len(pool), accelerator.device)
 
-    cache = EmbeddingCache(config.cache_dir, config.cache_shard_size, config.cache_dtype) if config.cache_dir else None
+    cache = None
+    if config.embedding_cache_dir:
+        cache = EmbeddingCache(config.embedding_cache_dir, config.cache_shard_size, config.cache_dtype)
     options = {
         "precision": accelerator.mixed_precision,
         "batch_size": config.batch_size,
@@ -125,10 +127,9 @@ def mine(config: MineConfig) -> None:
             accelerator.mixed_precision,
             *pool,
         )
-        if config.cache_dir and not config.index_path:
-            config.index_path = str(
-                Path(config.cache_dir) / f"{config.index_factory.replace(',', '-')}-{index_key}.faiss"
-            )
+        if config.embedding_cache_dir and not config.index_path:
+            name = f"{config.index_factory.replace(',', '-')}-{index_key}.faiss"
+            config.index_path = str(Path(config.embedding_cache_dir) / name)
     mined = mine_negatives(
         encoder, rows, pool, config, partial(vectors_by, encoder, **options), index_key=index_key, teacher=teacher
     )
@@ -228,7 +229,7 @@ def inspect(rows: Sequence[Row], mined: Mined, count: int) -> None:
 
 def show_cache(config: MineConfig, cache: EmbeddingCache) -> None:
     """Print what the cache holds, after cleaning it if that was asked for."""
-    folder = Path(str(config.cache_dir))
+    folder = Path(str(config.embedding_cache_dir))
     if config.clean_cache:
         num_files, num_bytes = clean_cache(folder, keep=cache.used)
         print(f"cache {folder}: removed {num_files} files, {num_bytes / 1e6:,.1f} MB")

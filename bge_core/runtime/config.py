@@ -2,10 +2,13 @@
 
 import difflib
 import json
+import logging
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, cast
 
 from bge_core import UserError
+
+logger = logging.getLogger(__name__)
 
 
 def _flag(default: Any, help: str, *aliases: str) -> Any:
@@ -45,6 +48,15 @@ def _need_unset(config: Any, names: str, remedy: str) -> None:
         _need(not getattr(config, name), name, getattr(config, name), remedy)
 
 
+def _take_old_cache_dir(config: Any) -> None:
+    """`cache_dir` as the vectors' folder, which it was called before; elsewhere it is the hub's downloads."""
+    old, new = config.cache_dir, config.embedding_cache_dir
+    if old is not None:
+        _need(new in (None, old), "cache_dir", old, f"is the earlier name of --embedding_cache_dir {new}: drop it")
+        logger.warning("--cache_dir: the vectors' folder is called --embedding_cache_dir now")
+        config.cache_dir, config.embedding_cache_dir = None, old
+
+
 def _two_placeholders(name: str, value: str) -> str:
     value = value.replace("\\n", "\n")
     try:
@@ -61,6 +73,7 @@ MergeMethod = Literal["linear", "slerp", "task_arithmetic", "ties", "greedy_soup
 MergeType = Literal["float32", "float16", "bfloat16", "keep"]
 _MAX_TOKENS = "At most this many tokens per encoding batch. Default: 8192, on a CPU 2048."
 _CACHE = "Folder where vectors are kept, by content: a second run on the same texts encodes nothing. Default: none."
+_OLD_CACHE = "The earlier name of --embedding_cache_dir."
 _ATTENTION = "How attention is computed without padding: auto takes the fastest that works; padded: as stock models."
 
 
@@ -104,7 +117,9 @@ class MineConfig:
     index_factory: str = _flag(
         "Flat", "faiss index: Flat is exact; HNSW32, 'IVF4096,PQ64', ... are faster on millions."
     )
-    index_path: str | None = _flag(None, "File of such an index, reused if it fits. Default: in cache_dir, if given.")
+    index_path: str | None = _flag(
+        None, "Its file, reused if it fits. Default: in embedding_cache_dir, if there is one."
+    )
     search_memory: int = _flag(512, "MiB to search in; larger arrays are searched block by block.")
     # what is no negative
     guard_identical: bool = _flag(True, "Spare texts with the letters and digits of a positive.")
@@ -148,10 +163,11 @@ class MineConfig:
     fp16: bool = _flag(False, "Encode in float16 (GPU).")
     bf16: bool = _flag(False, "Encode in bfloat16.")
     trust_remote_code: bool = _flag(False, "Run model code that comes with the checkpoint.")
-    cache_dir: str | None = _flag(None, _CACHE)
+    embedding_cache_dir: str | None = _flag(None, _CACHE)
+    cache_dir: str | None = _flag(None, _OLD_CACHE)
     cache_shard_size: int = _flag(4096, "Texts a file of the cache; a killed run loses at most so many.")
     cache_dtype: Literal["float32", "float16"] = _flag("float32", "Type of the vectors in the cache.")
-    clean_cache: bool = _flag(False, "Remove what cache_dir holds of other models and settings, when all is done.")
+    clean_cache: bool = _flag(False, "When done, remove what embedding_cache_dir holds of other models and settings.")
     # look at it
     inspect: int = _flag(0, "Show this many rows with their negatives and scores.")
     report: str | None = _flag(None, "The report, one HTML file. Default: <output_file>.report.html.")
@@ -189,7 +205,9 @@ class MineConfig:
         for name in () if self.check is not None else ("model_name_or_path", "input_file", "output_file"):
             if not getattr(self, name):
                 raise UserError(f"the following arguments are required: --{name}; --help lists the flags")
-        _need(not self.clean_cache or self.cache_dir is not None, "clean_cache", True, "needs --cache_dir")
+        _take_old_cache_dir(self)
+        needs = "needs --embedding_cache_dir"
+        _need(not self.clean_cache or self.embedding_cache_dir is not None, "clean_cache", True, needs)
         _ = self.sampling_range
 
     @property
@@ -452,7 +470,8 @@ class EvaluateConfig:
     overwrite_output_dir: bool = _flag(False, "Replace the files of an earlier evaluation in output_dir.")
     lang: Literal["en", "zh"] = _flag("en", "Language of the report.")
     update_model_card: bool = _flag(False, "Write scores and thresholds into the README.md of each encoder's folder.")
-    cache_dir: str | None = _flag(None, _CACHE)
+    embedding_cache_dir: str | None = _flag(None, _CACHE)
+    cache_dir: str | None = _flag(None, _OLD_CACHE)
     cache_shard_size: int = _flag(4096, "Texts a file of the cache.")
     trust_remote_code: bool = _flag(False, "Run model code that comes with the checkpoint.")
 
@@ -463,11 +482,12 @@ class EvaluateConfig:
         _need(
             bool(self.encoder) != bool(self.run), "encoder", self.encoder, "name models to encode with, or --run files"
         )
+        _take_old_cache_dir(self)
         if self.run:
             _need_unset(
                 self,
-                "corpus dims dtypes index_factories update_model_card cache_dir add_instruction fp16 bf16 "
-                "max_tokens query_instruction_for_retrieval passage_instruction_for_retrieval pooling_method",
+                "corpus dims dtypes index_factories update_model_card embedding_cache_dir add_instruction fp16 "
+                "bf16 max_tokens query_instruction_for_retrieval passage_instruction_for_retrieval pooling_method",
                 "has no meaning with --run",
             )
             _need(self.lang == "en", "lang", self.lang, "has no meaning with --run, which writes no report")
@@ -496,9 +516,9 @@ REFUSED = {
     "optim": "AdamW is the optimizer; change it in bge_core/training/optim.py",
     "remove_unused_columns": "unknown columns are always ignored",
     "index_factory": "the search is exact",
-    "save_embedding": "--cache_dir keeps embeddings, by content",
-    "load_embedding": "--cache_dir keeps embeddings, by content",
-    "save_path": "--cache_dir keeps embeddings, by content",
+    "save_embedding": "--embedding_cache_dir keeps embeddings, by content",
+    "load_embedding": "--embedding_cache_dir keeps embeddings, by content",
+    "save_path": "--embedding_cache_dir keeps embeddings, by content",
     "query_data": "it is called --val_data here",
     "corpus_data": "it is called --corpus here",
     "do_train": "train.py always trains",

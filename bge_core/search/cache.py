@@ -1,7 +1,7 @@
 """Vectors kept on disk by content: a text that was encoded once is read, and the vectors of millions are one array.
 
-    <cache_dir>/<collection>/collection.json              what the vectors are of, for people
-    <cache_dir>/<collection>/<hash of keys>.safetensors   a shard: keys (n, 16) uint8, vectors (n, D), their checksum
+    <folder>/<collection>/collection.json              what the vectors are of, for people
+    <folder>/<collection>/<hash of keys>.safetensors   a shard: keys (n, 16) uint8, vectors (n, D), their checksum
 
 A collection is named by a hash of whatever determines a vector but the text: model, prompt, length, precision, dtype. A
 text is known by the hash of its characters, so of a changed corpus only what is new is encoded. Shards are cut from the
@@ -338,20 +338,20 @@ class EmbeddingCache:
         except _DAMAGE as error:
             problem = f"rank {world()[0]} does not find what rank 0 has there ({error})"
         for found in filter(None, gather_objects(problem)):
-            raise UserError(f"--cache_dir {self.folder}: must lie where all nodes see it, but {found}")
+            raise UserError(f"--embedding_cache_dir {self.folder}: must lie where all nodes see it, but {found}")
         return shards
 
 
 def _refuse_file(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
-        raise UserError(f"--cache_dir {folder}: is a file; name a folder")
+        raise UserError(f"--embedding_cache_dir {folder}: is a file; name a folder")
 
 
 def _collections(folder: Path) -> list[Path]:
     """The folders of a cache; UserError where there is no such cache."""
     _refuse_file(folder)
     if not folder.exists():
-        raise UserError(f"--cache_dir {folder}: no such folder")
+        raise UserError(f"--embedding_cache_dir {folder}: no such folder")
     return sorted(p for p in folder.iterdir() if _COLLECTION.fullmatch(p.name) and p.is_dir() and not p.is_symlink())
 
 
@@ -412,7 +412,9 @@ def clean_cache(
         leftover = _LEFTOVER.fullmatch(path.name)
         if path.is_symlink() or not (path in collections or (path.is_file() and (own or leftover))):
             if not any(fnmatch(path.name, pattern) for pattern in ignore):
-                raise UserError(f"--cache_dir {folder}: nothing was removed, for {path} is not of the cache; move it")
+                raise UserError(
+                    f"--embedding_cache_dir {folder}: nothing removed, for {path} is not of the cache; move it"
+                )
         elif (own and path.parent.name not in keep) or (leftover and not _is_alive(int(leftover[1]))):
             doomed.append(path)
     num_bytes = sum(path.stat().st_size for path in doomed)

@@ -108,7 +108,7 @@ def test_the_command_on_several_sets(models: list[str], tmp_path: Path, capsys: 
     two, other = write_data(tmp_path, "日月盈昃辰宿列张", "two")
     out, cache = tmp_path / "out", tmp_path / "cache"
     words = ["--encoder", *models, "--val_data", one, two, "--corpus", corpus, other, "--output_dir", str(out),
-             "--metrics", "MRR@5", "MAP@10", "--cache_dir", str(cache), "--resamples", "200", "--lang", "zh"]  # fmt: skip
+             "--metrics", "MRR@5", "MAP@10", "--embedding_cache_dir", str(cache), "--resamples", "200", "--lang", "zh"]  # fmt: skip
     assert stage.main(words) == 0
     assert "mean of 2 test sets" in capsys.readouterr().out
     metrics = [atomic.read_json(out / name / "metrics.json") for name in ("one", "two")]

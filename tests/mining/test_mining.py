@@ -653,7 +653,7 @@ def test_a_second_run_from_the_cache_encodes_nothing(
     model: Path, train_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     plain = run(model, train_file)[1].read_bytes()
-    flags = ["--cache_dir", str(tmp_path / "cache"), "--cache_shard_size", "5"]
+    flags = ["--embedding_cache_dir", str(tmp_path / "cache"), "--cache_shard_size", "5"]
     code, output = run(model, train_file, *flags)
     assert code == 0 and output.read_bytes() == plain
     first = manifest_of(output)["cache"]
@@ -700,7 +700,7 @@ def test_an_approximate_index(
         (["--reranker_name_or_path", "x", "--teacher_encoder", "y"], "choose one"),
         (["--near_duplicate_threshold", "1.5"], "up to 1"),
         (["--absolute_margin", "-1"], "use 0 or a number above it"),
-        (["--clean_cache"], "needs --cache_dir"),
+        (["--clean_cache"], "needs --embedding_cache_dir"),
         (["--check_against", "x"], "needs --check"),
         (["--index_factory", "Nonsense,"], "--index_factory"),
     ],

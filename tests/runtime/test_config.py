@@ -137,6 +137,19 @@ def test_resolved_settings_written_as_yaml_are_read_as_they_were(stage: str, tmp
     assert parse_config(config_class, ["--config", str(file)]) == config
 
 
+@pytest.mark.parametrize("stage", ["mine", "evaluate"])
+def test_the_earlier_name_of_the_vectors_folder(stage: str, caplog: pytest.LogCaptureFixture) -> None:
+    config_class, needed = STAGES[stage]
+    old, new = ["--cache_dir", "v"], ["--embedding_cache_dir", "v"]
+    assert parse_config(config_class, [*needed, *new]).embedding_cache_dir == "v" and not caplog.messages
+    for words in (old, old + new):
+        caplog.clear()
+        assert parse_config(config_class, [*needed, *words]).embedding_cache_dir == "v"
+        assert caplog.messages == ["--cache_dir: the vectors' folder is called --embedding_cache_dir now"]
+    with pytest.raises(UserError, match="earlier name of --embedding_cache_dir w"):
+        parse_config(config_class, [*needed, *old, "--embedding_cache_dir", "w"])
+
+
 def test_an_empty_list_in_yaml_is_an_empty_list(tmp_path: Path) -> None:
     """As a manifest's resolved settings have it."""
     assert with_yaml(tmp_path, REQUIRED + "mrl_dims: []\n").mrl_dims == []

@@ -451,7 +451,7 @@ def test_ranks_that_do_not_see_one_folder_say_so(there: str, tiny_bert: Path, tm
     assert drill.finish(*ranks) == [2, 2]
     for rank in range(2):
         message = (tmp_path / f"two.{rank}.error").read_text(encoding="utf-8")
-        assert message.startswith("--cache_dir ") and "must lie where all nodes see it, but rank 1" in message
+        assert message.startswith("--embedding_cache_dir ") and "must lie where all nodes see it, but rank 1" in message
 
 
 def test_two_runs_fill_one_cache_at_the_same_time(tiny_bert: Path, tmp_path: Path) -> None:
