@@ -82,7 +82,7 @@ def read_inputs(config: MineConfig) -> tuple[list[Row], list[str], list[Row]]:
         return rows, records.distinct_texts(rows, "pos", "neg"), inputs
     texts: list[str] = []
     for path in config.candidate_pool:
-        _, found_texts = sources.read_corpus([path])
+        found_texts = sources.read_corpus(path)
         texts += found_texts
         inputs.append(sources.describe_source(path, len(found_texts)))
     return rows, records.distinct_texts([{"text": texts}], "text"), inputs

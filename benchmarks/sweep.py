@@ -30,7 +30,7 @@ sys.path.insert(0, str(ROOT))
 
 from ablation import split_validation  # noqa: E402
 
-from bge_core.files import atomic, records  # noqa: E402
+from bge_core.files import atomic, records, sources  # noqa: E402
 
 LENGTHS = ["--query_max_len", "64", "--passage_max_len", "128"]
 Row = dict[str, Any]
@@ -47,7 +47,7 @@ def prepare_cmrc(data: Path, encoder: str, out: Path, half: list[str]) -> tuple[
     split_validation(data, out)
     shutil.copy(out / "validation.jsonl", out / "domain_choose.jsonl")
     shutil.copy(data / "test.jsonl", out / "domain_report.jsonl")
-    texts = records.read_corpus(data / "corpus.jsonl")[1]
+    texts = sources.read_corpus(data / "corpus.jsonl")
     place = {text: i for i, text in enumerate(texts)}
     rows = records.read_rows(data / "train.jsonl", records.check_training_row)
     start = 1 + max(place[text] for row in rows for text in row["pos"])  # the test questions' paragraphs come last

@@ -13,7 +13,7 @@ import transformers
 from bge_core.encoder.encode import encode
 from bge_core.encoder.load import load_encoder
 from bge_core.encoder.model import Encoder
-from bge_core.files import atomic, records
+from bge_core.files import atomic, sources
 from bge_core.reports.tables import text_table
 from bge_core.search.exact import exact_search
 
@@ -30,7 +30,7 @@ def main() -> int:
         return 2
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    _, answers = records.read_corpus(DEMO / "data/corpus.jsonl")
+    answers = sources.read_corpus(DEMO / "data/corpus.jsonl")
     base = manifest["config"]["model_name_or_path"]
     folder = DEMO.parent.parent / base
     models = {"before": load_encoder(folder if folder.is_dir() else base), "after": load_encoder(DEMO / "trained")}

@@ -292,7 +292,7 @@ def _read_corpus(path: str, is_beir: bool) -> _Corpus:
 
     ids, texts, bodies = [], [], []
     for name, row in _read(_corpus_file(path), check, "_id", "id"):
-        text = f"{row['title']} {row['text']}" if row.get("title") else row["text"]
+        text = records.passage_text(row)
         ids.append(name)
         texts.append(text.strip() if "_id" in row else text)
         bodies.append(row["text"])

@@ -1,16 +1,17 @@
-"""The file formats between the stages: read with file and line in every error, written whole or not at all.
+"""The formats between the stages: JSON lines, UTF-8, one object a line, read with file and line in every error.
 
-Every file is JSON lines, UTF-8, one object a line. Reading checks a whole file, counts all bad lines, shows the first
-ten and only then raises. Writing goes to a temporary name beside the target, which is renamed when it is complete.
+Reading checks a whole file, counts all bad lines, shows the first ten and only then raises.
 """
 
+import codecs
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from bge_core import UserError
-from bge_core.files.text import text_id  # cross
+from bge_core.files.text import text_id
 
 Row = dict[str, Any]
 Check = Callable[[Row], str | None]
@@ -50,49 +51,67 @@ def read_jsonl(path: str | Path, check: Check) -> Iterator[tuple[int, Row]]:
     Raises:
         UserError: no such file, or (after the last line) how many lines are bad, with the first ten of them.
     """
+    return checked(path, parse_lines(path), check)
+
+
+def checked(
+    name: str | Path, rows: Iterable[tuple[int, Row | str]], check: Check, max_bad: float = math.inf
+) -> Iterator[tuple[int, Row]]:
+    """Yield the (number, row) that are good, then refuse the others; at the `max_bad`-th of them the reading ends.
+
+    Args:
+        name: of the file, for the message.
+        rows: a text in place of a row says why there is none.
+        check: says what is wrong with a row and what to do, or None.
+        max_bad: how many bad rows are worth reading on.
+
+    Raises:
+        UserError: some were bad.
+    """
     bad = BadLines()
-    for number, line in enumerate(_lines(path), start=1):
-        if not line.strip():
-            continue
-        row, problem = _parse(line)
-        if problem is None:
-            problem = check(row)
-        if problem is None:
+    for number, row in rows:
+        problem = row if isinstance(row, str) else check(row)
+        if problem is None and not isinstance(row, str):
             yield number, row
-        else:
-            bad.add(path, number, problem)
+            continue
+        bad.add(name, number, problem)
+        if bad.count == max_bad:
+            break
     bad.refuse()
 
 
-def _lines(path: str | Path) -> Iterator[bytes]:
+def parse_lines(path: str | Path) -> Iterator[tuple[int, Row | str]]:
+    """Yield (line number from 1, object or what is wrong with the line) of a JSON-lines file without its blank lines.
+
+    Raises:
+        UserError: no such file.
+    """
     try:
         with open(path, "rb") as file:
-            for number, line in enumerate(file):
-                yield line.removeprefix(b"\xef\xbb\xbf") if number == 0 else line
+            for number, line in enumerate(file, start=1):
+                line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+                if not line.strip():
+                    continue
+                try:
+                    yield number, parse_object(line.decode("utf-8"))
+                except UnicodeDecodeError as error:
+                    remedy = "convert the file, for example with iconv -f GB18030 -t UTF-8"
+                    yield number, f"not UTF-8 (byte {error.start}); {remedy}"
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except IsADirectoryError:
         raise UserError(f"{path}: is a folder; name a file") from None
 
 
-def _parse(line: bytes) -> tuple[Row, str | None]:
-    try:
-        return parse_object(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        return {}, f"not UTF-8 (byte {error.start}); convert the file, for example with iconv -f GB18030 -t UTF-8"
-
-
-def parse_object(line: str) -> tuple[Row, str | None]:
-    """The JSON object of one line, and what is wrong with the line, or None."""
+def parse_object(line: str) -> Row | str:
+    """The JSON object of one line, or what is wrong with the line."""
     try:
         row = json.loads(line.rstrip())
     except json.JSONDecodeError as error:
-        return {}, f"not JSON ({error.msg}, column {error.colno}); write one object a line"
+        return f"not JSON ({error.msg}, column {error.colno}); write one object a line"
     except (ValueError, RecursionError) as error:  # thousands of digits, or of brackets within each other
-        return {}, f"not readable as JSON ({error}); write one object a line"
-    if not isinstance(row, dict):
-        return {}, f"is a JSON {type(row).__name__}; write one object a line"
-    return row, None
+        return f"not readable as JSON ({error}); write one object a line"
+    return row if isinstance(row, dict) else f"is a JSON {type(row).__name__}; write one object a line"
 
 
 def _found(value: object) -> str:
@@ -204,15 +223,9 @@ def read_rows(path: str | Path, check: Check) -> list[Row]:
     return rows
 
 
-def read_corpus(path: str | Path) -> tuple[list[str], list[str]]:
-    """The ids (default: the line's number from 0) and texts ("title text" where a title is given) of a corpus."""
-    ids, texts = [], []
-    for number, row in read_jsonl(path, check_corpus_row):
-        ids.append(str(row["id"]) if row.get("id") is not None else str(number - 1))
-        texts.append(f"{row['title']} {row['text']}" if row.get("title") else row["text"])
-    if not texts:
-        raise UserError(f"{path}: holds no row")
-    return ids, texts
+def passage_text(row: Row) -> str:
+    """What is encoded of a corpus row: its text, after its title where it has one."""
+    return f"{row['title']} {row['text']}" if row.get("title") else row["text"]
 
 
 def distinct_texts(rows: Iterable[Row], *names: str) -> list[str]:

@@ -14,8 +14,8 @@ import difflib
 import hashlib
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -35,7 +35,6 @@ _REFUSED = {
     **dict.fromkeys((".csv", ".tsv", ".xlsx", ".xls"), "is a table; make JSON lines of it with prepare.py"),
     **dict.fromkeys(YAML_SUFFIXES, "a list of sources names data files and folders, and training rows only"),
 }
-_NO_DATASET = "no such file, nor does the hub give it (offline? name files, or set HF_ENDPOINT to a mirror)"
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(:[^:/]+){0,2}", re.ASCII)
 
 
@@ -104,51 +103,55 @@ def read_source(path: str | Path, check: Check, *, streaming: bool = True) -> It
         UserError: nothing there; a file's bad rows (after its last one: their number and the first ten); the first bad
             row of a dataset of the hub, or that it cannot be had; no row at all.
     """
-    place = None
+    num_rows = 0
     for name in [str(path)] if is_hub_name(path) else map(str, list_files([path])):
         if is_hub_name(path):
-            rows = _checked(name, _hub_rows(name, streaming), check, 1, _NO_DATASET)
+            rows = records.checked(name, _hub_rows(name, streaming), _naming_fields(check), max_bad=1)
         elif name.lower().endswith(".parquet"):
-            rows = _checked(name, _parquet_rows(name), check, math.inf, "not readable as Parquet")
+            rows = records.checked(name, _parquet_rows(name), _naming_fields(check))
         else:
             rows = records.read_jsonl(name, check)
         for number, row in rows:
-            place = (name, number)
-            yield place, row
-    if place is None:
+            num_rows += 1
+            yield (name, number), row
+    if not num_rows:
         raise UserError(f"{path}: holds no row")
 
 
-def _checked(name: str, rows: Iterable[Row], check: Check, most: float, fault: str) -> Iterator[tuple[int, Row]]:
-    """Yield (number from 1, row), as `records.read_jsonl` does; the `most`-th bad row is the last that is read."""
-    bad = records.BadLines()
+def _naming_fields(check: Check) -> Check:
+    def problem_and_fields(row: Row) -> str | None:
+        problem = check(row)
+        return f"{problem} (its fields: {', '.join(row)})" if problem else None
+
+    return problem_and_fields
+
+
+@contextmanager
+def _as_user_error(what: str) -> Iterator[None]:
     try:
-        for number, row in enumerate(rows, start=1):
-            if problem := check(row):
-                bad.add(name, number, f"{problem} (its fields: {', '.join(row)})")
-                if bad.count == most:
-                    break
-            else:
-                yield number, row
+        yield
     except Exception as error:  # of the network, of the hub, of what is in the file: too many kinds to name
-        raise UserError(f"{name}: {fault}: {error}") from error
-    bad.refuse()
+        raise UserError(f"{what}: {error}") from error
 
 
-def _parquet_rows(file: str) -> Iterator[Row]:
+def _parquet_rows(file: str) -> Iterator[tuple[int, Row]]:
     from pyarrow import parquet
 
-    with parquet.ParquetFile(file) as table:
-        for batch in table.iter_batches(batch_size=1024):
-            yield from batch.to_pylist()
+    with _as_user_error(f"{file}: not readable as Parquet"), parquet.ParquetFile(file) as table:
+        yield from enumerate(
+            (row for batch in table.iter_batches(batch_size=1024) for row in batch.to_pylist()), start=1
+        )
 
 
-def _hub_rows(name: str, streaming: bool) -> Iterator[Row]:
+def _hub_rows(name: str, streaming: bool) -> Iterator[tuple[int, Row]]:
     import datasets
 
     path, *more = name.split(":")
     split = more.pop() if more else "train"
-    yield from datasets.load_dataset(path, *more, split=split, streaming=streaming)
+    with _as_user_error(
+        f"{name}: no such file, nor does the hub give it (offline? name files, or set HF_ENDPOINT to a mirror)"
+    ):
+        yield from enumerate(datasets.load_dataset(path, *more, split=split, streaming=streaming), start=1)
 
 
 def read_training_source(source: Source, *, with_scores: bool = False, streaming: bool = True) -> Iterator[Row]:
@@ -172,22 +175,13 @@ def read_training_rows(paths: Sequence[str | Path]) -> list[Row]:
     return [row for source in load_sources(paths) for row in read_training_source(source)]
 
 
-def read_corpus(paths: Sequence[str | Path]) -> tuple[list[str], list[str]]:
-    """The ids and texts ("title text" where a title is given) of corpora, one after another.
-
-    The default id is the line's number from 0, as if all files were one: a file goes on after the last row of the one
-    before. Ids given in the rows may repeat; that is the caller's to judge.
+def read_corpus(path: str | Path) -> list[str]:
+    """The texts of a corpus, each after its title where it has one.
 
     Raises:
         UserError: see `read_source`.
     """
-    ids, texts, offset, last = [], [], 0, ("", 0)
-    for place, row in (item for path in paths for item in read_source(path, records.check_corpus_row)):
-        offset += last[1] if place[0] != last[0] else 0
-        last = place
-        ids.append(str(row["id"]) if row.get("id") is not None else str(offset + place[1] - 1))
-        texts.append(f"{row['title']} {row['text']}" if row.get("title") else row["text"])
-    return ids, texts
+    return [records.passage_text(row) for _, row in read_source(path, records.check_corpus_row)]
 
 
 def describe_source(path: str | Path, num_rows: int) -> Row:

@@ -142,9 +142,9 @@ def _read_jsonl(path: Path, find: Find, bad: BadLines) -> Iterator[tuple[Place, 
     with _open_text(path, newline="\n") as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
-                row, problem = records.parse_object(line)
-                if problem:
-                    bad.add(path, number, problem)
+                row = records.parse_object(line)
+                if isinstance(row, str):
+                    bad.add(path, number, row)
                 else:
                     yield number, row
 

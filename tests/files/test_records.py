@@ -28,7 +28,6 @@ from bge_core.files.records import (
     check_evaluation_row,
     check_training_row,
     distinct_texts,
-    read_corpus,
     read_jsonl,
     read_rows,
 )
@@ -222,14 +221,6 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").write_text("\n\n", encoding="utf-8")
     with pytest.raises(UserError, match="holds no row"):
         read_rows(tmp_path / "empty.jsonl", check_training_row)
-    with pytest.raises(UserError, match="holds no row"):
-        read_corpus(tmp_path / "empty.jsonl")
-
-
-def test_corpus_ids_and_titles(tmp_path: Path) -> None:
-    path = tmp_path / "corpus.jsonl"
-    write_jsonl(path, [{"text": "a"}, {"text": "b", "id": "x7"}, {"text": "c", "id": 0, "title": "T"}, {"text": "d"}])
-    assert read_corpus(path) == (["0", "x7", "0", "3"], ["a", "b", "T c", "d"])
 
 
 def test_read_json(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 from pyarrow import parquet
 
 from bge_core import UserError
-from bge_core.files import atomic, records
+from bge_core.files import atomic
 from bge_core.files.atomic import write_jsonl
 from bge_core.files.records import check_training_row
 from bge_core.files.sources import (
@@ -167,24 +167,12 @@ def test_each_file_once_however_often_it_is_named(tmp_path: Path) -> None:
 # --- corpus -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_corpus_of_one_file_is_what_records_reads(tmp_path: Path) -> None:
-    file = tmp_path / "corpus.jsonl"
-    file.write_text('{"text": "甲"}\n\n{"text": "乙", "title": "题"}\n{"text": "丙", "id": 7}\n{"text": "丁"}\n')
-    assert read_corpus([file]) == records.read_corpus(file) == (["0", "2", "7", "4"], ["甲", "题 乙", "丙", "丁"])
-
-
-def test_default_ids_go_on_from_file_to_file(tmp_path: Path) -> None:
-    write(tmp_path / "folder/a.jsonl", {"text": "甲"})
-    (tmp_path / "folder/b.jsonl").write_text('\n{"text": "乙"}\n')  # its first row is line 2, beyond the file before
-    write(
-        tmp_path / "folder/c.parquet", {"text": "丙", "id": None, "title": "题"}, {"text": "丁", "id": "x", "title": ""}
-    )
-    more = write(tmp_path / "more.jsonl", {"text": "戊"})
-    assert read_corpus([str(tmp_path / "folder"), more]) == (
-        ["0", "2", "3", "x", "5"], ["甲", "乙", "题 丙", "丁", "戊"],
-    )  # fmt: skip
-    with pytest.raises(UserError, match="folder/b.jsonl:2: field 'query' is missing"):
-        list(read_source(tmp_path / "folder/b.jsonl", check_training_row))
+def test_the_texts_of_a_corpus_follow_their_titles(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "甲"}\n\n{"text": "乙", "title": "题"}\n{"text": "丙", "id": 7}\n')
+    write(tmp_path / "b.parquet", {"text": "丁", "id": None, "title": "题"}, {"text": "戊", "id": "x", "title": ""})
+    assert read_corpus(tmp_path) == ["甲", "题 乙", "丙", "题 丁", "戊"]
+    with pytest.raises(UserError, match="a.jsonl:1: field 'query' is missing"):
+        list(read_source(tmp_path / "a.jsonl", check_training_row))
 
 
 # --- the hub ----------------------------------------------------------------------------------------------------------
