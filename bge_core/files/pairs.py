@@ -1,15 +1,18 @@
-"""Questions and answers as pairs: which belong together, and which side of the split they go to."""
+"""Questions and answers as pairs: which texts are the same question, and what belongs to it."""
 
-import hashlib
+import functools
 import logging
-import random
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Container, Iterable, Iterator, Sequence
-from itertools import chain
+from pathlib import Path
+
+from tqdm import tqdm
 
 from bge_core import UserError
-from bge_core.files.records import Row
-from bge_core.files.tables import _parse_row, find_columns  # cross
+from bge_core.files.atomic import describe_input
+from bge_core.files.columns import find_columns
+from bge_core.files.records import BadLines, Row
+from bge_core.files.tables import parse_row, read_file
 from bge_core.files.text import text_id
 
 logger = logging.getLogger(__name__)
@@ -65,11 +68,49 @@ class Pairs:
         positives = [self.answers.spellings[answer] for answer in self.positives[question]]
         return {"query": self.questions.spellings[question], "pos": positives}
 
-    def training_row(self, question: int, spared: Container[int] = ()) -> Row:
-        """{query, pos, neg}: `neg` are the known negatives that are neither in `pos` nor `spared`; absent if none."""
+    def training_row(self, question: int, excluded: Container[int] = ()) -> Row:
+        """{query, pos, neg}: `neg` are the known negatives that are neither in `pos` nor `excluded`; absent if none."""
         known, positives = self.negatives.get(question, ()), set(self.positives[question])
-        negatives = [n for n in dict.fromkeys(known) if n not in positives and n not in spared]
+        negatives = [n for n in dict.fromkeys(known) if n not in positives and n not in excluded]
         return self.row(question) | ({"neg": [self.answers.spellings[n] for n in negatives]} if negatives else {})
+
+    def counts(self) -> dict[str, int]:
+        """What was read, by name."""
+        return {
+            "pairs": self.num_read,
+            "pairs_empty": self.num_empty,
+            "pairs_repeated": self.num_repeated,
+            "questions": len(self.positives),
+            "questions_with_several_answers": sum(len(answers) > 1 for answers in self.positives),
+            "questions_with_known_negatives": len(self.negatives),
+            "answers": len({answer for answers in self.positives for answer in answers}),
+            "corpus_texts": len(self.answers.spellings),
+        }
+
+
+def read_pairs(
+    paths: Sequence[Path], query_field: str | None = None, answer_field: str | None = None
+) -> tuple[Pairs, list[Row]]:
+    """All pairs of raw files, and the manifest's entry of each file.
+
+    Args:
+        paths: the files, in the order in which their rows count.
+        query_field, answer_field: see `find_columns`.
+
+    Raises:
+        UserError: a file that cannot be read, or bad lines (all files' are counted).
+    """
+    find = functools.partial(find_columns, query_field=query_field, answer_field=answer_field)
+    pairs, bad, inputs = Pairs(), BadLines(), []
+    for path in paths:
+        num_rows = 0
+        for row in tqdm(read_file(path, find, bad), desc=path.name, unit=" rows", disable=None):
+            pairs.add(*row)
+            num_rows += 1
+        logger.info("%s: %d rows", path, num_rows)
+        inputs.append(describe_input(path, num_rows))
+    bad.refuse()
+    return pairs, inputs
 
 
 def to_triplets(rows: Iterable[Row]) -> Iterator[Row]:
@@ -107,107 +148,7 @@ def from_triplets(triplets: Iterable[Row]) -> Iterator[Row]:
     pairs = Pairs()
     for number, triplet in enumerate(triplets, start=1):
         try:
-            pairs.add(*_parse_row(triplet, find_columns(tuple(triplet)), from_json=True))
+            pairs.add(*parse_row(triplet, find_columns(tuple(triplet)), from_json=True))
         except UserError as error:
             raise UserError(f"triplet {number}: {error}") from None
     yield from map(pairs.training_row, range(len(pairs.positives)))
-
-
-def _connect(pairs: Pairs) -> list[int]:
-    """For each question the number of one that stands for all that shared answers connect with it (union-find)."""
-    parent = list(range(len(pairs.positives)))
-
-    def root(question: int) -> int:
-        while parent[question] != question:
-            parent[question] = question = parent[parent[question]]
-        return question
-
-    first_with: dict[int, int] = {}
-    for question, answers in enumerate(pairs.positives):
-        for answer in answers:
-            parent[root(question)] = root(first_with.setdefault(answer, question))
-    return [root(question) for question in range(len(parent))]
-
-
-def _fill(num_groups: Counter[int], room: int, seed: int) -> dict[int, int]:
-    """How many groups of each size to take so that their rows fill `room` as closely as any choice can.
-
-    Among such choices each size gives about the same share of its groups, rounded by chance.
-
-    Args:
-        num_groups: size -> how many groups have it.
-        room: the largest sum allowed, in rows.
-        seed: of the rounding.
-    """
-    sizes = sorted(num_groups)
-    reachable = [1]  # bit r of reachable[i]: the i smallest sizes can give r rows
-    for size in sizes:
-        sums, count, step = reachable[-1], num_groups[size], 1
-        while count:
-            step = min(step, count)
-            sums |= (sums << size * step) & ((2 << room) - 1)
-            count, step = count - step, 2 * step
-        reachable.append(sums)
-    left, unseen = reachable.pop().bit_length() - 1, sum(size * count for size, count in num_groups.items())
-    chance, taken = random.Random(seed), {}
-    for size, sums in zip(reversed(sizes), reversed(reachable), strict=True):
-        wish = num_groups[size] * left / unseen + chance.random() - 0.5
-        distance = [abs(count - wish) for count in range(min(num_groups[size], left // size) + 1)]
-        nearest_first = sorted(range(len(distance)), key=distance.__getitem__)
-        taken[size] = next(count for count in nearest_first if sums >> (left - count * size) & 1)
-        left, unseen = left - taken[size] * size, unseen - num_groups[size] * size
-    return taken
-
-
-def choose_train(pairs: Pairs, train_num: int | None, split_by: str, seed: int) -> list[bool]:
-    """Which questions are training rows; depends on the texts and the seed, not on their order.
-
-    Args:
-        pairs: what was read.
-        train_num: at most this many rows; None, or where that is all: nine tenths.
-        split_by: "group": questions that share an answer, also through others, stay together; "question": each alone.
-        seed: another seed, another split.
-
-    Raises:
-        UserError: one of the two sides would be empty.
-    """
-    total = len(pairs.positives)
-    if total < 2:
-        raise UserError("the input holds one question; a split into training and test rows needs two")
-    room = total * 9 // 10 if train_num is None else train_num
-    if room >= total:
-        logger.warning(
-            "--train_num %d: there are %d questions; nine tenths of them train, the others test", room, total
-        )
-        room = total * 9 // 10
-    groups = _connect(pairs) if split_by == "group" else list(range(total))
-    sizes = Counter(groups)
-    for group, size in sizes.most_common():
-        if size <= max(1, total / 10):
-            break
-        members = [question for question in range(total) if groups[question] == group]
-        answer, times = Counter(chain.from_iterable(pairs.positives[q] for q in members)).most_common(1)[0]
-        logger.warning(
-            "%d of the %d questions form one group, since they share answers, and stay together: as '%s'; the most "
-            "frequent of the answers (%d times) is '%s'. --split_by question would divide the group",
-            size,
-            total,
-            pairs.questions.spellings[members[0]],
-            times,
-            pairs.answers.spellings[answer],
-        )
-    if min(sizes.values()) > room:
-        raise UserError(
-            f"no group of questions that share answers fits into {room} training rows, the smallest has "
-            f"{min(sizes.values())} of all {total}; use --split_by question"
-        )
-    rank: dict[int, bytes] = {}
-    for group, text in zip(groups, pairs.questions.numbers, strict=True):
-        key = hashlib.blake2b(f"{seed} {text}".encode(), digest_size=8).digest()
-        rank[group] = min(rank.get(group, key), key)
-    taken, chosen = _fill(Counter(sizes.values()), room, seed), set()
-    for group in sorted(rank, key=rank.__getitem__):
-        if taken[sizes[group]]:
-            taken[sizes[group]] -= 1
-            chosen.add(group)
-    return [group in chosen for group in groups]

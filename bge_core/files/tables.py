@@ -1,89 +1,110 @@
-"""Raw files (JSON, CSV, Excel, Parquet) as rows of question, answers and negatives."""
+"""Raw files (JSON, CSV, Excel, Parquet) as rows of question, answers and known negatives.
+
+A reader yields (place, row), or (place, what is wrong there); the place is a line or row from 1, sheet!row of a
+workbook, object n of a JSON list.
+"""
 
 import codecs
 import csv
-import functools
 import json
 import logging
 import re
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator
 from itertools import chain, zip_longest
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, TextIO
 
 import openpyxl
 import pyarrow
 import pyarrow.parquet
 
 from bge_core import UserError
-from bge_core.files import records
-from bge_core.files.records import BadLines, Row
-from bge_core.files.text import normalize_text
+from bge_core.files.columns import Columns, Find
+from bge_core.files.records import BadLines, Row, parse_object
 
 logger = logging.getLogger(__name__)
 
-
-# The first of these names that a file has is taken; anchor and positive are those of sentence-transformers.
-QUESTION_NAMES = [
-    "query", "question", "q", "anchor", "问题", "提问", "问句", "问", "标准问", "标准问题", "标准问法", "用户问题",
-    "用户提问", "用户问", "用户咨询", "咨询问题", "咨询", "问题描述", "问题内容", "问法", "questions", "queries",
-    "instruction", "prompt", "title", "标题", "问题标题",
-]  # fmt: skip
-ANSWER_NAMES = [
-    "answer", "pos", "positive", "a", "答案", "回答", "回复", "答复", "答", "解答", "标准答案", "标准回答", "标准回复",
-    "客服回答", "客服回复", "参考答案", "最佳答案", "答案内容", "回答内容", "回复内容", "answers", "positives",
-    "response", "reply", "passage", "document", "output", "content", "text", "内容", "正文",
-]  # fmt: skip
-NEGATIVE_NAME = re.compile(r"(hard_?)?neg(ative)?s?(_?\d+)?|负例|难负例|负样本")
-NAME_NOISE = re.compile(r"\(.*?\)|\[.*?\]|【.*?】|[*:]")  # as in 问题(必填), *问题, 问题:
+Place = int | str
 BROKEN_TEXT = re.compile("[\0\ud800-\udfff]")
 
 
-class Columns(NamedTuple):
-    """The names of a file's columns, as it spells them."""
-
-    question: str
-    answer: str
-    negatives: tuple[str, ...]
-
-
-Find = Callable[[tuple[str, ...]], Columns]
-Place = int | str  # a line or row from 1; sheet!row of a workbook; object n of a JSON list
-
-
-def _plain_name(name: object) -> str:
-    return NAME_NOISE.sub("", normalize_text(str(name))).strip().casefold()
-
-
-@functools.lru_cache(maxsize=256)
-def find_columns(names: tuple[str, ...], query_field: str | None = None, answer_field: str | None = None) -> Columns:
-    """The columns of question, answer and known negatives. Case, spaces and a "(...)" in a name do not matter.
-
-    Args:
-        names: all columns of the file.
-        query_field: take this column as the question instead of looking for a common name.
-        answer_field: likewise for the answer.
+def find_inputs(source: Path, output_dir: Path, outputs: Collection[str]) -> list[Path]:
+    """The files to read: `source` itself, or those of a known kind below it by path, but none below `output_dir`.
 
     Raises:
-        UserError: one of the two is missing or there twice; says what was found and which flag to use.
+        UserError: there is none, or one of `outputs` would overwrite it.
     """
-    plain = [_plain_name(name) for name in names]
+    if not source.exists():
+        raise UserError(f"--input_dir {source}: no such file or folder")
+    target = output_dir.resolve()
+    if source.resolve() in (target, *(target / name for name in outputs)):
+        raise UserError(f"--output_dir {output_dir}: would overwrite the input; name another folder")
+    files = [source]
+    if source.is_dir():
+        below = sorted(source.rglob("*"), key=lambda path: path.relative_to(source).parts)
+        inside = source.resolve() in target.parents  # an earlier output below the input is no input
+        files = [path for path in below if path.is_file() and not (inside and target in path.resolve().parents)]
+    hidden = (".", "~$")  # ~$: Excel's locks
+    files = [path for path in files if not any(part.startswith(hidden) for part in path.relative_to(source).parts)]
+    inputs = [path for path in files if path.suffix.lower() in READERS]
+    if not inputs:
+        raise UserError(f"--input_dir {source}: holds no file of a known kind ({' '.join(READERS)})")
+    if others := [path.name for path in files if path.suffix.lower() not in READERS]:
+        logger.warning("not read, of another kind: %s%s", ", ".join(others[:5]), ", ..." * (len(others) > 5))
+    return inputs
 
-    def find(what: str, flag: str, wanted: Sequence[str]) -> str:
-        for name in wanted:
-            if plain.count(name) > 1:
-                raise UserError(f"has {plain.count(name)} columns named '{name}'; rename all but one of them")
-            if name in plain:
-                return names[plain.index(name)]
-        found = ", ".join(f"'{name}'" for name in names[:20]) or "none"
-        other = f" or another name of the {what}" if len(wanted) > 1 else ""
-        raise UserError(f"no field '{wanted[0]}'{other}; found: {found}; add it, or say with {flag} which it is")
 
-    question = find("question", "--query_field", [_plain_name(query_field)] if query_field else QUESTION_NAMES)
-    answer = find("answer", "--answer_field", [_plain_name(answer_field)] if answer_field else ANSWER_NAMES)
-    negatives = [name for name, short in zip(names, plain, strict=True) if NEGATIVE_NAME.fullmatch(short)]
-    return Columns(question, answer, tuple(name for name in negatives if name not in (question, answer)))
+def read_file(path: Path, find: Find, bad: BadLines) -> Iterator[tuple[str, list[str], list[str]]]:
+    """Yield (question, answers, known negatives) of every good row of a file; what is wrong with the others: `bad`.
+
+    Raises:
+        UserError: the file is not what its name says, or has no recognisable columns.
+    """
+    kind = path.suffix.lower()
+    recognised = False
+    try:
+        for place, row in READERS[kind](path, find):
+            try:
+                if isinstance(row, str):
+                    raise UserError(row)
+                columns = find(tuple(row))
+                recognised = True
+                parsed = parse_row(row, columns, from_json=kind in (".jsonl", ".json"))
+            except UserError as error:
+                if isinstance(row, dict) and not recognised:
+                    raise
+                bad.add(path, place, error)
+            else:
+                yield parsed
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    except (UnicodeDecodeError, pyarrow.ArrowInvalid) as error:
+        raise UserError(f"{path}: cannot be read as {kind} ({error}); save it again, text as UTF-8") from None
+
+
+def parse_row(row: Row, columns: Columns, from_json: bool) -> tuple[str, list[str], list[str]]:
+    """(question, answers, known negatives) of a row, empty ones as "".
+
+    Args:
+        row: a text or number a cell, or of answers and negatives a list of them.
+        columns: which cells to take.
+        from_json: a number where a text should be is a mistake, not a cell that a spreadsheet took for one.
+
+    Raises:
+        UserError: a cell that is no text, or one that holds half a character.
+    """
+    question = _text(row[columns.question], columns.question, from_json)
+    answers = _texts(row[columns.answer], columns.answer, from_json)
+    if not answers:
+        raise UserError(f"field '{columns.answer}' is an empty list; fill it or remove the line")
+    return question, answers, [text for name in columns.negatives for text in _texts(row[name], name, from_json)]
+
+
+def _texts(value: Any, name: str, from_json: bool) -> list[str]:
+    if isinstance(value, list):
+        return [_text(item, f"{name}[{i}]", from_json) for i, item in enumerate(value)]
+    return [_text(value, name, from_json)]
 
 
 def _text(value: Any, name: str, from_json: bool) -> str:
@@ -101,20 +122,6 @@ def _text(value: Any, name: str, from_json: bool) -> str:
             problem = "bytes of another encoding; convert the file, for example with iconv -f GB18030 -t UTF-8"
         raise UserError(f"field '{name}' holds at character {broken.start() + 1} {problem}")
     return " ".join(value.split())
-
-
-def _texts(value: Any, name: str, from_json: bool) -> list[str]:
-    if isinstance(value, list):
-        return [_text(item, f"{name}[{i}]", from_json) for i, item in enumerate(value)]
-    return [_text(value, name, from_json)]
-
-
-def _parse_row(row: Row, columns: Columns, from_json: bool) -> tuple[str, list[str], list[str]]:
-    question = _text(row[columns.question], columns.question, from_json)
-    answers = _texts(row[columns.answer], columns.answer, from_json)
-    if not answers:
-        raise UserError(f"field '{columns.answer}' is an empty list; fill it or remove the line")
-    return question, answers, [text for name in columns.negatives for text in _texts(row[name], name, from_json)]
 
 
 def _open_text(path: Path, newline: str) -> TextIO:
@@ -138,18 +145,12 @@ def _open_text(path: Path, newline: str) -> TextIO:
     return open(path, encoding=encoding, errors="surrogateescape", newline=newline)
 
 
-def _read_jsonl(path: Path, find: Find, bad: BadLines) -> Iterator[tuple[Place, Any]]:
+def _read_jsonl(path: Path, find: Find) -> Iterator[tuple[Place, Row | str]]:
     with _open_text(path, newline="\n") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                row = records.parse_object(line)
-                if isinstance(row, str):
-                    bad.add(path, number, row)
-                else:
-                    yield number, row
+        yield from ((number, parse_object(line)) for number, line in enumerate(file, start=1) if line.strip())
 
 
-def _read_json(path: Path, find: Find, bad: BadLines) -> Iterator[tuple[Place, Any]]:
+def _read_json(path: Path, find: Find) -> Iterator[tuple[Place, Row | str]]:
     """[{...}, ...], {"data": [{...}, ...]}, or JSON lines under another name."""
     with _open_text(path, newline="\n") as file:
         try:
@@ -158,25 +159,26 @@ def _read_json(path: Path, find: Find, bad: BadLines) -> Iterator[tuple[Place, A
             file.seek(0)
             if file.read(100).lstrip().startswith("["):
                 raise UserError(f"not JSON ({error}); write [{{...}}, {{...}}], or one object a line") from None
-            yield from _read_jsonl(path, find, bad)
+            yield from _read_jsonl(path, find)
             return
     rows = value.get("data", value) if isinstance(value, dict) else value
     rows = rows if isinstance(rows, list) else [rows]
-    for i in range(len(rows)):
-        yield f"object {i + 1}", rows[i]
+    for i, row in enumerate(rows):
+        yield f"object {i + 1}", row if isinstance(row, dict) else f"is a JSON {type(row).__name__}; write objects"
         rows[i] = None  # frees a million of them on the way
 
 
-def _with_header(
-    lines: Iterable[tuple[Place, list[Any]]], path: Path, find: Find, bad: BadLines
-) -> Iterator[tuple[Place, Row]]:
+def _with_header(lines: Iterable[tuple[Place, list[Any] | str]], find: Find) -> Iterator[tuple[Place, Row | str]]:
     """Cells -> rows; the first line that is not blank names the columns."""
     header: list[str] = []
     for place, cells in lines:
+        if isinstance(cells, str):
+            yield place, cells
+            continue
         while cells and (cells[-1] is None or not str(cells[-1]).strip()):
             cells.pop()
         if len(cells) > len(header) > 0:
-            bad.add(path, place, f"has {len(cells)} cells for {len(header)} columns; quote the text with the separator")
+            yield place, f"has {len(cells)} cells for {len(header)} columns; quote the text with the separator"
         elif header and cells:
             yield place, dict(zip_longest(header, cells))
         elif cells:
@@ -184,8 +186,8 @@ def _with_header(
             find(tuple(header))  # two columns of one name would be one in the row
 
 
-def _read_csv(path: Path, find: Find, bad: BadLines) -> Iterator[tuple[Place, Row]]:
-    def lines() -> Iterator[tuple[int, list[str]]]:
+def _read_csv(path: Path, find: Find) -> Iterator[tuple[Place, Row | str]]:
+    def lines() -> Iterator[tuple[Place, list[Any] | str]]:
         while True:
             place = reader.line_num + 1
             try:
@@ -193,16 +195,16 @@ def _read_csv(path: Path, find: Find, bad: BadLines) -> Iterator[tuple[Place, Ro
             except StopIteration:
                 return
             except csv.Error as error:
-                bad.add(path, place, f"its quotes do not match ({error}); write a quote inside a quoted text twice")
+                yield place, f"its quotes do not match ({error}); write a quote inside a quoted text twice"
 
     with _open_text(path, newline="") as file:
         first = file.readline()
         delimiter = max("\t,;" if path.suffix.lower() == ".tsv" else ",\t;", key=first.count)
         reader = csv.reader(chain([first], file), delimiter=delimiter, strict=True)
-        yield from _with_header(lines(), path, find, bad)
+        yield from _with_header(lines(), find)
 
 
-def _read_xlsx(path: Path, find: Find, bad: BadLines) -> Iterator[tuple[Place, Row]]:
+def _read_xlsx(path: Path, find: Find) -> Iterator[tuple[Place, Row | str]]:
     """All sheets; one whose columns are not recognised is skipped if another's are."""
     try:
         book = openpyxl.load_workbook(path, read_only=True, data_only=True)
@@ -212,7 +214,7 @@ def _read_xlsx(path: Path, find: Find, bad: BadLines) -> Iterator[tuple[Place, R
     for sheet in book.worksheets:
         sheet.reset_dimensions()  # some programs write wrong ones
         cells = enumerate(map(list, sheet.iter_rows(values_only=True)), start=1)
-        rows = _with_header(((f"{sheet.title}!{number}", row) for number, row in cells), path, find, bad)
+        rows = _with_header(((f"{sheet.title}!{number}", row) for number, row in cells), find)
         try:
             first = next(rows, None)
         except UserError as error:
@@ -227,7 +229,7 @@ def _read_xlsx(path: Path, find: Find, bad: BadLines) -> Iterator[tuple[Place, R
         raise problem
 
 
-def _read_parquet(path: Path, find: Find, bad: BadLines) -> Iterator[tuple[Place, Row]]:
+def _read_parquet(path: Path, find: Find) -> Iterator[tuple[Place, Row | str]]:
     with pyarrow.parquet.ParquetFile(path) as file:
         columns = find(tuple(file.schema_arrow.names))
         batches = file.iter_batches(10_000, columns=[columns.question, columns.answer, *columns.negatives])
@@ -235,34 +237,10 @@ def _read_parquet(path: Path, find: Find, bad: BadLines) -> Iterator[tuple[Place
 
 
 READERS = {
-    ".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".tsv": _read_csv, ".xlsx": _read_xlsx,
+    ".jsonl": _read_jsonl,
+    ".json": _read_json,
+    ".csv": _read_csv,
+    ".tsv": _read_csv,
+    ".xlsx": _read_xlsx,
     ".parquet": _read_parquet,
-}  # fmt: skip
-
-
-def read_file(path: Path, find: Find, bad: BadLines) -> Iterator[tuple[str, list[str], list[str]]]:
-    """Yield (question, answers, known negatives) of every good row of a file; what is wrong with the others: `bad`.
-
-    Raises:
-        UserError: the file is not what its name says, or has no recognisable columns.
-    """
-    kind = path.suffix.lower()
-    recognised = False
-    try:
-        for place, row in READERS[kind](path, find, bad):
-            try:
-                if not isinstance(row, dict):
-                    raise UserError(f"is a JSON {type(row).__name__}; write objects")
-                columns = find(tuple(row))
-                recognised = True
-                parsed = _parse_row(row, columns, from_json=kind in (".jsonl", ".json"))
-            except UserError as error:
-                if isinstance(row, dict) and not recognised:
-                    raise
-                bad.add(path, place, error)
-            else:
-                yield parsed
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-    except (UnicodeDecodeError, pyarrow.ArrowInvalid) as error:
-        raise UserError(f"{path}: cannot be read as {kind} ({error}); save it again, text as UTF-8") from None
+}
