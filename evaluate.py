@@ -45,7 +45,7 @@ from bge_core.search.cache import EmbeddingCache, fingerprint
 logger = logging.getLogger(__name__)
 OWN_FILES = (
     "metrics.json", "per_query.jsonl", "run.<model>.trec", "significance.json", "costs.json", "report.html",
-    "report.md", "plots", "manifest.json",
+    "report.md", "manifest.json",
 )  # fmt: skip
 
 
@@ -180,7 +180,7 @@ def macro_average(of_sets: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[
 
 def clear(folder: Path) -> None:
     """Remove what an earlier evaluation left; its manifest first, which must not vouch for a mixture."""
-    for pattern in ("manifest.json", *OWN_FILES, "plots/*.png"):
+    for pattern in ("manifest.json", *OWN_FILES):
         for path in folder.glob(pattern.replace("<model>", "*")):
             if path.is_file():
                 path.unlink()

@@ -1,7 +1,7 @@
 """What an evaluation found, as a page, pictures and a Markdown table: is it better, for which questions, how sure."""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from importlib import resources
 from pathlib import Path
@@ -12,7 +12,8 @@ import yaml
 
 from bge_core.evaluation.evaluator import EvaluationResult, is_positive
 from bge_core.files.atomic import atomic_path
-from bge_core.reports.page import SIZE, Page
+from bge_core.reports.page import Page
+from bge_core.reports.plots import Draw, draw_histograms, draw_recall, draw_training
 from bge_core.runtime.log import read_metrics
 
 logger = logging.getLogger(__name__)
@@ -21,7 +22,6 @@ MOST, TOP = 10, 5  # questions that changed most, and what is shown of each rank
 MAX_LOOKUP = 50_000  # questions that can be searched for
 MAX_LETTERS = 2_000_000  # of all of them: 6 MB of Chinese
 LANGUAGES = ("en", "zh")  # in the order of report.yaml
-Draw = Callable[[Any], object]
 
 
 def write_evaluation_report(
@@ -33,7 +33,7 @@ def write_evaluation_report(
     settings: Mapping[str, Any] | None = None,
     models: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> None:
-    """Write report.html, report.md and plots/*.png into a folder, each whole or not at all.
+    """Write report.html and report.md into a folder, each whole or not at all.
 
     Args:
         folder: where to.
@@ -130,8 +130,6 @@ def write_evaluation_report(
         )
     with atomic_path(folder / "report.md") as temporary:
         temporary.write_text("\n".join(markdown) + "\n", encoding="utf-8")
-    for name, (draw, _) in _plots(result, models or {}, _words("en")).items():  # whose letters every font has
-        _write_png(folder / "plots" / f"{name}.png", draw)
 
 
 def _words(lang: str) -> dict[str, str]:
@@ -153,7 +151,8 @@ def _plots(
             except ValueError:
                 lines = []
             if any(line.get("loss") is not None for line in lines):
-                plots[f"training-{name}"] = partial(_draw_training, lines, words), words["loss"]
+                draw = partial(draw_training, lines=lines, metric=HEADLINE, step=words["step"], loss=words["loss"])
+                plots[f"training-{name}"] = draw, words["loss"]
             else:
                 logger.warning("%s: holds no curve that can be read; the report goes without", curve)
     return plots
@@ -274,60 +273,21 @@ def _changed(result: EvaluationResult, headline: str, words: Mapping[str, str]) 
 
 
 def _draw_recall(result: EvaluationResult, axes: Any) -> None:
-    task = result.task
-    total = np.array(
-        [
-            sum(grade > 0 for grade in own.values()) + len(lost)
-            for own, lost in zip(task.relevant, task.missing, strict=True)
-        ]
-    )
+    """Those that the corpus lacks count as not found."""
+    positives = zip(result.task.relevant, result.task.missing, strict=True)
+    total = np.array([sum(grade > 0 for grade in own.values()) + len(lost) for own, lost in positives])
+    recall = {}
     for name, ranking in result.rankings.items():
-        hits = is_positive(ranking.rows, task).cumsum(axis=1) / np.maximum(total, 1)[:, None]
-        axes.plot(np.arange(1, hits.shape[1] + 1), hits.mean(axis=0), label=name)
-    axes.set(xlabel="k", ylabel="Recall@k", xscale="log")
-    axes.set_xticks([k for k in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000) if k <= ranking.rows.shape[1]])
-    axes.xaxis.set_major_formatter("{x:.0f}")
-    axes.minorticks_off()
-    axes.grid(alpha=0.3)
-    axes.legend()
+        hits = is_positive(ranking.rows, result.task).cumsum(axis=1) / np.maximum(total, 1)[:, None]
+        recall[name] = hits.mean(axis=0)
+    draw_recall(axes, recall)
 
 
 def _draw_scores(result: EvaluationResult, name: str, words: Mapping[str, str], axes: Any) -> None:
-    ranking = result.rankings[name]
+    """On the same edges for every model."""
     every = [s for r in result.rankings.values() for s in (r.positive_score, r.negative_score)]
     edges = np.histogram_bin_edges(np.concatenate([scores[np.isfinite(scores)] for scores in every]), 40)
-    for scores, label, color in (
-        (ranking.negative_score, words["other"], "C1"),
-        (ranking.positive_score, words["positive"], "C0"),
-    ):
-        scores = scores[np.isfinite(scores)]
-        axes.hist(scores, edges, histtype="stepfilled", alpha=0.25, color=color)
-        axes.hist(scores, edges, histtype="step", color=color, label=label, linewidth=1.5)
-    axes.set(xlabel="score", ylabel=words["questions"], xlim=(edges[0], edges[-1]))
-    axes.legend(loc="upper left")
-
-
-def _draw_training(lines: Sequence[Mapping[str, Any]], words: Mapping[str, str], axes: Any) -> None:
-    points = [(line["step"], line["loss"]) for line in lines if line.get("loss") is not None]
-    scored = [(line["step"], line[HEADLINE]) for line in lines if HEADLINE in line]
-    axes.plot(*zip(*points, strict=True), color="C0", label=words["loss"])
-    axes.set(xlabel=words["step"], ylabel=words["loss"])
-    if scored:
-        other = axes.twinx()
-        other.plot(*zip(*scored, strict=True), color="C1", marker="o", label=HEADLINE)
-        other.set_ylabel(HEADLINE)
-
-
-def _write_png(path: Path, draw: Draw) -> None:
-    """The drawing as a picture of 150 dots an inch."""
-    import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context({"text.parse_math": False}):  # a name may hold a $
-        figure = Figure(figsize=SIZE, layout="constrained")
-        FigureCanvasAgg(figure)
-        draw(figure.subplots())
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=150)
+    of = result.rankings[name]
+    scores = {words["other"]: of.negative_score, words["positive"]: of.positive_score}
+    finite = {label: values[np.isfinite(values)] for label, values in scores.items()}
+    draw_histograms(axes, finite, edges, "score", words["questions"])

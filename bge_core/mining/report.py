@@ -205,10 +205,11 @@ def write_mining_report(path: str | Path, facts: Mapping[str, Any]) -> list[Find
             "by score; those above the row's lowest positive are marked.",
         )
         page.cards([_card(row) for row in facts["inspect"]])
-    for name in ("counts", "index", "settings"):
-        if facts.get(name):
-            page.parts += ["<h2>Details</h2>"] * ("<h2>Details</h2>" not in page.parts)
-            page.details(name.capitalize(), facts[name])
+    details = [name for name in ("counts", "index", "settings") if facts.get(name)]
+    if details:
+        page.section("Details")
+    for name in details:
+        page.details(name.capitalize(), facts[name])
     page.write(path)
     return findings
 

@@ -211,7 +211,7 @@ def test_files_of_an_evaluation(evaluated: tuple[Path, list[Path]], retrieval: t
     val, corpus, _ = retrieval
     assert set(os.listdir(folder)) == {
         "metrics.json", "per_query.jsonl", "run.tuned.trec", "run.tuned-2.trec", "manifest.json",
-        "significance.json", "report.html", "report.md", "plots",
+        "significance.json", "report.html", "report.md",
     }  # fmt: skip
     metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     assert list(metrics) == ["tuned", "tuned-2"] and metrics["tuned"] != metrics["tuned-2"]

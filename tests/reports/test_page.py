@@ -17,8 +17,8 @@ from matplotlib.figure import Figure
 
 from bge_core.mining.file_checks import Finding
 from bge_core.mining.report import _draw_ranks, auc, mining_warnings, write_mining_report
-from bge_core.reports import page
 from bge_core.reports.page import Page
+from bge_core.reports.plots import COLORS
 
 EVIL = """--></script></style><img src=x onerror="alert(1)">'"&lt;<svg/onload=alert(2)>{{7}}$title"""
 
@@ -122,7 +122,7 @@ def test_plots_follow_light_and_dark() -> None:
 
 def test_the_palette_is_that_of_the_template() -> None:
     html = Page("t").render()
-    for color, name in page.COLORS.items():
+    for color, name in COLORS.items():
         assert f"{name}: {color};" in html and html.count(f"{name}: #") == 2  # light and dark
 
 
@@ -157,7 +157,7 @@ def test_the_language_of_the_page() -> None:
 
 SMALL = """
 import sys
-from bge_core.page import Page
+from bge_core.reports.page import Page
 page = Page("同").plot(lambda axes: axes.bar([0, 1], [1, 2], color=["C0", "C1"]), "c")
 page.examples([{"a": "b"}], ["a"]).write(sys.argv[1])
 """
