@@ -81,7 +81,7 @@ def evaluate(config: EvaluateConfig) -> None:
     for path, name in zip(config.encoder, unique_names(config.encoder), strict=True):
         encoder = load_encoder(
             path,
-            pooling=config.pooling_method,
+            pooling=config.sentence_pooling_method,
             trust_remote_code=config.trust_remote_code,
             attention=config.attention,
         ).to(accelerator.device)
@@ -105,8 +105,8 @@ def evaluate(config: EvaluateConfig) -> None:
                 precision=accelerator.mixed_precision,
                 query_prompt=query_prompt,
                 passage_prompt=passage_prompt,
-                query_max_length=config.max_query_length,
-                passage_max_length=config.max_passage_length,
+                query_max_length=config.query_max_len,
+                passage_max_length=config.passage_max_len,
             )
             rankings[task.name][name] = found = rank(query_QD, corpus_ND, task, k=config.k, metrics=metrics)
             if not is_main:

@@ -182,7 +182,7 @@ def train(config: TrainConfig, at_end: ExitStack) -> int:
     num_warmup = config.warmup_steps or math.ceil(config.warmup_ratio * num_steps)
     lr_at = learning_rate_schedule(config.lr_scheduler_type, config.learning_rate, num_warmup, num_steps)
     save_every = optim.interval(config.save_steps, num_steps)
-    eval_every = optim.interval(config.eval_steps or config.save_steps, num_steps)
+    eval_every = optim.interval(config.save_steps if config.eval_steps is None else config.eval_steps, num_steps)
     evaluation = {
         "batch_size": config.per_device_eval_batch_size,
         "precision": accelerator.mixed_precision,

@@ -33,12 +33,11 @@ import pytest
 import runs
 import torch
 from test_architecture import ROOMS
-from transformers import HfArgumentParser
 
 from bge_core.files import records
 from bge_core.loss import LossConfig, LossInput, training_loss
 from bge_core.runtime import config
-from bge_core.runtime.cli import parse_config
+from bge_core.runtime.cli import make_parser, parse_config
 
 ROOT = Path(__file__).resolve().parent.parent
 READMES = ("README.md", "README.zh-CN.md")
@@ -122,7 +121,7 @@ def code(page: str) -> list[str]:
 
 @cache
 def known_flags(stage: str) -> frozenset[str]:
-    parser = HfArgumentParser(STAGES[stage])  # type: ignore[arg-type]
+    parser = make_parser(STAGES[stage])
     return frozenset(option.lstrip("-") for action in parser._actions for option in action.option_strings)
 
 
@@ -274,7 +273,7 @@ def test_every_flag_of_flagembedding_is_named_where_it_belongs(page: str) -> Non
     unchanged = set(FLAG.findall(same))
     says_refused = "不接受" if page == chinese(GUIDE) else "refused"
     for stage, flags in golden_flags().items():
-        parser = HfArgumentParser(STAGES[f"{stage}.py"])  # type: ignore[arg-type]
+        parser = make_parser(STAGES[f"{stage}.py"])
         ours = {option.lstrip("-"): action for action in parser._actions for option in action.option_strings}
         for name, flag in flags.items():
             if name in unchanged:

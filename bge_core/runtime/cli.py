@@ -21,7 +21,7 @@ from transformers import HfArgumentParser
 from transformers.utils import logging as transformers_logging
 
 from bge_core import UserError
-from bge_core.runtime.config import advice
+from bge_core.runtime.refused import advice
 
 T = TypeVar("T")
 
@@ -29,6 +29,19 @@ T = TypeVar("T")
 class _Parser(HfArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; --help lists the flags")
+
+    def add_argument(self, *names: str, bound: object = None, **options: Any) -> argparse.Action:
+        return super().add_argument(*names, **options)  # config.py checks the bound
+
+
+def make_parser(config_class: type) -> HfArgumentParser:
+    """A stage's parser; in its help the flags that other stages have, too, come last."""
+    parser = _Parser(cast(Any, config_class), allow_abbrev=False, description=config_class.__doc__)
+    parser.add_argument("--config", help="YAML file with the same names as the flags; flags override it.")
+    order = ["help", "config", *config_class.__annotations__, *(f.name for f in fields(cast(Any, config_class)))]
+    for actions in (parser._actions, parser._optionals._group_actions):
+        actions.sort(key=lambda action: order.index(action.dest))
+    return parser
 
 
 def parse_config(config_class: type[T], argv: Sequence[str] | None = None) -> T:
@@ -45,8 +58,7 @@ def parse_config(config_class: type[T], argv: Sequence[str] | None = None) -> T:
         UserError: unknown flag or key (the nearest name is offered), a value of the wrong type or range.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    parser = _Parser(cast(Any, config_class), allow_abbrev=False, description=config_class.__doc__)
-    parser.add_argument("--config", help="YAML file with the same names as the flags; flags override it.")
+    parser = make_parser(config_class)
     known = {option.lstrip("-") for action in parser._actions for option in action.option_strings}
     for word in words:
         name = word.split("=", 1)[0]

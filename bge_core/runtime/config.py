@@ -1,30 +1,52 @@
-"""One dataclass a stage: the names of its flags and YAML keys, their types, defaults and bounds. cli.py reads them."""
+"""One dataclass a stage: the names of its flags and YAML keys, their types, defaults and bounds. cli.py reads them.
 
-import difflib
+What several stages share stands once, in the classes before them; a stage states again what is otherwise with it.
+"""
+
 import json
 import logging
-from dataclasses import dataclass, field, fields
-from typing import Any, Literal, cast
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any, Literal, NamedTuple, cast
 
 from bge_core import UserError
+from bge_core.runtime.refused import advice, nearest
 
 logger = logging.getLogger(__name__)
 
+Attention = Literal["auto", "padded", "sdpa", "varlen", "flash", "flex"]
+Pooling = Literal["cls", "mean", "last_token"]
+MergeMethod = Literal["linear", "slerp", "task_arithmetic", "ties", "greedy_soup"]
+MergeType = Literal["float32", "float16", "bfloat16", "keep"]
+SCHEDULES = (  # those of transformers that are a function of the step alone
+    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt",
+)  # fmt: skip
 
-def _flag(default: Any, help: str, *aliases: str) -> Any:
-    metadata: dict[str, Any] = {"help": help}
-    if aliases:
-        metadata["aliases"] = [f"--{name}" for name in aliases]
+
+class _Bound(NamedTuple):
+    """What a number has to be (each of them, in a list), and what to say of one that is not."""
+
+    holds: Callable[[float], bool]
+    remedy: str
+
+
+ABOVE_0 = _Bound(lambda x: x > 0, "use a number above 0")
+FROM_0 = _Bound(lambda x: x >= 0, "use 0 or a number above it")
+SHARE = _Bound(lambda x: 0 <= x <= 1, "use a share from 0 to 1")
+LIKENESS = _Bound(lambda x: 0 < x <= 1, "use a number above 0, up to 1")
+BELOW_1 = _Bound(lambda x: 0 <= x < 1, "use 0 to below 1")
+DECAY = _Bound(lambda x: 0 < x < 1, "use a number above 0 and below 1, as 0.999")
+
+
+def _flag(default: Any, help: str, bound: _Bound | None = None, *, alias: str | None = None) -> Any:
+    metadata = {"help": help, "bound": bound, "aliases": [f"--{alias}"] if alias else []}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
 
 
-def _required(help: str, *aliases: str) -> Any:
-    metadata: dict[str, Any] = {"help": help}
-    if aliases:
-        metadata["aliases"] = [f"--{name}" for name in aliases]
-    return field(metadata=metadata)
+def _required(help: str, *, alias: str | None = None) -> Any:
+    return _flag(MISSING, help, alias=alias)
 
 
 def _need(condition: bool, name: str, value: object, remedy: str) -> None:
@@ -32,29 +54,9 @@ def _need(condition: bool, name: str, value: object, remedy: str) -> None:
         raise UserError(f"--{name} {value!r}: {remedy}")
 
 
-def _need_positive(config: Any, names: str) -> None:
-    for name in names.split():
-        value = getattr(config, name)
-        _need(value is None or value > 0, name, value, "use a number above 0")
-
-
-def _need_from_0(config: Any, names: str) -> None:
-    for name in names.split():
-        _need((getattr(config, name) or 0) >= 0, name, getattr(config, name), "use 0 or a number above it")
-
-
-def _need_unset(config: Any, names: str, remedy: str) -> None:
-    for name in names.split():
-        _need(not getattr(config, name), name, getattr(config, name), remedy)
-
-
-def _take_old_cache_dir(config: Any) -> None:
-    """`cache_dir` as the vectors' folder, which it was called before; elsewhere it is the hub's downloads."""
-    old, new = config.cache_dir, config.embedding_cache_dir
-    if old is not None:
-        _need(new in (None, old), "cache_dir", old, f"is the earlier name of --embedding_cache_dir {new}: drop it")
-        logger.warning("--cache_dir: the vectors' folder is called --embedding_cache_dir now")
-        config.cache_dir, config.embedding_cache_dir = None, old
+def _need_one_of(name: str, value: str, known: Sequence[str]) -> None:
+    remedy = f"use {', '.join(known[:-1])} or {known[-1]}"
+    _need(value in known, name, value, f"{nearest(value, known)} {remedy}".strip())
 
 
 def _two_placeholders(name: str, value: str) -> str:
@@ -68,24 +70,86 @@ def _two_placeholders(name: str, value: str) -> str:
     return value
 
 
-Attention = Literal["auto", "padded", "sdpa", "varlen", "flash", "flex"]
-MergeMethod = Literal["linear", "slerp", "task_arithmetic", "ties", "greedy_soup"]
-MergeType = Literal["float32", "float16", "bfloat16", "keep"]
-_MAX_TOKENS = "At most this many tokens per encoding batch. Default: 8192, on a CPU 2048."
-_CACHE = "Folder where vectors are kept, by content: a second run on the same texts encodes nothing. Default: none."
-_OLD_CACHE = "The earlier name of --embedding_cache_dir."
-_ATTENTION = "How attention is computed without padding: auto takes the fastest that works; padded: as stock models."
+@dataclass(kw_only=True)
+class _Stage:
+    """What all stages are checked for."""
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            value, bound = getattr(self, f.name), f.metadata["bound"]
+            for one in value if isinstance(value, list) else [value]:
+                if bound and one is not None:
+                    _need(bound.holds(one), f.name, one, bound.remedy)
+
+    def _need_unset(self, names: str, remedy: str) -> None:
+        for name in names.split():
+            _need(not getattr(self, name), name, getattr(self, name), remedy)
 
 
-@dataclass
-class PrepareConfig:
+@dataclass(kw_only=True)
+class _ModelStage(_Stage):
+    """Stages that load and run models."""
+
+    trust_remote_code: bool = _flag(False, "Run model code that comes with the checkpoint.")
+    fp16: bool = _flag(False, "Compute in float16 (GPU).")
+    bf16: bool = _flag(False, "Compute in bfloat16.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _need(not (self.fp16 and self.bf16), "fp16", True, "cannot go with --bf16: choose one")
+
+
+@dataclass(kw_only=True)
+class _EncodingStage(_ModelStage):
+    """Stages that turn queries and passages into vectors."""
+
+    query_instruction_for_retrieval: str | None = _flag(
+        None, "Put before each query. Default: the model's stored query prompt, if any; '' for none."
+    )
+    passage_instruction_for_retrieval: str | None = _flag(None, "Likewise for passages.")
+    sentence_pooling_method: Pooling | None = _flag(
+        None, "Default: what the model's sentence-transformers files say, else cls.", alias="pooling_method"
+    )
+    query_max_len: int = _flag(512, "Longest query in tokens.", ABOVE_0)
+    passage_max_len: int = _flag(512, "Longest passage in tokens.", ABOVE_0)
+    attention: Attention = _flag(
+        "auto", "How attention is computed without padding: auto takes the fastest that works; padded: as stock models."
+    )
+
+
+@dataclass(kw_only=True)
+class _CorpusStage(_EncodingStage):
+    """Stages that encode a corpus."""
+
+    max_tokens: int | None = _flag(
+        None, "At most this many tokens per encoding batch. Default: 8192, on a CPU 2048.", ABOVE_0
+    )
+    batch_size: int | None = _flag(None, "At most this many texts per encoding batch.", ABOVE_0)
+    embedding_cache_dir: str | None = _flag(
+        None,
+        "Folder where vectors are kept, by content: a second run on the same texts encodes nothing. Default: none.",
+    )
+    cache_dir: str | None = _flag(None, "The earlier name of --embedding_cache_dir.")
+    cache_shard_size: int = _flag(4096, "Texts a file of the cache; a killed run loses at most so many.", ABOVE_0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        old, new = self.cache_dir, self.embedding_cache_dir  # elsewhere cache_dir is the folder of the hub's downloads
+        if old is not None:
+            _need(new in (None, old), "cache_dir", old, f"is the earlier name of --embedding_cache_dir {new}: drop it")
+            logger.warning("--cache_dir: the vectors' folder is called --embedding_cache_dir now")
+            self.cache_dir, self.embedding_cache_dir = None, old
+
+
+@dataclass(kw_only=True)
+class PrepareConfig(_Stage):
     """Raw question/answer files -> train.jsonl, test.jsonl, corpus.jsonl."""
 
     input_dir: str = _required(
         "Folder (or one file) with .jsonl .json .csv .tsv .xlsx .parquet files; read recursively."
     )
     output_dir: str = _required("Where train.jsonl, test.jsonl, corpus.jsonl and manifest.json go.")
-    train_num: int | None = _flag(None, "At most this many training rows. Default: nine tenths of the rows.")
+    train_num: int | None = _flag(None, "At most this many training rows. Default: nine tenths of the rows.", ABOVE_0)
     split_by: Literal["group", "question"] = _flag(
         "group", "group: no question and no answer on both sides. question: new questions about known answers."
     )
@@ -94,15 +158,12 @@ class PrepareConfig:
     seed: int = _flag(42, "Seed of the split.")
     overwrite_output_dir: bool = _flag(False, "Replace the files of an earlier run in output_dir.")
 
-    def __post_init__(self) -> None:
-        _need(self.train_num is None or self.train_num > 0, "train_num", self.train_num, "use a number above 0")
 
-
-@dataclass
-class MineConfig:
+@dataclass(kw_only=True)
+class MineConfig(_CorpusStage):
     """Training data -> training data with hard negatives, found with faiss."""
 
-    model_name_or_path: str | None = _flag(None, "Encoder that finds the negatives.", "embedder_name_or_path")
+    model_name_or_path: str | None = _flag(None, "Encoder that finds the negatives.", alias="embedder_name_or_path")
     input_file: list[str] = _flag([], "Training data (query, pos, optional neg): JSONL, parquet, folders, hub names.")
     output_file: str | None = _flag(None, "Where the rows with their mined `neg` go.")
     candidate_pool: list[str] = _flag(
@@ -120,70 +181,46 @@ class MineConfig:
     index_path: str | None = _flag(
         None, "Its file, reused if it fits. Default: in embedding_cache_dir, if there is one."
     )
-    search_memory: int = _flag(512, "MiB to search in; larger arrays are searched block by block.")
+    search_memory: int = _flag(512, "MiB to search in; larger arrays are searched block by block.", ABOVE_0)
     # what is no negative
     guard_identical: bool = _flag(True, "Spare texts with the letters and digits of a positive.")
     guard_near_duplicates: bool = _flag(True, "Spare texts that say what a positive says in nearly the same words.")
-    near_duplicate_threshold: float = _flag(0.85, "How alike they must be, 0 to 1.")
+    near_duplicate_threshold: float = _flag(0.85, "How alike they must be, 0 to 1.", LIKENESS)
     guard_same_questions: bool = _flag(True, "Spare positives of questions that are the same or nearly so.")
-    same_question_threshold: float = _flag(0.85, "How alike the questions must be, 0 to 1.")
+    same_question_threshold: float = _flag(0.85, "How alike the questions must be, 0 to 1.", LIKENESS)
     guard_answers: bool = _flag(True, "Spare texts that hold the row's `answer`, if it states one.")
     max_score: float | None = _flag(None, "Highest score of a negative.")
     min_score: float | None = _flag(None, "Lowest score of a negative.")
-    absolute_margin: float | None = _flag(None, "A negative scores at least this much below its positive.")
-    relative_margin: float | None = _flag(None, "A negative scores at most (1 - this) times its positive.")
+    absolute_margin: float | None = _flag(None, "A negative scores at least this much below its positive.", FROM_0)
+    relative_margin: float | None = _flag(None, "A negative scores at most (1 - this) times its positive.", FROM_0)
     # what to take
-    negative_number: int = _flag(15, "Negatives per query.")
+    negative_number: int = _flag(15, "Negatives per query.", ABOVE_0)
     sampling: Literal["uniform", "top", "score"] = _flag(
         "uniform", "From the range: each hit equally likely, the highest ones, or by exp(score / temperature)."
     )
-    sampling_temperature: float = _flag(0.05, "Of --sampling score; smaller: harder negatives.")
+    sampling_temperature: float = _flag(0.05, "Of --sampling score; smaller: harder negatives.", ABOVE_0)
     keep_neg: bool = _flag(False, "Keep the input's own negatives and add the mined ones behind them.")
     seed: int = _flag(42, "Seed of the sampling.")
     # a teacher
     reranker_name_or_path: str | None = _flag(
         None, "Cross-encoder whose scores become pos_scores and neg_scores, for --knowledge_distillation."
     )
-    reranker_max_length: int = _flag(512, "Longest query and passage together in tokens.")
+    reranker_max_length: int = _flag(512, "Longest query and passage together in tokens.", ABOVE_0)
     teacher_encoder: str | None = _flag(None, "The same with a second encoder's cosines.")
-    teacher_margin: float | None = _flag(None, "A negative's teacher score is at least this much below its positive's.")
-    # how texts are encoded
-    query_instruction_for_retrieval: str | None = _flag(
-        None, "Put before each query. Default: the model's stored query prompt, if any; '' for none."
+    teacher_margin: float | None = _flag(
+        None, "A negative's teacher score is at least this much below its positive's.", FROM_0
     )
-    passage_instruction_for_retrieval: str | None = _flag(None, "Likewise for candidates.")
-    sentence_pooling_method: Literal["cls", "mean", "last_token"] | None = _flag(
-        None, "Default: what the model's sentence-transformers files say, else cls.", "pooling_method"
-    )
-    query_max_len: int = _flag(512, "Longest query in tokens.")
-    passage_max_len: int = _flag(512, "Longest candidate in tokens.")
-    max_tokens: int | None = _flag(None, _MAX_TOKENS)
-    batch_size: int | None = _flag(None, "At most this many texts per encoding batch.")
-    attention: Attention = _flag("auto", _ATTENTION)
-    fp16: bool = _flag(False, "Encode in float16 (GPU).")
-    bf16: bool = _flag(False, "Encode in bfloat16.")
-    trust_remote_code: bool = _flag(False, "Run model code that comes with the checkpoint.")
-    embedding_cache_dir: str | None = _flag(None, _CACHE)
-    cache_dir: str | None = _flag(None, _OLD_CACHE)
-    cache_shard_size: int = _flag(4096, "Texts a file of the cache; a killed run loses at most so many.")
+    # the cache
     cache_dtype: Literal["float32", "float16"] = _flag("float32", "Type of the vectors in the cache.")
     clean_cache: bool = _flag(False, "When done, remove what embedding_cache_dir holds of other models and settings.")
     # look at it
-    inspect: int = _flag(0, "Show this many rows with their negatives and scores.")
+    inspect: int = _flag(0, "Show this many rows with their negatives and scores.", FROM_0)
     report: str | None = _flag(None, "The report, one HTML file. Default: <output_file>.report.html.")
     check: str | None = _flag(None, "Only look at a training file, and mine nothing: duplicates, contradictions, ...")
     check_against: str | None = _flag(None, "With --check: test data whose questions must not be in it.")
 
     def __post_init__(self) -> None:
-        _need_positive(
-            self,
-            "negative_number max_tokens query_max_len passage_max_len search_memory batch_size "
-            "cache_shard_size sampling_temperature reranker_max_length",
-        )
-        _need(not (self.fp16 and self.bf16), "fp16", True, "cannot go with --bf16: choose one")
-        for name in ("near_duplicate_threshold", "same_question_threshold"):
-            _need(0 < getattr(self, name) <= 1, name, getattr(self, name), "use a number above 0, up to 1")
-        _need_from_0(self, "absolute_margin relative_margin teacher_margin inspect")
+        super().__post_init__()
         _need(
             self.min_score is None or self.max_score is None or self.min_score < self.max_score,
             "min_score",
@@ -205,7 +242,6 @@ class MineConfig:
         for name in () if self.check is not None else ("model_name_or_path", "input_file", "output_file"):
             if not getattr(self, name):
                 raise UserError(f"the following arguments are required: --{name}; --help lists the flags")
-        _take_old_cache_dir(self)
         needs = "needs --embedding_cache_dir"
         _need(not self.clean_cache or self.embedding_cache_dir is not None, "clean_cache", True, needs)
         _ = self.sampling_range
@@ -226,89 +262,95 @@ class MineConfig:
         return start, end
 
 
-@dataclass
-class TrainConfig:
+@dataclass(kw_only=True)
+class TrainConfig(_EncodingStage):
     """Training data -> a fine-tuned encoder; names and defaults of FlagEmbedding and transformers."""
 
     # model
-    model_name_or_path: str = _required("Hub name or folder of the encoder to fine-tune.", "embedder_name_or_path")
+    model_name_or_path: str = _required(
+        "Hub name or folder of the encoder to fine-tune.", alias="embedder_name_or_path"
+    )
     output_dir: str = _required("Run folder: final model, checkpoints, metrics.jsonl, curves.png, manifest.json.")
     train_data: list[str] = _required("Files (jsonl, parquet), folders, hub names or a sources.yaml.")
     tokenizer_name: str | None = _flag(None, "Tokenizer, if it lies elsewhere than the model.")
     cache_dir: str | None = _flag(None, "Folder of the hub's downloads.")
     token: str | None = _flag(None, "Hub token; default: the environment's HF_TOKEN.")
-    trust_remote_code: bool = _flag(False, "Run model code that comes with the checkpoint.")
-    sentence_pooling_method: Literal["cls", "mean", "last_token"] | None = _flag(
-        None, "Default: what the checkpoint's sentence-transformers files say, else cls."
+    normalize_embeddings: bool = _flag(
+        True, "Scale vectors to length 1, so that scores are cosines.", alias="normlized"
     )
-    normalize_embeddings: bool = _flag(True, "Scale vectors to length 1, so that scores are cosines.", "normlized")
     fix_position_embedding: bool = _flag(False, "Freeze the position embeddings.")
-    attention: Attention = _flag("auto", _ATTENTION)
-    attention_dropout: float | None = _flag(None, "Dropout of attention weights. Default: the checkpoint's.")
+    attention_dropout: float | None = _flag(None, "Dropout of attention weights. Default: the checkpoint's.", BELOW_1)
     # data
-    train_group_size: int = _flag(8, "Passages per query: one positive and train_group_size - 1 of its negatives.")
-    query_max_len: int = _flag(32, "Longest query in tokens.")
-    passage_max_len: int = _flag(128, "Longest passage in tokens.")
-    query_instruction_for_retrieval: str | None = _flag(
-        None, "Put before each query. Default: the checkpoint's stored query prompt, if any; '' for none."
+    train_group_size: int = _flag(
+        8, "Passages per query: one positive and train_group_size - 1 of its negatives.", ABOVE_0
     )
+    query_max_len: int = _flag(32, "Longest query in tokens.", ABOVE_0)
+    passage_max_len: int = _flag(128, "Longest passage in tokens.", ABOVE_0)
     query_instruction_format: str = _flag("{}{}", "How instruction and query are joined.")
-    passage_instruction_for_retrieval: str | None = _flag(None, "Likewise for passages.")
     passage_instruction_format: str = _flag("{}{}", "How instruction and passage are joined.")
-    max_example_num_per_dataset: int = _flag(100_000_000, "At most this many rows of each file, drawn with the seed.")
+    max_example_num_per_dataset: int = _flag(
+        100_000_000, "At most this many rows of each file, drawn with the seed.", ABOVE_0
+    )
     same_dataset_within_batch: bool = _flag(False, "All rows of a batch come from the same file.")
     dataloader_drop_last: bool = _flag(False, "Leave out the last, smaller batch of an epoch.")
-    dataloader_num_workers: int = _flag(1, "Processes that tokenize ahead; 0: the training process itself.")
+    dataloader_num_workers: int = _flag(1, "Processes that tokenize ahead; 0: the training process itself.", FROM_0)
     # loss
-    temperature: float = _flag(0.02, "Scores are divided by it.")
+    temperature: float = _flag(0.02, "Scores are divided by it.", ABOVE_0)
     negatives_cross_device: bool = _flag(False, "Passages of every process are negatives for every query.")
     use_inbatch_neg: bool = _flag(True, "Passages of other queries are negatives; False: a query's own passages alone.")
     exclude_positives: bool = _flag(True, "A passage that is a known positive of the query is never its negative.")
     knowledge_distillation: bool = _flag(False, "Learn from pos_scores and neg_scores.")
     kd_loss_type: Literal["kl_div", "m3_kd_loss"] = _flag("kl_div", "Distillation loss.")
     use_mrl: bool = _flag(False, "Matryoshka: the loss is the mean over mrl_dims.")
-    mrl_dims: list[int] = _flag([], "Leading dimensions that shall work alone.")
+    mrl_dims: list[int] = _flag([], "Leading dimensions that shall work alone.", ABOVE_0)
     loss: str | None = _flag(
         None, "FILE.py:FUNCTION(LossInput, LossConfig) -> LossOutput instead of the built-in loss."
     )
     loss_args: str | None = _flag(None, "JSON object, given to the loss as cfg.args.")
     loss_block_size: int | None = _flag(
-        None, "Rows of the score matrix at a time; 0: the whole matrix. Default: by size, about 16 MB a block."
+        None,
+        "Rows of the score matrix at a time; 0: the whole matrix. Default: by size, about 16 MB a block.",
+        FROM_0,
     )
     guide_encoder: str | None = _flag(None, "Frozen encoder whose vectors a loss of your own sees, too (GISTEmbed).")
     # optimization
     num_train_epochs: float = _flag(3.0, "Passes over the data; may be a fraction.")
     max_steps: int = _flag(-1, "Optimizer updates; above 0 it beats num_train_epochs.")
-    per_device_train_batch_size: int = _flag(8, "Queries per process and micro-batch.")
-    gradient_accumulation_steps: int | None = _flag(None, "Micro-batches per update. Default: Accelerate's, else 1.")
+    per_device_train_batch_size: int = _flag(8, "Queries per process and micro-batch.", ABOVE_0)
+    gradient_accumulation_steps: int | None = _flag(
+        None, "Micro-batches per update. Default: Accelerate's, else 1.", ABOVE_0
+    )
     sub_batch_size: int | None = _flag(
         None, "GradCache: encode this many texts at a time; memory no longer grows with the batch."
     )
-    max_tokens: int | None = _flag(None, "GradCache: encode texts of at most this many tokens at a time.")
-    learning_rate: float = _flag(5e-5, "Peak learning rate of AdamW.")
+    max_tokens: int | None = _flag(None, "GradCache: encode texts of at most this many tokens at a time.", ABOVE_0)
+    learning_rate: float = _flag(5e-5, "Peak learning rate of AdamW.", ABOVE_0)
     lr_scheduler_type: str = _flag("linear", "As in transformers: linear, cosine, constant, constant_with_warmup, ...")
-    warmup_ratio: float = _flag(0.0, "Warm-up as a share of all steps.")
-    warmup_steps: int = _flag(0, "Warm-up in steps; above 0 it beats warmup_ratio.")
-    weight_decay: float = _flag(0.0, "Decoupled weight decay of matrices (never of biases and norms).")
-    adam_beta1: float = _flag(0.9, "AdamW's beta1.")
-    adam_beta2: float = _flag(0.999, "AdamW's beta2.")
-    adam_epsilon: float = _flag(1e-8, "AdamW's epsilon.")
-    ema_decay: float | None = _flag(None, "Evaluate and publish a moving average of the weights, with this decay.")
-    max_grad_norm: float = _flag(1.0, "Clip the whole gradient to this norm; 0: never.")
+    warmup_ratio: float = _flag(0.0, "Warm-up as a share of all steps.", SHARE)
+    warmup_steps: int = _flag(0, "Warm-up in steps; above 0 it beats warmup_ratio.", FROM_0)
+    weight_decay: float = _flag(0.0, "Decoupled weight decay of matrices (never of biases and norms).", FROM_0)
+    adam_beta1: float = _flag(0.9, "AdamW's beta1.", BELOW_1)
+    adam_beta2: float = _flag(0.999, "AdamW's beta2.", BELOW_1)
+    adam_epsilon: float = _flag(1e-8, "AdamW's epsilon.", ABOVE_0)
+    ema_decay: float | None = _flag(
+        None, "Evaluate and publish a moving average of the weights, with this decay.", DECAY
+    )
+    max_grad_norm: float = _flag(1.0, "Clip the whole gradient to this norm; 0: never.", FROM_0)
     fp16: bool = _flag(False, "float16 autocast with loss scaling (GPU).")
-    bf16: bool = _flag(False, "bfloat16 autocast.")
     gradient_checkpointing: bool = _flag(False, "Trade time for activation memory.")
     torch_compile: bool = _flag(False, "Compile the layers (needs a C++ compiler, on GPUs Triton).")
     fsdp: bool = _flag(False, "FSDP2 instead of DDP: weights, gradients and AdamW's state lie in shards.")
-    ddp_timeout: int = _flag(1800, "Seconds that processes wait for one that hangs; then all end, and it is named.")
+    ddp_timeout: int = _flag(
+        1800, "Seconds that processes wait for one that hangs; then all end, and it is named.", ABOVE_0
+    )
     seed: int = _flag(42, "Seed of data order, choice of passages and dropout.")
     full_determinism: bool = _flag(
-        False, "Deterministic GPU kernels: slower, the same bits in every run.", "deterministic"
+        False, "Deterministic GPU kernels: slower, the same bits in every run.", alias="deterministic"
     )
     # run folder
-    logging_steps: int = _flag(10, "Steps between two lines of metrics.jsonl.")
-    save_steps: float = _flag(500, "Steps between two checkpoints; below 1: that share of all steps; 0: none.")
-    save_total_limit: int | None = _flag(None, "Keep this many newest checkpoints (and the best).")
+    logging_steps: int = _flag(10, "Steps between two lines of metrics.jsonl.", ABOVE_0)
+    save_steps: float = _flag(500, "Steps between two checkpoints; below 1: that share of all steps; 0: none.", FROM_0)
+    save_total_limit: int | None = _flag(None, "Keep this many newest checkpoints (and the best).", ABOVE_0)
     resume_from_checkpoint: str | None = _flag(None, "'latest', or the path of a checkpoint.")
     allow_changed: list[str] = _flag([], "Settings that may differ from those of the run that is resumed.")
     overwrite_output_dir: bool = _flag(False, "Begin anew in a folder that holds another run.")
@@ -317,11 +359,15 @@ class TrainConfig:
     # evaluation while training
     val_data: str | None = _flag(None, "Evaluation data (query, pos); scored every eval_steps and at the end.")
     val_corpus: str | None = _flag(None, "Corpus to search; default: the distinct pos and neg of val_data.")
-    eval_steps: float | None = _flag(None, "Steps between two evaluations, as save_steps. Default: save_steps.")
-    per_device_eval_batch_size: int | None = _flag(None, "At most this many texts per batch of the evaluation.")
+    eval_steps: float | None = _flag(
+        None, "Steps between two evaluations, as save_steps; 0: at the end alone. Default: save_steps.", FROM_0
+    )
+    per_device_eval_batch_size: int | None = _flag(
+        None, "At most this many texts per batch of the evaluation.", ABOVE_0
+    )
     metric_for_best_model: str = _flag("MRR@10", "Decides the best checkpoint; larger is better.")
     load_best_model_at_end: bool = _flag(False, "The final model is that of the best evaluation.")
-    early_stopping_patience: int | None = _flag(None, "Stop after this many evaluations without a better one.")
+    early_stopping_patience: int | None = _flag(None, "Stop after this many evaluations without a better one.", ABOVE_0)
     # look before you train
     show_batch: bool = _flag(False, "Print one batch, decoded, and end.")
     plan: bool = _flag(False, "Print what the run will take (memory, time, checkpoints, ...), and end; stdout: JSON.")
@@ -329,31 +375,19 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.sub_batch_size is not None and self.sub_batch_size <= 0:
             self.sub_batch_size = None  # FlagEmbedding's -1: off
-        _need_positive(
-            self,
-            "train_group_size query_max_len passage_max_len per_device_train_batch_size max_tokens temperature "
-            "max_example_num_per_dataset learning_rate adam_epsilon ddp_timeout gradient_accumulation_steps "
-            "logging_steps save_total_limit early_stopping_patience per_device_eval_batch_size",
-        )
-        _need(0 <= (self.attention_dropout or 0) < 1, "attention_dropout", self.attention_dropout, "use 0 to below 1")
-        if self.ema_decay is not None:
-            _need(0 < self.ema_decay < 1, "ema_decay", self.ema_decay, "use a number above 0 and below 1, as 0.999")
-        _need_from_0(self, "weight_decay max_grad_norm warmup_steps save_steps loss_block_size dataloader_num_workers")
+        super().__post_init__()
         if self.max_steps <= 0:
-            _need_positive(self, "num_train_epochs")
+            _need(ABOVE_0.holds(self.num_train_epochs), "num_train_epochs", self.num_train_epochs, ABOVE_0.remedy)
         _need(
             self.guide_encoder is None or self.loss is not None,
             "guide_encoder",
             self.guide_encoder,
             "the built-in loss asks no guide: add --loss examples/losses/gist.py:gist_loss, or your own",
         )
-        _need(0 <= self.warmup_ratio <= 1, "warmup_ratio", self.warmup_ratio, "use a share from 0 to 1")
-        _need(not (self.fp16 and self.bf16), "fp16", True, "cannot go with --bf16: choose one")
         remedy = "go with --use_mrl, as --use_mrl --mrl_dims 256 512"
         _need(self.use_mrl == bool(self.mrl_dims), "mrl_dims", self.mrl_dims, remedy)
-        _need(all(dim > 0 for dim in self.mrl_dims), "mrl_dims", self.mrl_dims, "use numbers above 0")
-        trackers = ("none", "tensorboard", "wandb")
-        _need(self.report_to in trackers, "report_to", self.report_to, "use tensorboard, wandb or none")
+        _need_one_of("report_to", self.report_to, ("tensorboard", "wandb", "none"))
+        _need_one_of("lr_scheduler_type", self.lr_scheduler_type, SCHEDULES)
         _need(
             self.negatives_cross_device <= self.use_inbatch_neg,
             "negatives_cross_device",
@@ -363,8 +397,8 @@ class TrainConfig:
         names = {f.name for f in fields(self)}
         for name in self.allow_changed:
             _need(name in names, "allow_changed", name, f"is no setting; {advice(name, names)}")
-        for name in ("load_best_model_at_end", "early_stopping_patience", "eval_steps", "val_corpus"):
-            _need(self.val_data is not None or not getattr(self, name), name, getattr(self, name), "needs --val_data")
+        if self.val_data is None:
+            self._need_unset("load_best_model_at_end early_stopping_patience eval_steps val_corpus", "needs --val_data")
         self.query_instruction_format = _two_placeholders("query_instruction_format", self.query_instruction_format)
         self.passage_instruction_format = _two_placeholders(
             "passage_instruction_format", self.passage_instruction_format
@@ -382,8 +416,8 @@ class TrainConfig:
         return cast(dict[str, Any], args)
 
 
-@dataclass
-class MergeConfig:
+@dataclass(kw_only=True)
+class MergeConfig(_ModelStage):
     """Several checkpoints -> one model: their weighted average, or merged in another way."""
 
     models: list[str] = _required("Two or more hub names or folders.")
@@ -399,42 +433,38 @@ class MergeConfig:
     corpus: str | None = _flag(None, "Its corpus; default: the distinct pos and neg of val_data.")
     general_data: str | None = _flag(None, "Of sweep: test set of what should not get significantly worse.")
     general_corpus: str | None = _flag(None, "Its corpus; default: the distinct pos and neg of general_data.")
-    general_weight: float | None = _flag(None, "Of sweep: choose by (1 - a) domain + a general instead, 0 <= a <= 1.")
+    general_weight: float | None = _flag(
+        None, "Of sweep: choose by (1 - a) domain + a general instead, 0 <= a <= 1.", SHARE
+    )
     metric: str | None = _flag(None, "Of sweep and greedy_soup: what decides. Default: MRR@10.")
-    fp16: bool = _flag(False, "Score in float16 (GPU).")
-    bf16: bool = _flag(False, "Score in bfloat16.")
-    temperature: float = _flag(5.0, "Of the softmax over the losses; larger: more equal weights.")
+    temperature: float = _flag(5.0, "Of the softmax over the losses; larger: more equal weights.", ABOVE_0)
     neg_number: int = _flag(7, "Negatives per example when the loss is computed.")
-    max_input_length: int = _flag(512, "Longest text in tokens when a loss or a score is computed.")
-    batch_size: int = _flag(2, "Examples per batch when the loss is computed.")
-    seed: int = _flag(42, "Seed of the choice of negatives, and of the sweep's intervals.")
+    max_input_length: int = _flag(512, "Longest text in tokens when a loss or a score is computed.", ABOVE_0)
+    batch_size: int = _flag(2, "Examples per batch when the loss is computed.", ABOVE_0)
+    seed: int = _flag(42, "Seed of the choice of negatives, and of the sweep's intervals.", FROM_0)
     overwrite_output_dir: bool = _flag(False, "Replace an earlier model in output_path.")
     cache_dir: str | None = _flag(None, "Folder of the hub's downloads.")
-    trust_remote_code: bool = _flag(False, "Run model code that comes with the checkpoint.")
 
     def __post_init__(self) -> None:
-        _need_positive(self, "max_input_length batch_size temperature")
-        _need_from_0(self, "seed")
-        _need(not (self.fp16 and self.bf16), "fp16", True, "cannot go with --bf16: choose one")
+        super().__post_init__()
         if self.method == "greedy_soup" or self.sweep:
             name = "method" if self.method == "greedy_soup" else "sweep"
             _need(self.val_data is not None, name, getattr(self, name), "needs --val_data, to score on")
-            _need_unset(self, "weights example_data", "--sweep and --method greedy_soup find the weights: drop it")
+            self._need_unset("weights example_data", "--sweep and --method greedy_soup find the weights: drop it")
         else:
             remedy = "goes with --sweep or --method greedy_soup alone: drop it"
-            _need_unset(self, "val_data corpus metric fp16 bf16", remedy)
+            self._need_unset("val_data corpus metric fp16 bf16", remedy)
         if self.sweep:
             _need(len(self.models) == 2, "sweep", self.sweep, "takes two models: the base, then the fine-tuned one")
             _need(self.method == "linear", "sweep", self.sweep, "goes with --method linear")
         else:
-            _need_unset(self, "general_data general_corpus general_weight", "goes with --sweep alone: drop it")
+            self._need_unset("general_data general_corpus general_weight", "goes with --sweep alone: drop it")
         if self.general_data is None:
-            _need_unset(self, "general_corpus general_weight", "needs --general_data")
-        _need(0 <= (self.general_weight or 0) <= 1, "general_weight", self.general_weight, "use a share from 0 to 1")
+            self._need_unset("general_corpus general_weight", "needs --general_data")
 
 
-@dataclass
-class EvaluateConfig:
+@dataclass(kw_only=True)
+class EvaluateConfig(_CorpusStage):
     """One or more encoders and evaluation data -> metrics by exact search, with intervals, tests and a report."""
 
     val_data: list[str] = _required("Test sets: JSONL with query and pos, BEIR folders, hub names; with --run: qrels.")
@@ -443,51 +473,35 @@ class EvaluateConfig:
         [], "JSONL with text: one for all, or one a test set. Default: each set's own pos and neg."
     )
     run: list[str] = _flag([], "TREC run files to score, in place of encoders.")
-    k: int = _flag(100, "Depth of the ranking; a deeper one of --metrics counts.")
+    k: int = _flag(100, "Depth of the ranking; a deeper one of --metrics counts.", ABOVE_0)
     metrics: list[str] = _flag([], "Such as MRR@10 nDCG@20 Recall@100 MAP@100 Precision@5 Success@1 CappedRecall@10.")
     add_instruction: bool = _flag(False, "Use the model's stored prompts, else BGE's instruction for its language.")
     query_instruction_for_retrieval: str | None = _flag(None, "Put before each query; beats --add_instruction.")
     passage_instruction_for_retrieval: str | None = _flag(None, "Put before each passage; beats --add_instruction.")
-    pooling_method: Literal["cls", "mean", "last_token"] | None = _flag(
-        None, "Default: what the model's sentence-transformers files say, else cls.", "sentence_pooling_method"
-    )
-    max_query_length: int = _flag(64, "Longest query in tokens.")
-    max_passage_length: int = _flag(512, "Longest passage in tokens.")
-    max_tokens: int | None = _flag(None, _MAX_TOKENS)
-    batch_size: int | None = _flag(None, "At most this many texts per encoding batch.")
-    attention: Attention = _flag("auto", _ATTENTION)
-    fp16: bool = _flag(False, "Encode in float16 (GPU).")
-    bf16: bool = _flag(False, "Encode in bfloat16.")
+    query_max_len: int = _flag(64, "Longest query in tokens.", ABOVE_0, alias="max_query_length")
+    passage_max_len: int = _flag(512, "Longest passage in tokens.", ABOVE_0, alias="max_passage_length")
     # what it costs
     dims: list[int] = _flag([], "Also with vectors cut to these dimensions.")
     dtypes: list[str] = _flag([], "Also with vectors kept as float32, float16, int8 or binary.")
     index_factories: list[str] = _flag([], "Also with these faiss indexes, as HNSW32 or IVF256,PQ48.")
     # how sure
-    resamples: int = _flag(10_000, "Of the bootstrap and of the permutation test.")
-    seed: int = _flag(0, "Of both.")
+    resamples: int = _flag(10_000, "Of the bootstrap and of the permutation test.", ABOVE_0)
+    seed: int = _flag(0, "Of both.", FROM_0)
     # what is written
     output_dir: str | None = _flag(None, "Where the report, plots, metrics, rankings and the manifest go.")
     overwrite_output_dir: bool = _flag(False, "Replace the files of an earlier evaluation in output_dir.")
     lang: Literal["en", "zh"] = _flag("en", "Language of the report.")
     update_model_card: bool = _flag(False, "Write scores and thresholds into the README.md of each encoder's folder.")
-    embedding_cache_dir: str | None = _flag(None, _CACHE)
-    cache_dir: str | None = _flag(None, _OLD_CACHE)
-    cache_shard_size: int = _flag(4096, "Texts a file of the cache.")
-    trust_remote_code: bool = _flag(False, "Run model code that comes with the checkpoint.")
 
     def __post_init__(self) -> None:
-        _need_positive(self, "k max_tokens max_query_length max_passage_length cache_shard_size resamples batch_size")
-        _need_from_0(self, "seed")
-        _need(not (self.fp16 and self.bf16), "fp16", True, "cannot go with --bf16: choose one")
+        super().__post_init__()
         _need(
             bool(self.encoder) != bool(self.run), "encoder", self.encoder, "name models to encode with, or --run files"
         )
-        _take_old_cache_dir(self)
         if self.run:
-            _need_unset(
-                self,
-                "corpus dims dtypes index_factories update_model_card embedding_cache_dir add_instruction fp16 "
-                "bf16 max_tokens query_instruction_for_retrieval passage_instruction_for_retrieval pooling_method",
+            self._need_unset(
+                "corpus dims dtypes index_factories update_model_card embedding_cache_dir add_instruction fp16 bf16 "
+                "max_tokens query_instruction_for_retrieval passage_instruction_for_retrieval sentence_pooling_method",
                 "has no meaning with --run",
             )
             _need(self.lang == "en", "lang", self.lang, "has no meaning with --run, which writes no report")
@@ -495,40 +509,4 @@ class EvaluateConfig:
         fits = len(self.corpus) in (0, 1, len(self.val_data))
         _need(fits, "corpus", self.corpus, f"give one for all, or one for each of {len(self.val_data)} test sets")
         for dtype in self.dtypes:
-            known = dtype in ("float32", "float16", "int8", "binary")
-            _need(known, "dtypes", dtype, "use float32, float16, int8 or binary")
-
-
-# Flags of FlagEmbedding and its examples that mean nothing here; the reason is what the user reads.
-REFUSED = {
-    "deepspeed": "DeepSpeed is not tested here; launch with accelerate or torchrun (DDP, or --fsdp)",
-    "small_threshold": "merge small files yourself; every row is used",
-    "drop_threshold": "merge small files yourself; every row is used",
-    "shuffle_ratio": "it reorders thirds of a passage, which no evaluation does",
-    "cache_path": "rows are memory-mapped by datasets; set HF_DATASETS_CACHE",
-    "pad_to_multiple_of": "padding is the encoder's own affair",
-    "use_fast_tokenizer": "the fast tokenizer is always used",
-    "config_name": "the configuration always comes from the model; FlagEmbedding only printed it",
-    "save_strategy": "use --save_steps (below 1: a share of all steps; 0: none)",
-    "evaluation_strategy": "use --eval_steps with --val_data",
-    "eval_strategy": "use --eval_steps with --val_data",
-    "ddp_find_unused_parameters": "never needed: parameters without a gradient are frozen",
-    "optim": "AdamW is the optimizer; change it in bge_core/training/optim.py",
-    "remove_unused_columns": "unknown columns are always ignored",
-    "index_factory": "the search is exact",
-    "save_embedding": "--embedding_cache_dir keeps embeddings, by content",
-    "load_embedding": "--embedding_cache_dir keeps embeddings, by content",
-    "save_path": "--embedding_cache_dir keeps embeddings, by content",
-    "query_data": "it is called --val_data here",
-    "corpus_data": "it is called --corpus here",
-    "do_train": "train.py always trains",
-    "local_rank": "the launcher sets it in the environment",
-}
-
-
-def advice(name: str, known: set[str]) -> str:
-    """What to say of a name that is no flag or key: why not, or which one it resembles."""
-    if name in REFUSED:
-        return REFUSED[name]
-    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"did you mean --{nearest[0]}?" if nearest else "--help lists the flags"
+            _need_one_of("dtypes", dtype, ("float32", "float16", "int8", "binary"))

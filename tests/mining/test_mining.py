@@ -760,7 +760,7 @@ def test_what_to_mind_is_printed_and_the_closest_negatives_shown(
 
 def test_what_was_taken_out_is_shown_once() -> None:
     """Also where it comes again as something to fill up with."""
-    config = MineConfig("m", ["i"], "o", max_score=0.5)
+    config = MineConfig(model_name_or_path="m", input_file=["i"], output_file="o", max_score=0.5)
     rows, scores = [{"query": "q", "pos": ["p"]}], lambda number, candidates: np.full(len(candidates), 0.9)
     judge = mining_mine._Judge(rows, ["a", "b", "c"], None, config, scores, np.array([1.0]))
     assert judge(0, [0, 1]) == judge(0, [1, 2]) == ["max_score"] * 2

@@ -14,7 +14,8 @@ from conftest import ROOT
 
 from bge_core import UserError
 from bge_core.runtime.cli import as_dict, changed_fields, parse_config, run_stage
-from bge_core.runtime.config import REFUSED, EvaluateConfig, MergeConfig, MineConfig, PrepareConfig, TrainConfig
+from bge_core.runtime.config import EvaluateConfig, MergeConfig, MineConfig, PrepareConfig, TrainConfig
+from bge_core.runtime.refused import REFUSED
 
 STAGES: dict[str, tuple[type, list[str]]] = {  # and the flags that each needs
     "prepare": (PrepareConfig, ["--input_dir", "i", "--output_dir", "o"]),
@@ -123,7 +124,7 @@ def test_both_spellings_of_a_name() -> None:
     words = ["--embedder_name_or_path", "e", "--output_dir", "o", "--train_data", "d"]
     assert parse_config(TrainConfig, words).model_name_or_path == "e"
     assert (
-        parse_config(EvaluateConfig, [*STAGES["evaluate"][1], "--sentence_pooling_method", "mean"]).pooling_method
+        parse_config(EvaluateConfig, [*STAGES["evaluate"][1], "--pooling_method", "mean"]).sentence_pooling_method
         == "mean"
     )
 
@@ -182,6 +183,10 @@ def test_a_hub_token_is_no_setting_to_record() -> None:
         (("--weight_decay", "-1"), "--weight_decay -1.0: use 0 or a number above it"),
         (("--ema_decay", "1"), "--ema_decay 1.0: use a number above 0 and below 1"),
         (("--ema_decay", "0"), "--ema_decay 0.0: use a number above 0 and below 1"),
+        (("--adam_beta1", "1.5"), "--adam_beta1 1.5: use 0 to below 1"),
+        (("--eval_steps", "-1", "--val_data", "v"), "--eval_steps -1.0: use 0 or a number above it"),
+        (("--lr_scheduler_type", "cosin"), "--lr_scheduler_type 'cosin': did you mean cosine? use linear, cosine,"),
+        (("--use_mrl", "--mrl_dims", "8", "0"), "--mrl_dims 0: use a number above 0"),
         (("--fp16", "--bf16"), "--fp16 True: cannot go with --bf16"),
         (("--use_mrl",), "--mrl_dims []: go with --use_mrl"),
         (("--mrl_dims", "8"), "--mrl_dims [8]: go with --use_mrl"),
@@ -293,7 +298,8 @@ COMPANIONS = {  # what a flag needs beside it
     "corpus_data": ["--val_data", "v", "w"],  # as many as corpora
 }
 SAMPLES = {"query_instruction_format": "{}-{}", "passage_instruction_format": "{}-{}", "range_for_sampling": "3-30",
-           "report_to": "tensorboard", "kd_loss_type": "m3_kd_loss", "sentence_pooling_method": "mean"}  # fmt: skip
+           "report_to": "tensorboard", "kd_loss_type": "m3_kd_loss", "sentence_pooling_method": "mean",
+           "lr_scheduler_type": "cosine"}  # fmt: skip
 
 
 def field_of(config_class: type, flag: str) -> Any:

@@ -209,13 +209,9 @@ def test_early_stopping(tiny_bert: Path, data: Path, tmp_path: Path, monkeypatch
     assert runs.manifest(tmp_path / "run")["status"] == "finished"
 
 
-def test_val_data_is_scored_at_the_end(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
-    assert run(tiny_bert, data, tmp_path / "run", val_data=data, max_steps=2, save_steps=500) == 0
-    assert [line["step"] for line in read_steps(tmp_path / "run") if "MRR@10" in line] == [2]
-
-
-def test_val_data_is_scored_at_the_end_without_checkpoints(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
-    assert run(tiny_bert, data, tmp_path / "run", val_data=data, max_steps=2, save_steps=0) == 0
+@pytest.mark.parametrize("settings", [{"save_steps": 500}, {"save_steps": 0}, {"save_steps": 1, "eval_steps": 0}])
+def test_val_data_is_scored_at_the_end(tiny_bert: Path, data: Path, tmp_path: Path, settings: dict[str, Any]) -> None:
+    assert run(tiny_bert, data, tmp_path / "run", val_data=data, max_steps=2, **settings) == 0
     assert [line["step"] for line in read_steps(tmp_path / "run") if "MRR@10" in line] == [2]
 
 
