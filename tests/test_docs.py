@@ -25,11 +25,7 @@ MODELS = {
     "bge-large-zh": scaling.BGE_LARGE_ZH,
     "bge-m3": scaling.Shape(24, 1024, 4096, 250_002, 8192),
 }
-
-
-def both(english: str) -> tuple[str, str]:
-    """The page in both languages."""
-    return readme.text(f"docs/{english}.md"), readme.text(f"docs/{english}.zh-CN.md")
+TOKENS = (4 * (64 + 2 * 512), 32 * (64 + 3 * 128), 32 * (64 + 3 * 512), 8192)
 
 
 def anchors(page: Path) -> set[str]:
@@ -59,44 +55,38 @@ def test_files_links_commands_and_flags_exist(page: str, monkeypatch: pytest.Mon
         readme.test_every_command_is_accepted_and_every_flag_exists(page, monkeypatch)
 
 
-def test_figures_are_those_of_the_results() -> None:
+@readme.both("docs/results.md")
+def test_figures_are_those_of_the_results(page: str) -> None:
     files = [file for file in (readme.ROOT / "benchmarks/results").iterdir() if file.suffix in (".md", ".jsonl")]
-    measured = "\n".join(file.read_text(encoding="utf-8") for file in files)
-    parts = [re.findall(r"<!-- figures -->(.*?)<!-- /figures -->", page, re.DOTALL) for page in both("results")]
-    english, chinese = (FIGURE.findall("".join(tables)) for tables in parts)
-    assert english == chinese and len(english) > 40
-    assert {figure for figure in english if figure not in measured} == NOT_KEPT
+    measured = "".join(file.read_text(encoding="utf-8") for file in files)
+    tables = re.findall(r"<!-- figures -->(.*?)<!-- /figures -->", readme.text(page), re.DOTALL)
+    figures = FIGURE.findall("".join(tables))
+    assert len(figures) > 40 and {figure for figure in figures if figure not in measured} == NOT_KEPT
 
 
-def test_predicted_memory_is_that_of_its_formula() -> None:
-    for page in both("tuning"):
-        rows = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| bge-")]
-        assert len(rows) == len(MODELS)
-        for (name, *cells), (model, shape) in zip(rows, MODELS.items(), strict=True):
-            fixed, token = 16 * shape.parameters / 2**30, 41 * shape.layers * shape.hidden / 2**30
-            tokens = (4 * (64 + 2 * 512), 32 * (64 + 3 * 128), 32 * (64 + 3 * 512), 8192)
-            expected = [f"{fixed:.1f}", f"{1000 * token:.2f}", *(f"{fixed + count * token:.1f}" for count in tokens)]
-            assert name.startswith(model) and cells == [f"{number} GB" for number in expected]
+@readme.both("docs/tuning.md")
+def test_predicted_memory_is_that_of_its_formula(page: str) -> None:
+    rows = re.findall(r"^\| (bge-[a-z0-9-]+).*?((?:\| [\d.]+ GB )+)\|$", readme.text(page), re.MULTILINE)
+    assert [name for name, _ in rows] == list(MODELS)
+    for name, cells in rows:
+        fixed, token = 16 * MODELS[name].parameters / 2**30, 41 * MODELS[name].layers * MODELS[name].hidden / 2**30
+        expected = [f"{fixed:.1f}", f"{1000 * token:.2f}", *(f"{fixed + count * token:.1f}" for count in TOKENS)]
+        assert cells.replace("| ", "").split(" GB ")[:-1] == expected
 
 
 @pytest.mark.parametrize("language", scaling.DOCS)
-def test_the_tables_are_those_of_the_results(language: str) -> None:
+def test_the_tables_and_bounds_of_scaling_are_those_of_its_scripts(language: str) -> None:
     page = scaling.DOCS[language].read_text(encoding="utf-8")
     assert scaling.with_tables(page, language, RESULTS) == page
-
-
-def test_the_bounds_of_the_same_model_are_those_of_its_script() -> None:
-    for page in both("scaling"):
-        section = page.split("same_model.png", 1)[1].split("```", 1)[0]
-        assert f"{same_model.LOSS_BOUND:.1%}" in section and str(same_model.EMBEDDING_BOUND) in section
+    section = page.split("same_model.png", 1)[1].split("```", 1)[0]
+    assert f"{same_model.LOSS_BOUND:.1%}" in section and str(same_model.EMBEDDING_BOUND) in section
 
 
 def test_counted_work_is_that_of_the_formulas(two_ranks: list[dict[str, Any]]) -> None:
     """In the kept results, which say W = 1, 2 and 4, and here and now on two processes."""
     rows = scaling.count_rows(RESULTS)
     assert len(rows) == 2 * len(scaling.PROCESSES)
-    for row in rows:
-        assert row[4] == row[5] and row[7] == row[8], row
+    assert all(row[4] == row[5] and row[7] == row[8] for row in rows)
     work = scaling.Work(2, 6, scaling.GROUP, scaling.QUERY_TOKENS, scaling.PASSAGE_TOKENS)
     forward, backward = scaling.gather_bytes(scaling.SMALL, work)
     operations = scaling.loss_operations(scaling.SMALL, work)
