@@ -15,45 +15,33 @@ is the same ratio of tokens that go through the model in training, about one a c
 """
 
 import argparse
-import contextlib
 import json
-import logging
-import multiprocessing
-import os
 import random
 import sys
 import time
-import traceback
 from collections import defaultdict
-from concurrent.futures import ProcessPoolExecutor
-from datetime import date
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
+import harness
+import numpy as np
+from harness import LENGTHS, NO_INSTRUCTION, Row, read_lines, write_lines
 
-import numpy as np  # noqa: E402
-from cmrc_table import bootstrap_interval  # noqa: E402
-
-from bge_core.files import atomic, records  # noqa: E402
-from bge_core.files.text import text_id  # noqa: E402
+from bge_core.evaluation.significance import bootstrap_means
+from bge_core.files.text import text_id
 
 NUM_VALIDATION = 400
 MAX_COST = 3  # times the reference's tokens in training
-UNGUARDED = {
-    "guard_identical": False, "guard_near_duplicates": False, "guard_same_questions": False, "guard_answers": False,
-}  # fmt: skip
+GUARDS = ("identical", "near_duplicates", "same_questions", "answers")
+UNGUARDED = {f"guard_{name}": False for name in GUARDS}
 MINE = {"range_for_sampling": "2-200", "negative_number": 15}
-TRAIN = {
-    "learning_rate": 2e-5, "num_train_epochs": 1, "per_device_train_batch_size": 32, "train_group_size": 2,
-    "temperature": 0.02, "lr_scheduler_type": "linear", "max_grad_norm": 1.0,
-}  # fmt: skip
-REFERENCE: dict[str, Any] = {"mine": MINE | UNGUARDED, "train": TRAIN, "pooling": "mean", "merge": None, "rounds": 1}
+TRAIN = {"learning_rate": 2e-5, "num_train_epochs": 1, "per_device_train_batch_size": 32, "train_group_size": 2}
+TRAIN |= {"temperature": 0.02, "lr_scheduler_type": "linear", "max_grad_norm": 1.0}
+REFERENCE: Row = {"mine": MINE | UNGUARDED, "train": TRAIN, "pooling": "mean", "merge": None, "rounds": 1}
 
 
-def variant(mine: dict[str, Any] | None = None, train: dict[str, Any] | None = None, **more: Any) -> dict[str, Any]:
+def variant(mine: Row | None = None, train: Row | None = None, **more: Any) -> Row:
     """The reference with guards, and some settings changed."""
     return REFERENCE | {"mine": MINE | (mine or {}), "train": TRAIN | (train or {})} | more
 
@@ -61,7 +49,7 @@ def variant(mine: dict[str, Any] | None = None, train: dict[str, Any] | None = N
 HARD = {"range_for_sampling": "0-30"}
 FASTER = {"learning_rate": 5e-5}
 MORE = {"learning_rate": 5e-5, "num_train_epochs": 2, "train_group_size": 3}
-VARIANTS: dict[str, dict[str, Any]] = {
+VARIANTS: dict[str, Row] = {
     # one change at a time
     "reference": REFERENCE,
     "reference, CLS": REFERENCE | {"pooling": "cls"},
@@ -98,7 +86,7 @@ ABLATION = ("guards", "range 0-30", "5e-5", "merged 0.7", "no guards", "two roun
 
 def split_validation(data: Path, folder: Path) -> None:
     """train.jsonl -> choose.jsonl and validation.jsonl: whole groups of questions that share a positive, seeded."""
-    rows = records.read_rows(data / "train.jsonl", records.check_training_row)
+    rows = read_lines(data / "train.jsonl")
     group = list(range(len(rows)))
 
     def root(i: int) -> int:
@@ -120,96 +108,59 @@ def split_validation(data: Path, folder: Path) -> None:
     for some in groups:
         if len(taken) + len(some) <= NUM_VALIDATION:
             taken.update(some)
-    atomic.write_jsonl(folder / "validation.jsonl", (row for i, row in enumerate(rows) if i in taken))
-    atomic.write_jsonl(folder / "choose.jsonl", (row for i, row in enumerate(rows) if i not in taken))
+    write_lines(folder / "validation.jsonl", (row for i, row in enumerate(rows) if i in taken))
+    write_lines(folder / "choose.jsonl", (row for i, row in enumerate(rows) if i not in taken))
 
 
-def words(flags: dict[str, Any]) -> list[str]:
-    """Flags as a command line has them."""
-    return [word for name, value in flags.items() for word in (f"--{name}", str(value))]
-
-
-def run_variant(job: dict[str, Any]) -> dict[str, Any]:
-    """Mine, train, merge and score one variant in this process; the log goes to a file beside the model."""
-    folder = Path(job["folder"])
+def run_variant(job: Row) -> Row:
+    """Mine, train, merge and score one variant; the log goes to a file beside the model."""
+    folder, settings = Path(job["folder"]), job["settings"]
     folder.mkdir(parents=True, exist_ok=True)
-    logging.getLogger().handlers.clear()  # those of the variant before write to its log
-    with (
-        open(folder / "log.txt", "a", encoding="utf-8") as log,
-        contextlib.redirect_stdout(log),
-        contextlib.redirect_stderr(log),
-    ):
-        try:
-            return job | _run(job, folder)
-        except BaseException as error:
-            traceback.print_exc(file=log)
-            return job | {"error": f"{type(error).__name__}: {error}"}
+    common = {"sentence_pooling_method": settings["pooling"]} | LENGTHS | NO_INSTRUCTION | job["half"]
+    spent = []
 
-
-def _run(job: dict[str, Any], folder: Path) -> dict[str, Any]:
-    import evaluate
-    import merge
-    import mine
-    import train
-
-    settings, half = job["settings"], ["--bf16"] if job["bf16"] else []
-    lengths = {"query_max_len": 64, "passage_max_len": 128}
-    none = ["--query_instruction_for_retrieval", "", "--passage_instruction_for_retrieval", ""]
-    pooling = ["--sentence_pooling_method", settings["pooling"]]
-
-    def check(code: int) -> None:
-        if code:
-            raise RuntimeError(f"exit code {code}, see {folder / 'log.txt'}")
+    def stage(name: str, **values: Any) -> float:
+        return harness.stage(name, log=folder / "log.txt", **values).seconds
 
     def mined(model: str, name: str, **more: Any) -> str:
-        output = folder / f"{name}.jsonl"
-        check(mine.main([
-            "--model_name_or_path", model, "--input_file", job["rows"], "--candidate_pool", job["corpus"],
-            "--output_file", str(output), "--cache_dir", job["cache"], *words(settings["mine"] | lengths | more),
-            *none, *pooling, *half,
-        ]))  # fmt: skip
-        return str(output)
+        files = {"model_name_or_path": model, "input_file": job["rows"], "candidate_pool": job["corpus"]}
+        files |= {"output_file": str(folder / f"{name}.jsonl"), "cache_dir": job["cache"]}
+        spent.append(stage("mine", **files, **settings["mine"], **common, **more))
+        return files["output_file"]
 
-    def trained(rows: str, name: str, *more: str) -> str:
-        output = str(folder / name)
-        check(train.main([
-            "--model_name_or_path", job["encoder"], "--train_data", rows, "--output_dir", output,
-            "--save_steps", "0", "--dataloader_num_workers", "0", "--seed", str(job["seed"]),
-            "--overwrite_output_dir", "True", *words(settings["train"] | lengths), *none, *pooling, *half, *more,
-        ]))  # fmt: skip
-        return output
+    def trained(rows: str, name: str, **more: Any) -> str:
+        files = {"model_name_or_path": job["encoder"], "train_data": rows, "output_dir": str(folder / name)}
+        once = {"save_steps": 0, "dataloader_num_workers": 0, "overwrite_output_dir": True, "seed": job["seed"]}
+        spent.append(stage("train", **files, **once, **settings["train"], **common, **more))
+        return files["output_dir"]
 
     first = mined(job["encoder"], "mined")
-    begun = time.perf_counter()
-    model = trained(first, "trained")
+    spent.clear()  # what every variant needs once is not counted
+    model, trainings = trained(first, "trained"), 1
     if settings["rounds"] == 2 or settings.get("teacher"):
-        more = {"teacher_encoder": model} if settings.get("teacher") else {}
-        second = mined(model if settings["rounds"] == 2 else job["encoder"], "mined2", **more)
-        model = trained(second, "trained2", *(["--knowledge_distillation", "True"] if more else []))
+        teacher = {"teacher_encoder": model} if settings.get("teacher") else {}
+        second = mined(model if settings["rounds"] == 2 else job["encoder"], "mined2", **teacher)
+        model = trained(second, "trained2", **({"knowledge_distillation": True} if teacher else {}))
+        trainings = 2
     if settings["merge"] is not None:
-        share = settings["merge"]
-        check(merge.main([
-            "--models", job["encoder"], model, "--weights", str(round(1 - share, 6)), str(share),
-            "--output_path", str(folder / "merged"), "--overwrite_output_dir", "True",
-        ]))  # fmt: skip
+        weights = [round(1 - settings["merge"], 6), settings["merge"]]
+        merged = {"models": [job["encoder"], model], "weights": weights, "output_path": folder / "merged"}
+        spent.append(stage("merge", **merged, overwrite_output_dir=True))
         model = str(folder / "merged")
-    seconds = time.perf_counter() - begun
-    tokens = count_tokens(settings["train"], folder) * sum((folder / name).exists() for name in ("trained", "trained2"))
-    check(evaluate.main([
-        "--encoder", model, "--val_data", job["questions"], "--corpus", job["corpus"], "--k", "100",
-        "--max_query_length", "64", "--max_passage_length", "128", "--output_dir", str(folder / "scores"),
-        "--overwrite_output_dir", "True", "--pooling_method", settings["pooling"], *half,
-    ]))  # fmt: skip
-    with open(folder / "scores" / "per_query.jsonl", encoding="utf-8") as lines_of:
-        per_query = [json.loads(line)["MRR@10"] for line in lines_of]
-    for weights in folder.rglob("*.safetensors"):  # a hundred models would fill the disk
-        weights.unlink()
-    return {"mrr": float(np.mean(per_query)), "per_query": per_query, "seconds": seconds, "tokens": tokens}
+    lengths = {"max_query_length": harness.QUERY_LENGTH, "max_passage_length": harness.PASSAGE_LENGTH, "k": 100}
+    scores = {"output_dir": folder / "scores", "overwrite_output_dir": True, "pooling_method": settings["pooling"]}
+    files = {"encoder": model, "val_data": job["questions"], "corpus": job["corpus"]}
+    stage("evaluate", **files, **lengths, **scores, **job["half"])
+    per_query = [line["MRR@10"] for line in read_lines(folder / "scores/per_query.jsonl")]
+    for weights_file in folder.rglob("*.safetensors"):  # a hundred models would fill the disk
+        weights_file.unlink()
+    tokens = trainings * count_tokens(settings["train"], folder)
+    return job | {"mrr": float(np.mean(per_query)), "per_query": per_query, "seconds": sum(spent), "tokens": tokens}
 
 
-def count_tokens(train: dict[str, Any], folder: Path) -> int:
+def count_tokens(train: Row, folder: Path) -> int:
     """Tokens of a training, about: characters of what it read, one a token, cut at the limits."""
-    rows = records.read_rows(folder / "mined.jsonl", records.check_training_row)
+    rows = read_lines(folder / "mined.jsonl")
     total = 0
     for row in rows:
         texts = [row["pos"][0], *row["neg"][: train["train_group_size"] - 1]]
@@ -217,114 +168,89 @@ def count_tokens(train: dict[str, Any], folder: Path) -> int:
     return int(total * train["num_train_epochs"])
 
 
-def jobs_of(args: argparse.Namespace, phase: str, best: str | None) -> list[dict[str, Any]]:
+def jobs_of(args: argparse.Namespace, phase: str, best: str | None) -> list[Row]:
     """What is to be run in a phase."""
-    folder = args.output
-    shared = {"encoder": args.encoder, "corpus": str(args.data / "corpus.jsonl"), "bf16": args.bf16,
-              "cache": str(folder / "cache")}  # fmt: skip
+    folder, data = args.output.resolve(), args.data.resolve()
+    files = {"rows": data / "train.jsonl", "questions": data / "test.jsonl"}
     if phase == "choose":
-        shared |= {"rows": str(folder / "choose.jsonl"), "questions": str(folder / "validation.jsonl")}
+        files = {"rows": folder / "choose.jsonl", "questions": folder / "validation.jsonl"}
         chosen = [(name, 42) for name in VARIANTS if not args.only or name in args.only]
     else:
-        shared |= {"rows": str(args.data / "train.jsonl"), "questions": str(args.data / "test.jsonl")}
         chosen = [(name, seed) for seed in (42, 43, 44) for name in ("reference", str(best))]
         chosen += [("reference, CLS", 42), *((name, 42) for name in ABLATION if name != best)]
-    return [
-        shared | {"name": name, "seed": seed, "phase": phase, "settings": VARIANTS[name],
-                  "folder": str(folder / phase / f"{name.replace(' ', '_').replace(',', '')}-{seed}")}
-        for name, seed in chosen
-    ]  # fmt: skip
+    files |= {"corpus": data / "corpus.jsonl", "encoder": Path(args.encoder).resolve(), "cache": folder / "cache"}
+    shared = {name: str(path) for name, path in files.items()} | {"phase": phase}
+    shared["half"] = {"bf16": True} if args.bf16 else {}
+    jobs = []
+    for name, seed in chosen:
+        own = str(folder / phase / f"{name.replace(' ', '_').replace(',', '')}-{seed}")
+        jobs.append(shared | {"name": name, "seed": seed, "settings": VARIANTS[name], "folder": own})
+    return jobs
 
 
-def choose_best(results: list[dict[str, Any]]) -> str:
+def choose_best(results: list[Row]) -> str:
     """The variant with the best MRR@10 on the validation questions among those of at most MAX_COST."""
     found = {result["name"]: result for result in results if result["phase"] == "choose"}
     limit = MAX_COST * found["reference"]["tokens"]
     return max((result["mrr"], name) for name, result in found.items() if result["tokens"] <= limit)[1]
 
 
-def table(results: list[dict[str, Any]]) -> list[str]:
+def table(results: list[Row]) -> str:
     """Markdown: MRR@10, difference to the reference with its interval, time and tokens over the reference's."""
-    lines = [
-        "| variant | seeds | MRR@10 | difference to the reference (95 %) | time | tokens |",
-        "| --- | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    by_name: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
+    by_name: defaultdict[str, list[Row]] = defaultdict(list)
     for result in results:
         by_name[result["name"]].append(result)
-    base = {result["seed"]: result for result in by_name["reference"]}
+    base, rows = {result["seed"]: result for result in by_name["reference"]}, []
     for name in (name for name in VARIANTS if base and name in by_name):
         runs = by_name[name]
         scores = [run["mrr"] for run in runs]
-        paired = [run for run in runs if run["seed"] in base]
-        ours = np.mean([run["per_query"] for run in paired], axis=0)
-        theirs = np.mean([base[run["seed"]]["per_query"] for run in paired], axis=0)
-        difference, low, high = bootstrap_interval(ours - theirs)
         spread = f" ({min(scores):.4f}-{max(scores):.4f})" if len(scores) > 1 else ""
-        times = [run["seconds"] / base[run["seed"]]["seconds"] for run in paired]
-        tokens = [run["tokens"] / base[run["seed"]]["tokens"] for run in paired]
+        pairs = [(run, base[run["seed"]]) for run in runs if run["seed"] in base]
+        differences = np.mean([np.subtract(run["per_query"], other["per_query"]) for run, other in pairs], axis=0)
+        difference, low, high = bootstrap_means(differences)
         gain = "" if name == "reference" else f"{difference:+.4f} [{low:+.4f}, {high:+.4f}]"
-        lines.append(
-            f"| {name} | {len(runs)} | {np.mean(scores):.4f}{spread} | {gain} | {np.mean(times):.2f} "
-            f"| {np.mean(tokens):.2f} |"
-        )
-    return lines
+        costs = [np.mean([run[key] / other[key] for run, other in pairs]) for key in ("seconds", "tokens")]
+        rows.append([name, len(runs), f"{np.mean(scores):.4f}{spread}", gain, *(f"{cost:.2f}" for cost in costs)])
+    return harness.table(["variant", "seeds", "MRR@10", "difference to the reference (95 %)", "time", "tokens"], rows)
 
 
 def main() -> None:
-    """Run a phase and write its table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--encoder", default="outputs/encoder")
+    parser = harness.parser(__doc__, "data", "encoder", "bf16", "results")
     parser.add_argument("--output", type=Path, default=Path("outputs/ablation"))
     parser.add_argument("--phase", choices=("choose", "final", "both"), required=True)
     parser.add_argument("--best", help="final: the variant that won; default: what `choose` says")
-    parser.add_argument("--only", nargs="*", default=[], help="choose: these variants alone")
-    parser.add_argument("--bf16", action="store_true")
-    parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
+    parser.add_argument("--only", nargs="*", default=[], choices=VARIANTS, help="choose: these variants alone")
+    parser.add_argument("--jobs", type=int, default=1, help="variants at a time")
     parser.add_argument("--seconds", type=float, default=1e9, help="choose: begin nothing new after this")
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     if not (args.output / "choose.jsonl").exists():
         split_validation(args.data, args.output)
     kept = args.output / "results.jsonl"
-    done = [json.loads(line) for line in kept.read_text(encoding="utf-8").splitlines()] if kept.exists() else []
-    context = multiprocessing.get_context("spawn")
-    begun = time.monotonic()
-    with ProcessPoolExecutor(args.jobs, context) as pool, open(kept, "a", encoding="utf-8") as lines:
-        for phase in ("choose", "final") if args.phase == "both" else (args.phase,):
-            best = None if phase == "choose" else args.best or choose_best(done)
-            names = {(result["phase"], result["name"], result["seed"]) for result in done}
-            jobs = [job for job in jobs_of(args, phase, best) if (job["phase"], job["name"], job["seed"]) not in names]
-            running: list[Any] = []
-            while jobs or running:
-                spent = time.monotonic() - begun
-                while jobs and len(running) < args.jobs and (phase == "final" or spent < args.seconds):
-                    running.append(pool.submit(run_variant, jobs.pop(0)))
-                if not running:
-                    break
-                time.sleep(0.2)
-                for future in [one for one in running if one.done()]:
-                    running.remove(future)
-                    result = future.result()
-                    shown = result.get("mrr", result.get("error"))
-                    print(phase, result["name"], result["seed"], shown, file=sys.stderr, flush=True)
-                    if "error" not in result:
-                        done.append(result)
-                        lines.write(json.dumps(result, ensure_ascii=False) + "\n")
-                        lines.flush()
-            write_table(phase, done, args.bf16)
+    done, begun = read_lines(kept) if kept.exists() else [], time.monotonic()
 
+    def run_late(job: Row) -> Row:
+        late = job["phase"] == "choose" and time.monotonic() - begun > args.seconds
+        return job | {"skipped": "no time left"} if late else run_variant(job)
 
-def write_table(phase: str, results: list[dict[str, Any]], bf16: bool) -> None:
-    """The phase's table, printed and kept."""
-    import torch
-
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    made = f"{phase}; {device}, torch {torch.__version__}, {'bf16' if bf16 else 'float32'}, {date.today()}"
-    text = "\n".join([*table([result for result in results if result["phase"] == phase]), "", made])
-    (ROOT / f"benchmarks/results/ablation_{phase}.md").write_text(text + "\n", encoding="utf-8")
-    print(text)
+    for phase in ("choose", "final") if args.phase == "both" else (args.phase,):
+        best = None if phase == "choose" else args.best or choose_best(done)
+        names = {(result["phase"], result["name"], result["seed"]) for result in done}
+        jobs = [job for job in jobs_of(args, phase, best) if (phase, job["name"], job["seed"]) not in names]
+        with ThreadPoolExecutor(args.jobs) as pool, open(kept, "a", encoding="utf-8") as lines:
+            for future in as_completed([pool.submit(run_late, job) for job in jobs]):
+                if error := future.exception():  # the others go on
+                    print(phase, error, file=sys.stderr, flush=True)
+                    continue
+                result = future.result()
+                print(phase, result["name"], result["seed"], result.get("mrr"), file=sys.stderr, flush=True)
+                if "mrr" in result:
+                    done.append(result)
+                    lines.write(json.dumps(result, ensure_ascii=False) + "\n")
+                    lines.flush()
+        found = [result for result in done if result["phase"] == phase]
+        text = f"{table(found)}\n\n{phase}; {harness.note(harness.facts())}"
+        harness.save(f"ablation_{phase}", None, text, args.results)
 
 
 if __name__ == "__main__":

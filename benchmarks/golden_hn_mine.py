@@ -14,8 +14,6 @@ candidates are the first part of `neg`; the random filling behind them is cut of
 nothing. Embeddings without ties make the rank independent of the corpus order. The candidates are recorded as texts.
 """
 
-import argparse
-import importlib.util
 import json
 import sys
 import tempfile
@@ -23,9 +21,10 @@ import types
 import unittest.mock
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
+import harness
 import numpy as np
+from harness import ROOT, Row, read_lines, write_lines
 
 SOURCE = {
     "package": "FlagEmbedding",
@@ -33,24 +32,17 @@ SOURCE = {
     "function": "FlagEmbedding.baai_general_embedding.finetune.hn_mine.find_knn_neg",
     "generator": "benchmarks/golden_hn_mine.py",
 }
-MODULE_FILE = Path("FlagEmbedding/baai_general_embedding/finetune/hn_mine.py")
-OUTPUT = Path(__file__).resolve().parent.parent / "tests" / "golden" / "hn_mine.json"
-DIMENSION = 16
-NUM_QUERIES = 40
-NUM_CANDIDATES = 120
-
-
-def load_their_module(folder: Path) -> types.ModuleType:
-    """Import hn_mine.py alone: its package imports much that has no part in mining."""
-    stub = types.ModuleType("FlagEmbedding")
-    stub.FlagModel = object  # type: ignore[attr-defined]
-    sys.modules["FlagEmbedding"] = stub
-    spec = importlib.util.spec_from_file_location("their_hn_mine", folder / MODULE_FILE)
-    if spec is None or spec.loader is None or not (folder / MODULE_FILE).exists():
-        raise ValueError(f"{folder}: no {MODULE_FILE} in it; give the unpacked source distribution of 1.2.11")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+DIMENSION, NUM_QUERIES, NUM_CANDIDATES, SMALL_POOL = 16, 40, 120, 6
+CASES = [  # name, range, pool
+    ("range 2-20 of the rows' own passages", (2, 20), "none"),
+    ("range 2-20 of a pool", (2, 20), "large"),
+    ("range from the first hit", (0, 10), "large"),
+    ("range of one", (5, 6), "large"),
+    ("default range, its end beyond the pool", (10, 210), "large"),
+    ("range larger than the rows' own passages", (2, 200), "none"),
+    ("pool smaller than the range", (2, 20), "small"),
+    ("pool too small: range begins after its end", (10, 20), "small"),
+]
 
 
 class LookupModel:
@@ -68,7 +60,7 @@ class LookupModel:
         return np.stack([self.embeddings["query:" + text] for text in texts])
 
 
-def draw_inputs(seed: int) -> tuple[list[dict[str, Any]], list[str], dict[str, np.ndarray]]:
+def draw_inputs(seed: int) -> tuple[list[Row], list[str], dict[str, np.ndarray]]:
     """Draw training rows, a candidate pool and unit embeddings in which a query is near its positives.
 
     Returns:
@@ -85,12 +77,12 @@ def draw_inputs(seed: int) -> tuple[list[dict[str, Any]], list[str], dict[str, n
 
     for text in texts:
         embeddings["passage:" + text] = unit(rng.standard_normal(DIMENSION))
-    rows: list[dict[str, Any]] = []
+    rows: list[Row] = []
     for i in range(NUM_QUERIES):
         # Every eighth query is itself a passage (duplicate-question data): it must not become its own negative.
         query = texts[int(rng.integers(NUM_CANDIDATES))] if i % 8 == 3 else f"query {i}"
         positives = [texts[j] for j in rng.choice(NUM_CANDIDATES, size=1 + i % 3, replace=False)]
-        row: dict[str, Any] = {"query": query, "pos": positives}
+        row: Row = {"query": query, "pos": positives}
         if i % 4 != 1:  # `neg` absent in a quarter of the rows
             row["neg"] = [texts[j] for j in rng.choice(NUM_CANDIDATES, size=i % 3, replace=False)]
         rows.append(row)
@@ -104,7 +96,7 @@ def draw_inputs(seed: int) -> tuple[list[dict[str, Any]], list[str], dict[str, n
     return rows, pool, embeddings
 
 
-def check_no_ties(rows: Iterable[dict[str, Any]], embeddings: dict[str, np.ndarray]) -> None:
+def check_no_ties(rows: Iterable[Row], embeddings: dict[str, np.ndarray]) -> None:
     """Fail if two candidates of a query score so alike that an exact search could order them either way."""
     passages = np.stack([v for k, v in embeddings.items() if k.startswith("passage:")]).astype(np.float64)
     for row in rows:
@@ -114,66 +106,45 @@ def check_no_ties(rows: Iterable[dict[str, Any]], embeddings: dict[str, np.ndarr
 
 
 def ranked_candidates(
-    module: types.ModuleType,
-    model: LookupModel,
-    rows: list[dict[str, Any]],
-    pool: list[str] | None,
-    sample_range: tuple[int, int],
+    module: types.ModuleType, model: LookupModel, rows: list[Row], pool: list[str] | None, sample_range: tuple[int, int]
 ) -> list[list[str]]:
     """Run their function so that it neither samples nor fills up; return the candidates of each row in rank order."""
     with tempfile.TemporaryDirectory() as folder:
-        source, target, pool_file = (Path(folder) / name for name in ("in.jsonl", "out.jsonl", "pool.jsonl"))
-        source.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        if pool is not None:
-            pool_file.write_text("".join(json.dumps({"text": text}) + "\n" for text in pool), encoding="utf-8")
-        candidate_pool = None if pool is None else str(pool_file)
+        source, target = write_lines(f"{folder}/in.jsonl", rows), f"{folder}/out.jsonl"
+        texts = None if pool is None else write_lines(f"{folder}/pool.jsonl", ({"text": text} for text in pool))
         with unittest.mock.patch("random.sample", lambda population, k: []):
-            module.find_knn_neg(model, str(source), candidate_pool, str(target), list(sample_range), 10**6, False)
-        return [json.loads(line)["neg"] for line in target.read_text(encoding="utf-8").splitlines()]
+            module.find_knn_neg(model, source, texts, target, list(sample_range), 10**6, False)
+        return [row["neg"] for row in read_lines(target)]
 
 
 def main() -> None:
-    """Write the golden file."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
+    parser = harness.parser(__doc__)
     parser.add_argument("source", type=Path, help="folder of the unpacked FlagEmbedding 1.2.11 source distribution")
-    parser.add_argument("--output", type=Path, default=OUTPUT)
+    parser.add_argument("--output", type=Path, default=ROOT / "tests/golden/hn_mine.json")
     parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-
-    module = load_their_module(arguments.source)
-    rows, pool, embeddings = draw_inputs(arguments.seed)
+    args = parser.parse_args()
+    stub = types.ModuleType("FlagEmbedding")  # the package imports much that has no part in mining
+    stub.FlagModel = object  # type: ignore[attr-defined]
+    sys.modules["FlagEmbedding"] = stub
+    module = harness.load_miner(args.source)
+    rows, pool, embeddings = draw_inputs(args.seed)
     check_no_ties(rows, embeddings)
-    model = LookupModel(embeddings)
-    small_pool = pool[:6]
-    cases = [
-        ("range 2-20 of the rows' own passages", (2, 20), None),
-        ("range 2-20 of a pool", (2, 20), pool),
-        ("range from the first hit", (0, 10), pool),
-        ("range of one", (5, 6), pool),
-        ("default range, its end beyond the pool", (10, 210), pool),
-        ("range larger than the rows' own passages", (2, 200), None),
-        ("pool smaller than the range", (2, 20), small_pool),
-        ("pool too small: range begins after its end", (10, 20), small_pool),
-    ]
+    model, pools = LookupModel(embeddings), {"none": None, "large": pool, "small": pool[:SMALL_POOL]}
     result = {
         "source": SOURCE,
         "rows": rows,
-        "pools": {"none": None, "large": pool, "small": small_pool},
+        "pools": pools,
         "query_embeddings": [embeddings["query:" + row["query"]].tolist() for row in rows],
         "passage_embeddings": {k.removeprefix("passage:"): v.tolist() for k, v in embeddings.items() if k[0] == "p"},
-        "cases": [
-            {
-                "name": name,
-                "range_for_sampling": f"{sample_range[0]}-{sample_range[1]}",
-                "pool": "none" if candidates is None else "large" if candidates is pool else "small",
-                "expected": ranked_candidates(module, model, rows, candidates, sample_range),
-            }
-            for name, sample_range, candidates in cases
-        ],
     }
-    lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in result.items() if key != "cases"]
-    lines.append('"cases": [\n' + ",\n".join(json.dumps(case) for case in result["cases"]) + "\n]")
-    arguments.output.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+    cases = []
+    for name, sample_range, pool_name in CASES:
+        expected = ranked_candidates(module, model, rows, pools[pool_name], sample_range)
+        stated = {"name": name, "range_for_sampling": f"{sample_range[0]}-{sample_range[1]}", "pool": pool_name}
+        cases.append(json.dumps(stated | {"expected": expected}))
+    lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in result.items()]
+    lines.append('"cases": [\n' + ",\n".join(cases) + "\n]")
+    args.output.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

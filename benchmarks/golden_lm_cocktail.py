@@ -8,26 +8,20 @@ Three of its functions are run as they are: `merge_param` on small state dicts a
 and loaded, `compute_weights` with injected losses, and `embedder_loss` on given embeddings and on a tiny model.
 """
 
-import argparse
 import json
 import random
-import sys
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 from unittest import mock
 
+import harness
 import torch
+from harness import ROOT, Row
 from LM_Cocktail import utils as their
 from transformers import AutoTokenizer
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tests"))
-from tiny_model import make_tiny_bert  # noqa: E402
-
-OUTPUT = ROOT / "tests" / "golden" / "lm_cocktail.json"
 SOURCE = {
     "package": "LM_Cocktail",
     "functions": ["merge_param", "compute_weights", "embedder_loss", "preprocess_data_for_embedder"],
@@ -40,12 +34,12 @@ EXAMPLES = [
 ]
 
 
-def to_json(tensor: torch.Tensor) -> dict[str, Any]:
+def to_json(tensor: torch.Tensor) -> Row:
     """A tensor with its type; float32 values survive JSON exactly."""
     return {"dtype": str(tensor.dtype).removeprefix("torch."), "values": tensor.tolist()}
 
 
-def merge_cases() -> list[dict[str, Any]]:
+def merge_cases() -> list[Row]:
     """`merge_param` on small dicts: equal and unequal weights, weights that do not sum to 1, an int64 buffer."""
     generator = torch.Generator().manual_seed(0)
     models = [
@@ -58,26 +52,18 @@ def merge_cases() -> list[dict[str, Any]]:
         }
         for index in range(3)
     ]
-    cases = []
-    for chosen, weights in (
-        (models[:2], [0.5, 0.5]),
-        (models[:2], [0.3, 0.7]),
-        (models, [0.2, 0.3, 0.5]),
-        (models[:2], [0.4, 0.4]),
-        (models[:1], [1.0]),
-    ):
-        result = their.merge_param(chosen, weights)
-        cases.append(
-            {
-                "models": [{name: to_json(value) for name, value in model.items()} for model in chosen],
-                "weights": weights,
-                "expected": {name: to_json(value) for name, value in result.items()},
-            }
-        )
-    return cases
+    mixes = [(2, [0.5, 0.5]), (2, [0.3, 0.7]), (3, [0.2, 0.3, 0.5]), (2, [0.4, 0.4]), (1, [1.0])]
+    return [
+        {
+            "models": [{name: to_json(value) for name, value in model.items()} for model in models[:count]],
+            "weights": weights,
+            "expected": {name: to_json(value) for name, value in their.merge_param(models[:count], weights).items()},
+        }
+        for count, weights in mixes
+    ]
 
 
-def weight_cases() -> list[dict[str, Any]]:
+def weight_cases() -> list[Row]:
     """`compute_weights` with injected losses: what remains is its softmax."""
     cases = []
     for losses, temperature in (([0.9, 1.3, 2.0], 5.0), ([0.9, 1.3, 2.0], 1.0), ([0.4, 0.4], 5.0), ([0.1, 9.0], 0.5)):
@@ -103,27 +89,23 @@ class GivenEmbeddings:
         return SimpleNamespace(last_hidden_state=hidden)
 
 
-def loss_case() -> dict[str, Any]:
+def loss_case() -> Row:
     """`embedder_loss` on given CLS vectors, in batches of 2 and 1, with 3 passages per query, the positive first."""
     generator = torch.Generator().manual_seed(1)
-    batches = []
-    for size in (2, 1):
-        batches.append([torch.randn(size, 4, generator=generator), torch.randn(3 * size, 4, generator=generator)])
-    loss = their.embedder_loss(
-        GivenEmbeddings(), [[{"hidden": query[:, None]}, {"hidden": passage[:, None]}] for query, passage in batches]
-    )
-    return {
-        "batches": [{"query": query.tolist(), "passage": passage.tolist()} for query, passage in batches],
-        "expected": loss,
-    }
+    sizes = [(size, 4) for count in (2, 1) for size in (count, 3 * count)]
+    drawn = iter([torch.randn(*size, generator=generator) for size in sizes])
+    batches = [{"query": query, "passage": passage} for query, passage in zip(drawn, drawn, strict=True)]
+    inputs = [[{"hidden": batch["query"][:, None]}, {"hidden": batch["passage"][:, None]}] for batch in batches]
+    given = [{name: vectors.tolist() for name, vectors in batch.items()} for batch in batches]
+    return {"batches": given, "expected": their.embedder_loss(GivenEmbeddings(), inputs)}
 
 
-def tiny_model_case() -> dict[str, Any]:
+def tiny_model_case() -> Row:
     """Everything together on two tiny models: losses on examples, weights from them, the sum of the merged tensors."""
-    settings: dict[str, Any] = {"hidden_size": 16, "num_layers": 2}
+    settings: Row = {"hidden_size": 16, "num_layers": 2}
     seeds = [0, 1]
     with tempfile.TemporaryDirectory() as folder:
-        paths = [str(make_tiny_bert(Path(folder) / str(seed), seed=seed, **settings)) for seed in seeds]
+        paths = [harness.tiny_bert(f"{folder}/{seed}", seed=seed, **settings) for seed in seeds]
         tokenizer = AutoTokenizer.from_pretrained(paths[0])
         params = their.get_model_param_list(paths, model_type="encoder")
         model = their.load_model(paths[0], model_type="encoder").eval()
@@ -138,38 +120,27 @@ def tiny_model_case() -> dict[str, Any]:
             model, param_list=params, model_type="encoder", temperature=5.0, max_input_length=64, **inputs
         )
         merged = their.merge_param(params, weights)
-    return {
-        "tiny_bert": {**settings, "seeds": seeds},
-        "examples": EXAMPLES,
-        "batch_size": 2,
-        "neg_number": 2,
-        "max_input_length": 64,
-        "temperature": 5.0,
-        "expected_losses": losses,
-        "expected_weights": weights,
-        "expected_sums": {name: float(value.double().sum()) for name, value in sorted(merged.items())},
-    }
+    settings = {"tiny_bert": {**settings, "seeds": seeds}, "examples": EXAMPLES, "batch_size": 2, "neg_number": 2}
+    sums = {name: float(value.double().sum()) for name, value in sorted(merged.items())}
+    expected = {"expected_losses": losses, "expected_weights": weights, "expected_sums": sums}
+    return {**settings, "max_input_length": 64, "temperature": 5.0, **expected}
 
 
 def main() -> None:
-    """Write the golden file."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--output", type=Path, default=OUTPUT)
-    arguments = parser.parse_args()
+    parser = harness.parser(__doc__)
+    parser.add_argument("--output", type=Path, default=ROOT / "tests/golden/lm_cocktail.json")
+    args = parser.parse_args()
     torch.set_num_threads(1)
     random.seed(0)  # the order of negatives may change the last bit of a loss
+    versions = {name: version(name) for name in ("torch", "transformers")}
     result = {
-        "source": {
-            **SOURCE,
-            "version": version("LM_Cocktail"),
-            "versions": {name: version(name) for name in ("torch", "transformers")},
-        },
+        "source": {**SOURCE, "version": version("LM_Cocktail"), "versions": versions},
         "merge_param": merge_cases(),
         "compute_weights": weight_cases(),
         "embedder_loss": loss_case(),
         "tiny_models": tiny_model_case(),
     }
-    arguments.output.write_text(json.dumps(result, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    args.output.write_text(json.dumps(result, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

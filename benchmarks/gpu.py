@@ -1,6 +1,6 @@
 """One GPU, bge-large's shape with random weights: training and encoding packed, against padded SDPA and flash-attn.
 
-    python benchmarks/gpu.py [--minutes 8]          needs torch, transformers and accelerate; faiss-gpu is used if there
+    python benchmarks/gpu.py [--minutes 8]          needs torch, transformers and accelerate alone
 
 Texts have the lengths of CMRC 2018's questions and sentences, scaled so that the longest sentence has 512 tokens. Steps
 are forward_backward and the update, AdamW, hidden dropout 0.1, attention dropout 0 (and 0.1 once). Larger batches go
@@ -17,60 +17,43 @@ same run. What --minutes leave no time for is listed as not measured. Writes ben
 table.
 """
 
-import argparse
+import importlib.util
 import json
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from datetime import date
-from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
+from dataclasses import replace
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+import harness
+import torch
+from harness import Row
+from models import LARGE, VOCABULARY, Padded, make_step, random_batch, random_bert, random_encoder
+from torch import nn
 
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
-from transformers import BertConfig, BertModel  # noqa: E402
-
-from bge_core.encoder.model import Encoder, compile_layers  # noqa: E402
-from bge_core.encoder.settings import EncoderSettings  # noqa: E402
-from bge_core.encoder.tokens import Tokens, pad_buckets  # noqa: E402
-from bge_core.loss import LossConfig  # noqa: E402
-from bge_core.training.batch import Batch  # noqa: E402
-from bge_core.training.optim import build_optimizer  # noqa: E402
-from bge_core.training.step import StepSettings, forward_backward  # noqa: E402
+from bge_core.encoder.model import compile_layers
+from bge_core.encoder.tokens import Tokens
+from bge_core.loss import LossConfig
+from bge_core.training.step import StepSettings
 
 # Every twentieth of the sorted lengths, in tokens with [CLS] and [SEP].
 SENTENCES = [3, 13, 16, 19, 22, 24, 26, 29, 31, 34, 36, 39, 42, 46, 49, 54, 59, 66, 76, 95, 476]
 QUESTIONS = [8, 11, 12, 13, 13, 14, 15, 15, 16, 16, 17, 18, 18, 19, 20, 21, 23, 24, 27, 31, 62]
 SCALE = 512 / SENTENCES[-1]
-LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
 TINY = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
-VOCABULARY = 21_128
 REPEATS = 3
-
-
-class Padded(nn.Module):
-    """The same backbone and CLS vectors on padded rectangles: the first `num_queries` texts, and the others."""
-
-    def __init__(self, backbone: Any) -> None:
-        super().__init__()
-        self.backbone, self.num_queries = backbone, 0
-
-    def forward(self, tokens: Tokens) -> Tensor:
-        lengths, cut = tokens.lengths, sum(tokens.lengths[: self.num_queries])
-        queries = Tokens(tokens.input_id_T[:cut], lengths[: self.num_queries])
-        passages = Tokens(tokens.input_id_T[cut:], lengths[self.num_queries :])
-        vectors = []
-        for part in (queries, passages):
-            for order, id_sL, mask_sL in pad_buckets(part, 0, max_waste=1.0):
-                vector_sD = self.backbone(input_ids=id_sL, attention_mask=mask_sL).last_hidden_state[:, 0].float()
-                vectors.append(vector_sD[torch.tensor(order, device=vector_sD.device).argsort()])
-        return F.normalize(torch.cat(vectors), dim=-1)
+BF16, FP16 = torch.bfloat16, torch.float16
+CASES = [  # precision, queries, group size, attention dropout: the most telling first
+    (BF16, 32, 8, 0.0),
+    (BF16, 32, 2, 0.0),
+    (BF16, 128, 8, 0.0),
+    (BF16, 128, 2, 0.0),
+    (FP16, 32, 8, 0.0),
+    (BF16, 32, 8, 0.1),
+    (BF16, 512, 2, 0.0),
+    (BF16, 512, 8, 0.0),
+    (FP16, 32, 2, 0.0),
+]
 
 
 def draw_lengths(quantiles: list[int], count: int, generator: torch.Generator) -> list[int]:
@@ -80,17 +63,6 @@ def draw_lengths(quantiles: list[int], count: int, generator: torch.Generator) -
     table = torch.tensor([*quantiles, quantiles[-1]], dtype=torch.float)
     lengths = (table[low] * (1 - share) + table[low + 1] * share) * SCALE
     return lengths.round().clamp(3, 512).long().tolist()
-
-
-def make_batch(queries: int, group: int, device: torch.device) -> Batch:
-    """Random tokens, real lengths."""
-    generator = torch.Generator().manual_seed(queries + group)
-    lengths = draw_lengths(QUESTIONS, queries, generator) + draw_lengths(SENTENCES, queries * group, generator)
-    ids = torch.randint(5, VOCABULARY, (sum(lengths),), generator=generator)
-    passage_ids = torch.arange(queries * group)
-    own = passage_ids.view(queries, group)
-    counts = [(queries, queries * group)]
-    return Batch(Tokens(ids, lengths).to(device), own, passage_ids, own[:, :1], None, counts, list(range(queries)))
 
 
 class Bench:
@@ -104,89 +76,76 @@ class Bench:
         """Median of REPEATS after one call, or why there is none."""
         if time.perf_counter() > self.end:
             return "not measured: no time left"
-        times = []
+
+        def whole() -> None:
+            function()
+            if self.cuda:
+                torch.cuda.synchronize()
+
         try:
-            for _ in range(REPEATS + 1):
-                if self.cuda:
-                    torch.cuda.synchronize()
-                begin = time.perf_counter()
-                function()
-                if self.cuda:
-                    torch.cuda.synchronize()
-                times.append(time.perf_counter() - begin)
+            return statistics.median([harness.timed(whole) for _ in range(REPEATS + 1)][1:])
         except torch.OutOfMemoryError:
             return "out of memory"
         finally:
             if self.cuda:
                 torch.cuda.empty_cache()
-        return statistics.median(times[1:])
 
 
-def make_model(way: str, shape: dict[str, int], attention_dropout: float, device: torch.device) -> Any:
-    """Random weights, the same for every way."""
-    torch.manual_seed(0)
-    config = BertConfig(vocab_size=VOCABULARY, attention_probs_dropout_prob=attention_dropout, **shape)
-    backbone = BertModel(config, add_pooling_layer=False)
-    if way == "padded":
-        return Padded(backbone).to(device).train()
-    settings = EncoderSettings(pooling="cls", normalize=True)
-    tokenizer = SimpleNamespace(pad_token_id=0)
-    if way == "compiled":
-        compile_layers(backbone)
-    return Encoder(backbone, tokenizer, settings, "flash" if way == "flash" else "auto").to(device).train()
+def make_model(way: str, shape: dict[str, int], dropout: float, num_queries: int, device: torch.device) -> nn.Module:
+    """Random weights, the same for every way; padded: the first `num_queries` texts are a rectangle of their own."""
+    sizes = shape | {"attention_probs_dropout_prob": dropout}
+    if way != "padded":
+        encoder = random_encoder(sizes, "flash" if way == "flash" else "auto")
+        if way == "compiled":
+            compile_layers(encoder.backbone)
+        return encoder.to(device)
+
+    def parts(tokens: Tokens) -> list[Tokens]:
+        cut = sum(tokens.lengths[:num_queries])
+        halves = [Tokens(tokens.input_id_T[:cut], tokens.lengths[:num_queries])] if num_queries else []
+        return [*halves, Tokens(tokens.input_id_T[cut:], tokens.lengths[num_queries:])]
+
+    return Padded(random_bert(sizes), "cls", parts).to(device).train()
 
 
 def train_case(
-    bench: Bench, way: str, shape: dict[str, int], dtype: torch.dtype, batch_size: int, group: int, dropout: float
-) -> dict[str, Any]:
+    bench: Bench, way: str, shape: dict[str, int], dtype: torch.dtype, queries: int, group: int, dropout: float
+) -> Row:
     """A training step: seconds, tokens per second, TFLOP/s, memory."""
-    model, batch = make_model(way, shape, dropout, bench.device), make_batch(batch_size, group, bench.device)
-    optimizer = build_optimizer(model, 1e-5, 0.01, (0.9, 0.999), 1e-8)
-    scaler = torch.amp.GradScaler(bench.device.type, enabled=dtype == torch.float16 and bench.cuda)
-    cached = batch_size * group > 32 * 8
-    if way == "padded" and not cached:
-        model.num_queries = batch_size
-    settings = StepSettings(
-        loss_config=LossConfig(), chunk_size=32 * 9 if cached else None, scaler=scaler,
-        autocast=lambda: torch.autocast(bench.device.type, dtype),
-    )  # fmt: skip
-
-    def step() -> None:
-        forward_backward(model, [batch], settings)
-        scaler.unscale_(optimizer)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-
+    cached = queries * group > 32 * 8
+    model = make_model(way, shape, dropout, 0 if cached else queries, bench.device)
+    generator = torch.Generator().manual_seed(queries + group)
+    lengths = draw_lengths(QUESTIONS, queries, generator), draw_lengths(SENTENCES, queries * group, generator)
+    batch = random_batch(*lengths, VOCABULARY, seed=queries + group)
+    scaler = torch.amp.GradScaler(bench.device.type, enabled=dtype == FP16 and bench.cuda)
+    autocast, chunk_size = (lambda: torch.autocast(bench.device.type, dtype)), 32 * 9 if cached else None
+    settings = StepSettings(loss_config=LossConfig(), chunk_size=chunk_size, scaler=scaler, autocast=autocast)
+    on_device, step = replace(batch, tokens=batch.tokens.to(bench.device)), make_step(model, settings)
     if bench.cuda:
         torch.cuda.reset_peak_memory_stats()
-    seconds = bench.seconds(step)
-    case = {
-        "way": way, "dtype": str(dtype)[6:], "batch": batch_size, "group": group, "attention_dropout": dropout,
-        "gradcache": cached, "seconds": seconds,
-    }  # fmt: skip
-    if not isinstance(seconds, str):
-        tokens = sum(batch.tokens.lengths)
-        matrices = sum(p.numel() for n, p in model.named_parameters() if p.ndim == 2 and "embedding" not in n)
-        if way != "padded":  # 10 of the last layer's 12 D x D products are for first tokens alone
-            matrices *= 1 - 10 / 12 / shape["num_hidden_layers"]
-        case |= {
-            "tokens_per_second": round(tokens / seconds),
-            "tflops": (8 if cached else 6) * matrices * tokens / seconds / 1e12,
-            "memory_gb": torch.cuda.max_memory_allocated() / 2**30 if bench.cuda else None,
-        }
-    return case
+    seconds = bench.seconds(lambda: step(on_device))
+    case: Row = {"way": way, "dtype": str(dtype)[6:], "batch": queries, "group": group, "attention_dropout": dropout}
+    case |= {"gradcache": cached, "seconds": seconds}
+    if isinstance(seconds, str):
+        return case
+    tokens = sum(batch.tokens.lengths)
+    matrices = sum(p.numel() for n, p in model.named_parameters() if p.ndim == 2 and "embedding" not in n)
+    if way != "padded":  # 10 of the last layer's 12 D x D products are for first tokens alone
+        matrices *= 1 - 10 / 12 / shape["num_hidden_layers"]
+    tflops = (8 if cached else 6) * matrices * tokens / seconds / 1e12
+    memory = torch.cuda.max_memory_allocated() / 2**30 if bench.cuda else None
+    return case | {"tokens_per_second": round(tokens / seconds), "tflops": tflops, "memory_gb": memory}
 
 
-def encode_case(bench: Bench, way: str, shape: dict[str, int], texts: int) -> dict[str, Any]:
+def encode_case(bench: Bench, way: str, shape: dict[str, int], texts: int) -> Row:
     """bf16 encoding of sentences, sorted by length, 16,384 tokens (padded: 64 texts) at a time."""
-    model = make_model(way, shape, 0.0, bench.device).eval()
+    model = make_model(way, shape, 0.0, 0, bench.device).eval()
     lengths = sorted(draw_lengths(SENTENCES, texts, torch.Generator().manual_seed(0)))
     tokens = Tokens(torch.randint(5, VOCABULARY, (sum(lengths),)), lengths)
-    batches = tokens.split(64 if way == "padded" else None, None if way == "padded" else 16_384)
+    batches = tokens.split(64, None) if way == "padded" else tokens.split(None, 16_384)
 
     def run() -> None:
-        with torch.inference_mode(), torch.autocast(bench.device.type, torch.bfloat16):
+        with torch.inference_mode(), torch.autocast(bench.device.type, BF16):
             for batch in batches:
                 model(batch.to(bench.device)).cpu()
 
@@ -195,79 +154,50 @@ def encode_case(bench: Bench, way: str, shape: dict[str, int], texts: int) -> di
     return {"way": way, "texts": texts, "seconds": seconds} | speed
 
 
-def search_case(bench: Bench, rows: int, size: int) -> dict[str, Any]:
-    """Exact search of 1,000 queries among `rows` vectors on the GPU."""
-    try:
-        from bge_core.search.exact import exact_search, gpu_available
-
-        if not gpu_available():
-            return {"not measured": "faiss has no GPU here"}
-    except Exception as error:  # no faiss at all
-        return {"not measured": str(error)}
-    vectors = F.normalize(torch.randn(rows, size), dim=1).numpy()
-    seconds = bench.seconds(lambda: exact_search(vectors[:1000], vectors, 100, use_gpu=True))
-    return {"queries": 1000, "rows": rows, "size": size, "k": 100, "seconds": seconds}
-
-
-def keep(result: dict[str, Any], bench: Bench) -> None:
-    """Write what there is so far: a run that is cut off loses one case."""
-    if bench.cuda:
-        (ROOT / "benchmarks/results/gpu.json").write_text(json.dumps(result, indent=2) + "\n")
+def line_of(case: Row, cases: list[Row], peak: float) -> str:
+    """A case as a person reads it, with its ratio to the same one padded."""
+    alike = ("dtype", "batch", "group", "attention_dropout")
+    same = [c for c in cases if c["way"] == "padded" and all(c[key] == case[key] for key in alike)]
+    speed = case["seconds"]
+    if "tflops" in case:
+        speed = f"{speed:.3f} s, {case['tokens_per_second']:,} tokens/s, {case['tflops'] / peak:.2f} of peak"
+        if case["way"] != "padded" and same and "tflops" in same[0]:
+            speed += f", {same[0]['seconds'] / case['seconds']:.2f} x padded"
+    name = f"{case['way']:<8} {case['dtype']:<9} batch {case['batch']:>3} x {case['group']}"
+    return f"{name}, dropout {case['attention_dropout']:g}: {speed}"
 
 
 def main() -> None:
-    """Everything, the most telling cases first."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=7.5)
-    parser.add_argument("--tiny", action="store_true", help="a small model and small batches: does it run?")
-    args = parser.parse_args()
-    bench = Bench(args.minutes)
-    shape, small = (TINY, 4) if args.tiny else (LARGE, 1)
+    options = harness.parser(__doc__, "results")
+    options.add_argument("--minutes", type=float, default=7.5)
+    options.add_argument("--tiny", action="store_true", help="a small model and small batches: does it run?")
+    args = options.parse_args()
+    bench, (shape, small) = Bench(args.minutes), (TINY, 4) if args.tiny else (LARGE, 1)
     side = 8192 // (8 if args.tiny else 1)
-    a = torch.randn(side, side, device=bench.device, dtype=torch.bfloat16)
+    a = torch.randn(side, side, device=bench.device, dtype=BF16)
     peak_seconds = bench.seconds(lambda: a @ a)
     peak = 2 * side**3 / peak_seconds / 1e12 if not isinstance(peak_seconds, str) else float("nan")
-    ways = ["packed", "padded"]
-    try:
-        import flash_attn  # noqa: F401
+    ways = ["packed", "padded", *(["flash"] if importlib.util.find_spec("flash_attn") else [])]
+    result = harness.facts(peak_tflops=peak, seed=0, train=[], encode=[])
 
-        ways.append("flash")
-    except ImportError:
-        pass
-    cases = [(torch.bfloat16, 32, 8, 0.0), (torch.bfloat16, 32, 2, 0.0), (torch.bfloat16, 128, 8, 0.0),
-             (torch.bfloat16, 128, 2, 0.0), (torch.float16, 32, 8, 0.0), (torch.bfloat16, 32, 8, 0.1),
-             (torch.bfloat16, 512, 2, 0.0), (torch.bfloat16, 512, 8, 0.0), (torch.float16, 32, 2, 0.0)]  # fmt: skip
-    result: dict[str, Any] = {
-        "device": torch.cuda.get_device_name() if bench.cuda else "CPU, not a figure of a GPU",
-        "torch": torch.__version__, "date": str(date.today()), "peak_tflops": peak, "seed": 0,
-        "command": " ".join(["python", "benchmarks/gpu.py", *sys.argv[1:]]), "train": [], "encode": [],
-    }  # fmt: skip
-    for dtype, batch_size, group, dropout in cases:
-        for way in ways:
-            case = train_case(bench, way, shape, dtype, batch_size // small, group, dropout)
-            result["train"].append(case)
-            print(json.dumps(case), file=sys.stderr, flush=True)
-            keep(result, bench)
-        if dtype == torch.bfloat16 and (batch_size, group, dropout) == (32, 8, 0.1):
-            result["train"].append(train_case(bench, "compiled", shape, dtype, batch_size // small, group, 0.0))
-        if dtype == torch.bfloat16 and (batch_size, group, dropout) == (32, 2, 0.0):
+    def keep() -> None:
+        """A run that is cut off loses one case."""
+        if bench.cuda:
+            harness.save("gpu", result, folder=args.results)
+
+    for dtype, queries, group, dropout in CASES:
+        some = [*ways, "compiled"] if (dtype, queries, group, dropout) == CASES[0] else ways
+        for way in some:
+            result["train"].append(train_case(bench, way, shape, dtype, queries // small, group, dropout))
+            print(json.dumps(result["train"][-1]), file=sys.stderr, flush=True)
+            keep()
+        if (dtype, queries, group, dropout) == CASES[1]:
             result["encode"] = [encode_case(bench, way, shape, 2048 // small) for way in ways]
-            result["search"] = search_case(bench, 1_000_000, 1024)
-    keep(result, bench)
-    print(f"{result['device']}, torch {result['torch']}, peak {peak:.0f} TFLOP/s")
+    keep()
+    print(f"{result['machine']}, torch {result['torch']}, peak {peak:.0f} TFLOP/s")
     for case in result["train"]:
-        same = [c for c in result["train"] if c["way"] == "padded" and all(
-            c[key] == case[key] for key in ("dtype", "batch", "group", "attention_dropout"))]  # fmt: skip
-        speed = ""
-        if "tflops" in case:
-            speed = (
-                f"{case['seconds']:.3f} s, {case['tokens_per_second']:,} tokens/s, {case['tflops'] / peak:.2f} of peak"
-            )
-            if case["way"] != "padded" and same and "tflops" in same[0]:
-                speed += f", {same[0]['seconds'] / case['seconds']:.2f} x padded"
-        name = f"{case['way']:<7} {case['dtype']:<9} batch {case['batch']:>3} x {case['group']}"
-        print(f"{name}, dropout {case['attention_dropout']:g}: {speed or case['seconds']}")
-    for case in [*result["encode"], result["search"]]:
+        print(line_of(case, result["train"], peak))
+    for case in result["encode"]:
         print(json.dumps(case))
 
 

@@ -7,7 +7,6 @@ Both are started alone and as two processes, on the same rows in the same order,
     $P                                                        # ours against the golden file
     $P --theirs-python BENCH/bin/python                       # ours against theirs, both run now
     $P --theirs-python BENCH/bin/python --output tests/golden/flagembedding_losses.json      # write that file anew
-    $P --theirs-python BENCH/bin/python --model M --train_data train.jsonl --batch_size 8 --group_size 4
 
 Batches: step t takes rows t*B .. t*B+B-1 of the file, B being the batch of all processes together, and process r the
 r-th part of them; a row gives `pos[0]` and the first G-1 of `neg`. So one process and two see the same global batch.
@@ -21,9 +20,7 @@ the InfoNCE part is scaled so: the distillation part is computed per process and
 import argparse
 import json
 import math
-import os
 import random
-import subprocess
 import sys
 import tempfile
 from dataclasses import asdict, dataclass
@@ -31,7 +28,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+import harness
+from harness import ROOT, Row, read_lines
+from harness import write_lines as write_rows
+
 GOLDEN = ROOT / "tests" / "golden" / "flagembedding_losses.json"
 TINY_BERT = {"seed": 0, "hidden_size": 32, "num_layers": 2, "dropout": 0.0}
 # Small parameters at the bottom, in the middle and at the top: what passes through all three passed everywhere.
@@ -41,7 +41,12 @@ NAMED_GRADIENTS = (
     "encoder.layer.1.output.LayerNorm.weight",
 )
 
-Results = dict[str, Any]  # the content of the golden file: `cases`, and what they were computed from
+WORLD_SIZES, DTYPES = (1, 2), ("float32", "float64")
+SOURCE = {
+    "package": "FlagEmbedding",
+    "class": "FlagEmbedding.finetune.embedder.encoder_only.base.modeling.BiEncoderOnlyEmbedderModel",
+    "generator": "benchmarks/parity_flagembedding.py",
+}
 
 
 @dataclass(frozen=True)
@@ -55,17 +60,20 @@ class Mode:
     use_mrl: bool = False
 
 
+def distilling(kd_loss_type: str, **more: bool) -> Mode:
+    """A mode with a teacher's scores."""
+    return Mode(knowledge_distillation=True, kd_loss_type=kd_loss_type, **more)
+
+
 MODES = {
     "in_batch": Mode(),
     "cross_device": Mode(negatives_cross_device=True),
     "no_in_batch": Mode(no_in_batch_neg_flag=True),
-    "kl_div": Mode(knowledge_distillation=True),
-    "kl_div_cross_device": Mode(knowledge_distillation=True, negatives_cross_device=True),
-    "kl_div_no_in_batch": Mode(knowledge_distillation=True, no_in_batch_neg_flag=True),
-    "m3_kd_loss": Mode(knowledge_distillation=True, kd_loss_type="m3_kd_loss"),
-    "m3_kd_loss_cross_device": Mode(
-        knowledge_distillation=True, kd_loss_type="m3_kd_loss", negatives_cross_device=True
-    ),
+    "kl_div": distilling("kl_div"),
+    "kl_div_cross_device": distilling("kl_div", negatives_cross_device=True),
+    "kl_div_no_in_batch": distilling("kl_div", no_in_batch_neg_flag=True),
+    "m3_kd_loss": distilling("m3_kd_loss"),
+    "m3_kd_loss_cross_device": distilling("m3_kd_loss", negatives_cross_device=True),
     "mrl": Mode(use_mrl=True),
     "mrl_cross_device": Mode(use_mrl=True, negatives_cross_device=True),
 }
@@ -110,19 +118,30 @@ def make_rows(num_rows: int, group_size: int, seed: int = 0) -> list[dict[str, A
     def scores(count: int, low: float) -> list[float]:
         return [round(rng.uniform(low, low + 2.0), 3) for _ in range(count)]
 
-    return [
-        {
-            "query": text(14),
-            "pos": [text(30)],
-            "neg": [text(30) for _ in range(group_size - 1)],
-            "pos_scores": scores(1, 0.5),
-            "neg_scores": scores(group_size - 1, -1.0),
-        }
-        for _ in range(num_rows)
-    ]
+    def row() -> Row:
+        texts = {"query": text(14), "pos": [text(30)], "neg": [text(30) for _ in range(group_size - 1)]}
+        return texts | {"pos_scores": scores(1, 0.5), "neg_scores": scores(group_size - 1, -1.0)}
+
+    return [row() for _ in range(num_rows)]
 
 
-def train_theirs(model_folder: str, rows: list[dict[str, Any]], mode: Mode, options: Options, dtype: str) -> Results:
+def texts_and_scores(row: Row, mode: Mode, group_size: int) -> tuple[list[str], list[float] | None]:
+    """A row's positive and first negatives, with the teacher's scores if the mode has them."""
+    passages = [row["pos"][0], *row["neg"][: group_size - 1]]
+    return passages, [
+        row["pos_scores"][0],
+        *row["neg_scores"][: group_size - 1],
+    ] if mode.knowledge_distillation else None
+
+
+def first_gradients(module: Any) -> Row:
+    """Norm of all gradients, and the named ones."""
+    gradients = {name: p.grad.double() for name, p in module.named_parameters() if p.grad is not None}
+    norm = math.sqrt(sum(float((g * g).sum()) for g in gradients.values()))
+    return {"grad_norm": norm, "gradients": {n: gradients[n].tolist() for n in NAMED_GRADIENTS if n in gradients}}
+
+
+def train_theirs(model_folder: str, rows: list[Row], mode: Mode, options: Options, dtype: str) -> Row:
     """Run FlagEmbedding's model and collator for `options.steps` steps in this process group; return what it gave."""
     import torch
     import torch.distributed as dist
@@ -133,18 +152,11 @@ def train_theirs(model_folder: str, rows: list[dict[str, Any]], mode: Mode, opti
 
     rank, world_size = dist.get_rank(), dist.get_world_size()
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
-    model = BiEncoderOnlyEmbedderModel(
-        AutoModel.from_pretrained(model_folder, dtype=getattr(torch, dtype)),
-        tokenizer=tokenizer,
-        negatives_cross_device=mode.negatives_cross_device,
-        temperature=options.temperature,
-        sub_batch_size=None,
-        kd_loss_type=mode.kd_loss_type,
-        use_mrl=mode.use_mrl,
-        mrl_dims=list(options.mrl_dims),
-        sentence_pooling_method="cls",
-        normalize_embeddings=True,
-    ).train()
+    settings = {"negatives_cross_device": mode.negatives_cross_device, "temperature": options.temperature}
+    settings |= {"kd_loss_type": mode.kd_loss_type, "use_mrl": mode.use_mrl, "mrl_dims": list(options.mrl_dims)}
+    settings |= {"sub_batch_size": None, "sentence_pooling_method": "cls", "normalize_embeddings": True}
+    backbone = AutoModel.from_pretrained(model_folder, dtype=getattr(torch, dtype))
+    model = BiEncoderOnlyEmbedderModel(backbone, tokenizer=tokenizer, **settings).train()
     if any(module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)):
         raise ValueError(f"{model_folder}: dropout must be 0 in its config.json, or no two runs agree")
     collator = AbsEmbedderCollator(
@@ -154,23 +166,17 @@ def train_theirs(model_folder: str, rows: list[dict[str, Any]], mode: Mode, opti
     parallel = DistributedDataParallel(model, find_unused_parameters=True) if world_size > 1 else model
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.learning_rate, weight_decay=0.0)
     per_rank = options.batch_size // world_size
-    result: Results = {"losses": [], "rank_losses": []}
+    result: Row = {"losses": [], "rank_losses": []}
     for step in range(options.steps):
         start = step * options.batch_size + rank * per_rank
-        features = []
-        for row in rows[start : start + per_rank]:
-            passages = [row["pos"][0], *row["neg"][: options.group_size - 1]]
-            scores = [row["pos_scores"][0], *row["neg_scores"][: options.group_size - 1]]
-            features.append((row["query"], passages, scores if mode.knowledge_distillation else None))
-        batch = collator(features)
+        some = rows[start : start + per_rank]
+        batch = collator([(row["query"], *texts_and_scores(row, mode, options.group_size)) for row in some])
         batch["no_in_batch_neg_flag"] = mode.no_in_batch_neg_flag
         optimizer.zero_grad()
         loss = parallel(**batch).loss
         loss.backward()
         if step == 0:
-            gradients = {name: p.grad.double() for name, p in model.model.named_parameters() if p.grad is not None}
-            result["grad_norm"] = math.sqrt(sum(float((g * g).sum()) for g in gradients.values()))
-            result["gradients"] = {name: gradients[name].tolist() for name in NAMED_GRADIENTS if name in gradients}
+            result |= first_gradients(model.model)
         optimizer.step()
         rank_losses = torch.zeros(world_size, dtype=torch.float64)
         rank_losses[rank] = loss.detach()
@@ -182,12 +188,11 @@ def train_theirs(model_folder: str, rows: list[dict[str, Any]], mode: Mode, opti
 
 def train_ours(
     model_folder: str, train_data: str, mode: Mode, options: Options, dtype: str, steps: int | None = None
-) -> Results:
+) -> Row:
     """Run ours for `steps` (default: all) in this process group, if there is one; the same result as `train_theirs`."""
-    sys.path[:0] = [] if str(ROOT) in sys.path else [str(ROOT)]
     import torch
 
-    from bge_core.encoder.load import load_encoder
+    from bge_core.encoder import load_encoder
     from bge_core.files.text import text_id
     from bge_core.runtime.config import TrainConfig
     from bge_core.runtime.distributed import sum_over_ranks, world, wrap
@@ -197,25 +202,15 @@ def train_ours(
     from train import loss_config
 
     rank, world_size = world()
-    per_rank = options.batch_size // world_size
-    config = TrainConfig(
-        model_name_or_path=model_folder,
-        output_dir="",
-        train_data=[train_data],
-        train_group_size=options.group_size,
-        query_max_len=options.query_max_len,
-        passage_max_len=options.passage_max_len,
-        temperature=options.temperature,
-        negatives_cross_device=mode.negatives_cross_device,
-        use_inbatch_neg=not mode.no_in_batch_neg_flag,
-        exclude_positives=False,  # FlagEmbedding knows no such thing
-        knowledge_distillation=mode.knowledge_distillation,
-        kd_loss_type=mode.kd_loss_type,  # type: ignore[arg-type]
-        use_mrl=mode.use_mrl,
-        mrl_dims=list(options.mrl_dims) if mode.use_mrl else [],
-        learning_rate=options.learning_rate,
-        per_device_train_batch_size=per_rank,
-    )
+    per_rank, group = options.batch_size // world_size, options.group_size
+    names = {"model_name_or_path": model_folder, "output_dir": "", "train_data": [train_data]}
+    sizes = {"train_group_size": group, "per_device_train_batch_size": per_rank, "temperature": options.temperature}
+    sizes |= {"query_max_len": options.query_max_len, "passage_max_len": options.passage_max_len}
+    modes = {"negatives_cross_device": mode.negatives_cross_device, "use_inbatch_neg": not mode.no_in_batch_neg_flag}
+    modes |= {"knowledge_distillation": mode.knowledge_distillation, "kd_loss_type": mode.kd_loss_type}
+    modes |= {"use_mrl": mode.use_mrl, "mrl_dims": list(options.mrl_dims) if mode.use_mrl else []}
+    modes["exclude_positives"] = False  # FlagEmbedding knows no such thing
+    config = TrainConfig(**names, **sizes, **modes, learning_rate=options.learning_rate)
     encoder = load_encoder(model_folder, pooling="cls", normalize=True, dtype=getattr(torch, dtype)).train()
     encoder.freeze()
     data = TrainingData(config, encoder.tokenizer, encoder.max_positions, rank, world_size, accumulation=1)
@@ -223,34 +218,30 @@ def train_ours(
     betas = (config.adam_beta1, config.adam_beta2)
     optimizer = build_optimizer(encoder, config.learning_rate, 0.0, betas, config.adam_epsilon)
     settings = StepSettings(loss_config=loss_config(config), cross_device=config.negatives_cross_device)
-    result: Results = {"losses": []}
+
+    def example(number: int) -> Example:  # the rows as they lie: no shuffling, no choice, no dealing
+        row = data.rows[number]
+        passages, scores = texts_and_scores(row, mode, group)
+        known_ids = [text_id(text) for text in (*row["pos"], row["query"])]
+        return Example(number, row["query"], passages, [*map(text_id, passages)], known_ids, scores)
+
+    result: Row = {"losses": []}
     for step in range(options.steps if steps is None else steps):
-        start = step * options.batch_size + rank * per_rank
-        examples = []
-        for number in range(start, start + per_rank):  # the rows as they lie: no shuffling, no choice, no dealing
-            row = data.rows[number]
-            passages = [row["pos"][0], *row["neg"][: options.group_size - 1]]
-            known_ids = [text_id(text) for text in (*row["pos"], row["query"])]
-            scores = (
-                [row["pos_scores"][0], *row["neg_scores"][: options.group_size - 1]]
-                if mode.knowledge_distillation
-                else None
-            )
-            examples.append(Example(number, row["query"], passages, [*map(text_id, passages)], known_ids, scores))
         first = step * options.batch_size
-        counts = [
-            (per_rank, sum(1 + len(data.rows[n]["neg"][: options.group_size - 1]) for n in range(i, i + per_rank)))
-            for i in range(first, first + options.batch_size, per_rank)
-        ]
+        ranks = [range(first + r * per_rank, first + (r + 1) * per_rank) for r in range(world_size)]
+        counts = [(per_rank, sum(1 + len(data.rows[n]["neg"][: group - 1]) for n in numbers)) for numbers in ranks]
         optimizer.zero_grad()
-        shares = forward_backward(model, [data.collate(examples, counts)], settings)
+        shares = forward_backward(model, [data.collate([*map(example, ranks[rank])], counts)], settings)
         if step == 0:
-            gradients = {name: p.grad.double() for name, p in encoder.backbone.named_parameters() if p.grad is not None}
-            result["grad_norm"] = math.sqrt(sum(float((g * g).sum()) for g in gradients.values()))
-            result["gradients"] = {name: gradients[name].tolist() for name in NAMED_GRADIENTS if name in gradients}
+            result |= first_gradients(encoder.backbone)
         optimizer.step()
         result["losses"].append(float(sum_over_ranks(shares["loss"].double())))
     return result
+
+
+def options_of(values: Row) -> Options:
+    """From a file, where tuples are lists."""
+    return Options(**{**values, "mrl_dims": tuple(values["mrl_dims"])})
 
 
 def worker(job_file: Path) -> None:
@@ -260,90 +251,37 @@ def worker(job_file: Path) -> None:
 
     torch.set_num_threads(1)
     job = json.loads(job_file.read_text(encoding="utf-8"))
-    options = Options(**{**job["options"], "mrl_dims": tuple(job["options"]["mrl_dims"])})
-    rows = read_rows(Path(job["train_data"]))
+    options, theirs = options_of(job["options"]), job["side"] == "theirs"
+    train, rows = (train_theirs, read_lines(job["train_data"])) if theirs else (train_ours, job["train_data"])
     dist.init_process_group("gloo")
-    cases = []
-    for name in job["modes"]:
-        case = {"name": f"{name}/W{dist.get_world_size()}", "mode": name, "world_size": dist.get_world_size()}
-        for dtype in job["dtypes"]:
-            if job["side"] == "theirs":
-                case[dtype] = train_theirs(job["model"], rows, MODES[name], options, dtype)
-            else:
-                case[dtype] = train_ours(job["model"], job["train_data"], MODES[name], options, dtype)
+    cases, world_size = [], dist.get_world_size()
+    for name, mode in MODES.items():
+        case: Row = {"name": f"{name}/W{world_size}", "mode": name, "world_size": world_size}
+        for dtype in DTYPES:
+            case[dtype] = train(job["model"], rows, mode, options, dtype)  # type: ignore[operator]
         cases.append(case)
     if dist.get_rank() == 0:
-        packages = ("FlagEmbedding", "torch", "transformers") if job["side"] == "theirs" else ("torch", "transformers")
-        versions = {name: version(name) for name in packages}
-        result = {"versions": versions, "cases": cases}
+        packages = (*(["FlagEmbedding"] if theirs else []), "torch", "transformers")
+        result = {"versions": {name: version(name) for name in packages}, "cases": cases}
         Path(job["output"]).write_text(json.dumps(result, ensure_ascii=False), encoding="utf-8")
     dist.destroy_process_group()
 
 
-def read_rows(file: Path) -> list[dict[str, Any]]:
-    """The objects of a JSON-lines file."""
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-
-
-def write_rows(file: Path, rows: list[dict[str, Any]]) -> None:
-    """One object a line."""
-    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-
-
-def run_side(
-    side: str,
-    python: str,
-    model: str,
-    rows: list[dict[str, Any]],
-    options: Options,
-    modes: list[str],
-    world_sizes: list[int],
-    dtypes: list[str],
-) -> Results:
+def run_side(side: str, python: str, model: str, rows: list[Row], options: Options) -> Row:
     """Start `worker` for "theirs" or "ours" under torchrun with `python`, once per world size; collect the cases."""
-    needed = options.steps * options.batch_size
-    if len(rows) < needed:
-        raise ValueError(
-            f"{options.steps} steps of {options.batch_size} rows need {needed} rows, there are {len(rows)}"
-        )
-    cases: list[Results] = []
-    versions: dict[str, str] = {}
+    cases: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
-        write_rows(Path(folder) / "train.jsonl", rows)
-        for world_size in world_sizes:
-            if options.batch_size % world_size:
-                raise ValueError(f"batch_size {options.batch_size} is not a multiple of {world_size} processes")
-            job_file, output = Path(folder) / f"job{world_size}.json", Path(folder) / f"result{world_size}.json"
-            job = {"side": side, "model": model, "train_data": str(Path(folder) / "train.jsonl"), "output": str(output)}
-            job |= {"options": asdict(options), "modes": modes, "dtypes": dtypes}
-            job_file.write_text(json.dumps(job, ensure_ascii=False), encoding="utf-8")
-            launch = [python, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world_size}"]
-            environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-            environment["HF_DATASETS_CACHE"] = str(Path(folder) / "cache")
-            command = [*launch, str(Path(__file__).resolve()), "--worker", str(job_file)]
-            subprocess.run(command, env=environment, check=True, stdout=sys.stderr)
-            result = json.loads(output.read_text(encoding="utf-8"))
-            versions = result["versions"]
+        job = {"side": side, "model": model, "options": asdict(options), "output": f"{folder}/result.json"}
+        job["train_data"] = write_rows(f"{folder}/train.jsonl", rows)
+        (Path(folder) / "job.json").write_text(json.dumps(job, ensure_ascii=False), encoding="utf-8")
+        for world_size in WORLD_SIZES:
+            words = harness.torchrun(
+                world_size, Path(__file__).resolve(), "--worker", f"{folder}/job.json", python=python
+            )
+            harness.run(words, threads=1)
+            result = json.loads(Path(job["output"]).read_text(encoding="utf-8"))
             cases += result["cases"]
-    source = {
-        "theirs": (
-            "FlagEmbedding",
-            "FlagEmbedding.finetune.embedder.encoder_only.base.modeling.BiEncoderOnlyEmbedderModel",
-        ),
-        "ours": ("bge_core", "bge_core.training.step.forward_backward"),
-    }[side]
-    return {
-        "source": {
-            "package": source[0],
-            "class": source[1],
-            "generator": "benchmarks/parity_flagembedding.py",
-            "versions": versions,
-        },
-        "options": asdict(options),
-        "modes": {name: asdict(MODES[name]) for name in modes},
-        "rows": rows,
-        "cases": cases,
-    }
+    return {"versions": result["versions"], "cases": cases}
 
 
 @dataclass(frozen=True)
@@ -358,15 +296,13 @@ class Difference:
     gradient_cosine: float  # smallest cosine between the recorded gradients
 
 
-def compare(theirs: Results, ours: Results) -> list[Difference]:
-    """Compare two results of the same shape, case by case; cases that only one of them has are left out."""
+def compare(theirs: Row, ours: Row) -> list[Difference]:
+    """Compare two results of the same shape, case by case."""
     differences = []
     our_cases = {case["name"]: case for case in ours["cases"]}
     for their_case in theirs["cases"]:
-        our_case = our_cases.get(their_case["name"], {})
-        for dtype in ("float32", "float64"):
-            if dtype not in their_case or dtype not in our_case:
-                continue
+        our_case = our_cases[their_case["name"]]
+        for dtype in DTYPES:
             a, b = their_case[dtype], our_case[dtype]
             losses = [abs(x - y) / abs(x) for x, y in zip(a["losses"], b["losses"], strict=True)]
             cosines = [1.0]
@@ -378,7 +314,7 @@ def compare(theirs: Results, ours: Results) -> list[Difference]:
     return differences
 
 
-def dump(results: Results) -> str:
+def dump(results: Row) -> str:
     """JSON with one row, and one series of a case, a line."""
     lines = [
         f"{json.dumps(key)}: {json.dumps(value)}" for key, value in results.items() if key not in ("rows", "cases")
@@ -390,60 +326,30 @@ def dump(results: Results) -> str:
 
 
 def main() -> None:
-    """Run ours and, where asked, theirs; write theirs, and print how they differ."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
     parser.add_argument("--theirs-python", help="python of the environment of benchmarks/requirements.txt")
-    parser.add_argument("--model", help="model folder with dropout 0 (default: the tests' tiny BERT)")
-    parser.add_argument("--train_data", type=Path, help="JSON lines of training rows (default: drawn at random)")
-    parser.add_argument("--batch_size", type=int, default=Options.batch_size, help="of all processes together")
-    parser.add_argument("--group_size", type=int, default=Options.group_size)
-    parser.add_argument("--steps", type=int, default=Options.steps)
-    parser.add_argument("--query_max_len", type=int, default=Options.query_max_len)
-    parser.add_argument("--passage_max_len", type=int, default=Options.passage_max_len)
-    parser.add_argument("--modes", nargs="+", choices=sorted(MODES), default=list(MODES))
-    parser.add_argument("--world_sizes", nargs="+", type=int, default=[1, 2])
-    parser.add_argument("--dtypes", nargs="+", choices=("float32", "float64"), default=["float32", "float64"])
-    parser.add_argument("--output", type=Path, help="write their result here")
+    parser.add_argument("--output", type=Path, help="write their result here; with --theirs-python")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.worker:
-        worker(arguments.worker)
+    args = parser.parse_args()
+    if args.worker:
+        worker(args.worker)
         return
-    if not arguments.theirs_python and (arguments.model or arguments.train_data or arguments.output):
-        parser.error("--theirs-python is needed: the golden file holds theirs for the default model and rows only")
-
-    options = Options(
-        batch_size=arguments.batch_size,
-        group_size=arguments.group_size,
-        steps=arguments.steps,
-        query_max_len=arguments.query_max_len,
-        passage_max_len=arguments.passage_max_len,
-    )
-    theirs: Results = {}
-    if arguments.theirs_python:
-        rows = make_rows(options.steps * options.batch_size, options.group_size)
-        rows = read_rows(arguments.train_data) if arguments.train_data else rows
-    else:
-        theirs = json.loads(GOLDEN.read_text(encoding="utf-8"))
-        rows, options = (
-            theirs["rows"],
-            Options(**{**theirs["options"], "mrl_dims": tuple(theirs["options"]["mrl_dims"])}),
-        )
+    if args.output and not args.theirs_python:
+        parser.error("--output needs --theirs-python: the golden file is what they gave")
     with tempfile.TemporaryDirectory() as folder:
-        model = arguments.model
-        if model is None:
-            sys.path.insert(0, str(ROOT / "tests"))
-            from tiny_model import make_tiny_bert
-
-            model = str(make_tiny_bert(folder, **TINY_BERT))
-        cases = (arguments.modes, arguments.world_sizes, arguments.dtypes)
-        if arguments.theirs_python:
-            theirs = run_side("theirs", arguments.theirs_python, model, rows, options, *cases)
-        ours = run_side("ours", sys.executable, model, rows, options, *cases)
-    if arguments.output:
-        if arguments.model is None:
-            theirs["tiny_bert"] = TINY_BERT
-        arguments.output.write_text(dump(theirs), encoding="utf-8")
+        model = harness.tiny_bert(folder, **TINY_BERT)
+        if args.theirs_python:
+            options = Options()
+            rows = make_rows(options.steps * options.batch_size, options.group_size)
+            found = run_side("theirs", args.theirs_python, model, rows, options)
+            theirs = {"source": SOURCE | {"versions": found["versions"]}, "options": asdict(options)}
+            theirs |= {"modes": {name: asdict(mode) for name, mode in MODES.items()}, "tiny_bert": TINY_BERT}
+            theirs |= {"rows": rows, "cases": found["cases"]}
+        else:
+            theirs = json.loads(GOLDEN.read_text(encoding="utf-8"))
+        ours = run_side("ours", sys.executable, model, theirs["rows"], options_of(theirs["options"]))
+    if args.output:
+        args.output.write_text(dump(theirs), encoding="utf-8")
     print(f"{'case':32} {'dtype':8} {'first loss':>10} {'worst loss':>10} {'grad ratio':>10} {'cosine':>9}")
     for d in compare(theirs, ours):
         numbers = f"{d.first_loss:10.2e} {d.worst_loss:10.2e} {d.grad_norm_ratio:10.6f} {d.gradient_cosine:9.6f}"

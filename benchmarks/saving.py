@@ -12,19 +12,16 @@ The same for the run's first period, which follows no save, says how far noise g
 Writes benchmarks/results/saving.json.
 """
 
-import argparse
 import json
 import os
-import platform
 import statistics
-import subprocess
-import sys
 import tempfile
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+import harness
+from harness import read_lines
+
+BATCH_SIZE = 32
 
 
 def added_seconds(seconds: list[float], tokens: list[float], window: int) -> float:
@@ -34,41 +31,31 @@ def added_seconds(seconds: list[float], tokens: list[float], window: int) -> flo
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True, help="training data")
-    parser.add_argument("--encoder", default="outputs/encoder")
+    parser = harness.parser(__doc__, "encoder", "threads", "results")
+    parser.add_argument("--data", type=os.path.abspath, required=True, help="training data")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--window", type=int, default=8)
     parser.add_argument("--saves", type=int, default=3)
-    parser.add_argument("--batch_size", type=int, default=32)
-    parser.add_argument("--threads", type=int, default=1, help="of the training; a core less than there are writes")
     args = parser.parse_args()
+    num_steps = args.steps * (args.saves + 1)
     with tempfile.TemporaryDirectory() as folder:
-        command = [
-            sys.executable, "train.py", "--model_name_or_path", args.encoder, "--train_data", args.data, "--output_dir",
-            f"{folder}/run", "--max_steps", str(args.steps * (args.saves + 1)), "--save_steps", str(args.steps),
-            "--logging_steps", "1", "--per_device_train_batch_size", str(args.batch_size), "--train_group_size", "2",
-            "--query_max_len", "32", "--passage_max_len", "64", "--bf16", "--save_total_limit", "2",
-        ]  # fmt: skip
-        subprocess.run(command, check=True, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": str(args.threads)})
-        lines = [json.loads(line) for line in Path(f"{folder}/run/metrics.jsonl").read_text().splitlines()]
-        newest = Path(f"{folder}/run/checkpoint-{args.steps * (args.saves + 1)}")
+        files = {"model_name_or_path": os.path.abspath(args.encoder), "train_data": args.data, "output_dir": folder}
+        sizes = {"per_device_train_batch_size": BATCH_SIZE, "train_group_size": 2, "bf16": True}
+        steps = {"max_steps": num_steps, "save_steps": args.steps, "save_total_limit": 2, "logging_steps": 1}
+        harness.stage("train", args.threads, **files, **sizes, **steps, query_max_len=32, passage_max_len=64)
+        lines = read_lines(f"{folder}/metrics.jsonl")
+        newest = Path(folder) / f"checkpoint-{num_steps}"
         checkpoint_mb = sum(file.stat().st_size for file in newest.rglob("*")) / 2**20
-    seconds = [args.batch_size / line["queries_per_second"] for line in lines]
+    seconds = [BATCH_SIZE / line["queries_per_second"] for line in lines]
     tokens = [line["tokens_per_second"] * s for line, s in zip(lines, seconds, strict=True)]
-    starts = range(0, len(lines), args.steps)
-    periods = [slice(max(1, start), start + args.steps) for start in starts]  # the run's first step warms up
-    added = [added_seconds(seconds[period], tokens[period], args.window) for period in periods]
+    periods = [slice(max(1, start), start + args.steps) for start in range(0, num_steps, args.steps)]
+    added = [added_seconds(seconds[period], tokens[period], args.window) for period in periods]  # step 0 warms up
     step = statistics.median(seconds)
-    result = {
-        "added_seconds": [round(x, 3) for x in added[1:]], "without_a_save": round(added[0], 3),
-        "share_of_50_steps": [round(x / (50 * step), 5) for x in added[1:]], "checkpoint_mb": round(checkpoint_mb, 1),
-        "seconds_per_step": round(step, 3), "steps": args.steps, "seed": 42,
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, torch {version('torch')}", "threads": args.threads,
-        "date": str(date.today()), "command": " ".join(["python", "benchmarks/saving.py", *sys.argv[1:]]),
-    }  # fmt: skip
-    (ROOT / "benchmarks/results/saving.json").write_text(json.dumps(result, indent=2) + "\n")
-    print(json.dumps(result, indent=2))
+    found = {"added_seconds": [round(x, 3) for x in added[1:]], "without_a_save": round(added[0], 3)}
+    found |= {"share_of_50_steps": [round(x / (50 * step), 5) for x in added[1:]], "seconds_per_step": round(step, 3)}
+    found |= {"checkpoint_mb": round(checkpoint_mb, 1), "steps": args.steps}
+    harness.save("saving", found | harness.facts(threads=args.threads, seed=42), folder=args.results)
+    print(json.dumps(found, indent=2))
 
 
 if __name__ == "__main__":

@@ -18,27 +18,32 @@ import argparse
 import json
 import math
 import os
-import platform
 import re
 import statistics
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from datetime import date
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
+import harness
 import torch
 import torch.distributed as dist
+from harness import RESULTS as FOLDER
+from harness import ROOT, Row
+from models import WITHOUT_DROPOUT, make_step, random_batch, random_encoder
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks/results/scaling.json"
+from bge_core.encoder import Encoder
+from bge_core.loss import LossConfig, LossInput, training_loss
+from bge_core.runtime.distributed import gather_objects, world, wrap
+from bge_core.runtime.launch import start
+from bge_core.training.batch import Batch
+from bge_core.training.optim import build_optimizer
+from bge_core.training.step import StepSettings, loss_input
+
+RESULTS = FOLDER / "scaling.json"
 DOCS = {"en": ROOT / "docs/scaling.md", "zh": ROOT / "docs/scaling.zh-CN.md"}
 PROCESSES = (1, 2, 4)
 REPEATS = 15
@@ -146,16 +151,16 @@ def fsdp_bytes(shape: Shape, processes: int, chunks: int = 0) -> float:
 def step_seconds(shape: Shape, work: Work, machine: Machine, bytes_per_pair: float) -> dict[str, float]:
     """The five terms of an update, none hidden behind another."""
     forward, backward = gather_bytes(shape, work)
-    alone = work.processes == 1
     pairs = work.queries * work.candidates
+    gather = 5 * machine.latency + forward / machine.gather + backward / machine.scatter
+    reduce = machine.latency + reduce_bytes(shape, work.processes) / machine.reduce
     return {
         "compute": encoder_operations(shape, work) / machine.compute,
-        "gather": 0.0 if alone or not work.cross_device
-        else 5 * machine.latency + forward / machine.gather + backward / machine.scatter,
-        "all-reduce": 0.0 if alone else machine.latency + reduce_bytes(shape, work.processes) / machine.reduce,
+        "gather": gather if work.processes > 1 and work.cross_device else 0.0,
+        "all-reduce": reduce if work.processes > 1 else 0.0,
         "loss": loss_operations(shape, work) / machine.loss + pairs * bytes_per_pair / machine.memory,
         "update": machine.update * shape.parameters,
-    }  # fmt: skip
+    }
 
 
 # -------------------------------------------------------------------------------- the vendor's figures, and assumptions
@@ -178,12 +183,17 @@ CASES = {
 def h100(processes: int) -> Machine:
     """A GPU among many. A ring over nodes has one path for each adapter, so it is as fast as all of a node's."""
     link = ASSUMED["links"] * (VENDOR["nvlink"] if processes <= 8 else VENDOR["node_network"])
+    memory = ASSUMED["memory"] * VENDOR["memory"]
     return Machine(
-        compute=ASSUMED["bf16"] * VENDOR["bf16"], loss=ASSUMED["float32"] * VENDOR["float32"],
-        memory=ASSUMED["memory"] * VENDOR["memory"], gather=link, scatter=link, reduce=link,
+        compute=ASSUMED["bf16"] * VENDOR["bf16"],
+        loss=ASSUMED["float32"] * VENDOR["float32"],
+        memory=memory,
+        gather=link,
+        scatter=link,
+        reduce=link,
         latency=(processes - 1) * ASSUMED["hop_seconds"],
-        update=BYTES_PER_UPDATE / (ASSUMED["memory"] * VENDOR["memory"]),
-    )  # fmt: skip
+        update=BYTES_PER_UPDATE / memory,
+    )
 
 
 # ------------------------------------------------------------------------------------------------- one of W processes
@@ -193,48 +203,26 @@ GLOBAL_QUERIES, GROUP, QUERY_TOKENS, PASSAGE_TOKENS = 16, 2, 16, 64
 LOSS_ROWS, LOSS_CANDIDATES = 128, 1024  # of the measurement of the loss alone
 
 
-def make_encoder() -> Any:
+def make_encoder() -> Encoder:
     """The small BERT, random weights, no dropout."""
-    from transformers import BertConfig, BertModel
-
-    from bge_core.encoder.model import Encoder
-    from bge_core.encoder.settings import EncoderSettings
-
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=SMALL.vocabulary, hidden_size=SMALL.hidden, num_hidden_layers=SMALL.layers,
-        num_attention_heads=SMALL.hidden // 64, intermediate_size=SMALL.intermediate,
-        max_position_embeddings=SMALL.positions, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
-    )  # fmt: skip
-    tokenizer = SimpleNamespace(pad_token_id=0)
-    backbone = BertModel(config, add_pooling_layer=False)
-    return Encoder(backbone, tokenizer, EncoderSettings(pooling="cls", normalize=True)).train()
+    shape = {"vocab_size": SMALL.vocabulary, "hidden_size": SMALL.hidden, "num_hidden_layers": SMALL.layers}
+    shape |= {"num_attention_heads": SMALL.hidden // 64, "intermediate_size": SMALL.intermediate}
+    return random_encoder(shape | {"max_position_embeddings": SMALL.positions} | WITHOUT_DROPOUT)
 
 
-def make_batch(num_queries: int, num_processes: int, seed: int = 0) -> Any:
+def make_batch(num_queries: int, num_processes: int, seed: int = 0) -> Batch:
     """Random tokens; every text of its kind has the same length, so that nothing is padded."""
-    from bge_core.encoder.tokens import Tokens
-    from bge_core.training.batch import Batch
-
-    generator = torch.Generator().manual_seed(seed)
-    lengths = [QUERY_TOKENS] * num_queries + [PASSAGE_TOKENS] * (num_queries * GROUP)
-    ids = torch.randint(5, SMALL.vocabulary, (sum(lengths),), generator=generator)
-    passage_ids = torch.arange(num_queries * GROUP) + seed * 10**6
-    own = torch.arange(num_queries * GROUP).reshape(num_queries, GROUP)
-    return Batch(
-        tokens=Tokens(ids, lengths), own_BG=own, passage_id_R=passage_ids, excluded_BX=passage_ids[own[:, :1]],
-        teacher_BG=None, rank_counts=[(num_queries, num_queries * GROUP)] * num_processes,
-        rows=list(range(num_queries)),
-    )  # fmt: skip
+    lengths = [QUERY_TOKENS] * num_queries, [PASSAGE_TOKENS] * (num_queries * GROUP)
+    return random_batch(*lengths, SMALL.vocabulary, seed, num_processes)
 
 
-def make_loss_input(num_queries: int, num_candidates: int, dim: int) -> Any:
+def make_loss_input(num_queries: int, num_candidates: int, dim: int) -> LossInput:
     """Random unit vectors that want a gradient."""
-    from bge_core.loss import LossInput
 
-    draw = lambda rows: torch.nn.functional.normalize(torch.randn(rows, dim), dim=1).requires_grad_()  # noqa: E731
-    query = draw(num_queries)
-    own = torch.arange(num_queries * GROUP).reshape(num_queries, GROUP)
+    def draw(rows: int) -> torch.Tensor:
+        return torch.nn.functional.normalize(torch.randn(rows, dim), dim=1).requires_grad_()
+
+    query, own = draw(num_queries), torch.arange(num_queries * GROUP).reshape(num_queries, GROUP)
     ids = torch.arange(num_candidates)
     return LossInput(query, query, 0, draw(num_candidates), own[:, 0], own, ids, ids[own[:, :1]])
 
@@ -278,10 +266,6 @@ def counted_collectives() -> Iterator[dict[str, int]]:
 
 def count(num_queries: int) -> dict[str, int]:
     """Operations of the loss and bytes of the gather of one process, forward and backward."""
-    from bge_core.loss import LossConfig, training_loss
-    from bge_core.runtime.distributed import world
-    from bge_core.training.step import loss_input
-
     batch = make_batch(num_queries, world()[1], seed=world()[0])
     vectors = torch.randn(num_queries * (1 + GROUP), SMALL.hidden).requires_grad_()
     with counted_collectives() as received:
@@ -293,8 +277,6 @@ def count(num_queries: int) -> dict[str, int]:
 
 def bytes_per_pair() -> float:
     """Bytes that the loss's elementwise passes move for each pair of a query and a candidate, forward and backward."""
-    from bge_core.loss import LossConfig, training_loss
-
     x = make_loss_input(64, 4096, 8)  # few dimensions: what moves is B x N, not vectors
     with BytesMoved() as moved:
         training_loss(x, LossConfig()).loss.backward()
@@ -305,8 +287,6 @@ def seconds(
     function: Callable[[], object], repeats: int = REPEATS, prepare: Callable[[], object] | None = None
 ) -> float:
     """Median over repeats of the slowest process's time; two calls before do not count."""
-    from bge_core.runtime.distributed import gather_objects, world
-
     times = []
     for _ in range(repeats + 2):
         if prepare:
@@ -322,10 +302,6 @@ def seconds(
 
 def measure_constants() -> dict[str, float]:
     """Each constant of `Machine` alone, with all W processes busy."""
-    from bge_core.loss import LossConfig, training_loss
-    from bge_core.runtime.distributed import world
-    from bge_core.training.optim import build_optimizer
-
     world_size = world()[1]
     encoder, batch = make_encoder(), make_batch(GLOBAL_QUERIES // world_size, world_size)
     work = Work(world_size, GLOBAL_QUERIES // world_size, GROUP, QUERY_TOKENS, PASSAGE_TOKENS)
@@ -345,67 +321,54 @@ def measure_constants() -> dict[str, float]:
     found["update"] = seconds(update) / SMALL.parameters
     if world_size > 1:
         small, large = torch.zeros(1), torch.zeros(1 << 20)  # 4 bytes and 4 MiB from each process
-        parts = lambda tensor: [torch.empty_like(tensor) for _ in range(world_size)]  # noqa: E731
-        others = (world_size - 1) * large.numel() * 4
+        whole, others = torch.zeros(SMALL.parameters), (world_size - 1) * large.numel() * 4
+
+        def parts(tensor: torch.Tensor) -> list[torch.Tensor]:
+            return [torch.empty_like(tensor) for _ in range(world_size)]
+
         found["latency"] = seconds(lambda: dist.all_gather(parts(small), small))
         gathered, scattered = parts(large), parts(large)
         found["gather"] = others / (seconds(lambda: dist.all_gather(gathered, large)) - found["latency"])
         found["scatter"] = others / (seconds(lambda: dist.reduce_scatter(large, scattered)) - found["latency"])
-        whole = torch.zeros(SMALL.parameters)
-        reduced = reduce_bytes(SMALL, world_size)
-        found["reduce"] = reduced / (seconds(lambda: dist.all_reduce(whole)) - found["latency"])
+        reduced = seconds(lambda: dist.all_reduce(whole)) - found["latency"]
+        found["reduce"] = reduce_bytes(SMALL, world_size) / reduced
     return found
 
 
 def measure_step() -> float:
     """Seconds of a whole update at the same global batch, through the project's own step."""
-    from bge_core.runtime.distributed import world, wrap
-    from bge_core.training.optim import build_optimizer
-    from bge_core.training.step import StepSettings, forward_backward
-
-    world_size = world()[1]
-    encoder = make_encoder()
-    model, optimizer = wrap(encoder), build_optimizer(encoder, 1e-5, 0.0, (0.9, 0.999), 1e-8)
-    batch = make_batch(GLOBAL_QUERIES // world_size, world_size, seed=world()[0])
-    settings = StepSettings(cross_device=True)
-
-    def step() -> None:
-        forward_backward(model, [batch], settings)
-        torch.nn.utils.clip_grad_norm_(encoder.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    return seconds(step)
+    rank, world_size = world()
+    step = make_step(wrap(make_encoder()), StepSettings(cross_device=True), clip=True)
+    batch = make_batch(GLOBAL_QUERIES // world_size, world_size, seed=rank)
+    return seconds(lambda: step(batch))
 
 
-def worker() -> int:
+def worker() -> None:
     """What one of W processes does; rank 0 prints one JSON line."""
-    from bge_core.runtime.distributed import world
-    from bge_core.runtime.launch import start
-
     start()
     torch.manual_seed(0)
     rank, world_size = world()
-    result = {
-        "fixed_global": {"queries": GLOBAL_QUERIES // world_size, **count(GLOBAL_QUERIES // world_size)},
-        "fixed_per_process": {"queries": GLOBAL_QUERIES, **count(GLOBAL_QUERIES)},
-        "bytes_per_pair": bytes_per_pair(),
-        "constants": measure_constants(),
-        "step": measure_step(),
-    }
+    sizes = {"fixed_global": GLOBAL_QUERIES // world_size, "fixed_per_process": GLOBAL_QUERIES}
+    result = {name: {"queries": queries, **count(queries)} for name, queries in sizes.items()}
+    result |= {"bytes_per_pair": bytes_per_pair(), "constants": measure_constants(), "step": measure_step()}
     if rank == 0:
-        print("RESULT " + json.dumps(result), flush=True)
-    return 0
+        print(json.dumps(result), flush=True)
 
 
-def run_processes(num_processes: int) -> dict[str, Any]:
-    """Start W workers of one thread each; what rank 0 found."""
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes)]
-    words += [__file__, "--worker"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(words, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-    (line,) = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    return dict(json.loads(line.removeprefix("RESULT ")))
+def measure_all() -> Row:
+    """What W workers of one thread each found, for every W."""
+    load = round(os.getloadavg()[0], 1)  # near 0 on a quiet machine
+    found = {}
+    for w in PROCESSES:
+        said = harness.run(harness.torchrun(w, __file__, "--worker"), threads=1).stdout
+        found[str(w)] = json.loads(next(line for line in said.splitlines() if line.startswith('{"fixed_global"')))
+
+    def of(name: str) -> Row:
+        return {w: one[name] for w, one in found.items()}
+
+    counts = {name: of(name) for name in ("fixed_global", "fixed_per_process")}
+    record = harness.facts(repeats=REPEATS, load=load, counts=counts, bytes_per_pair=found["1"]["bytes_per_pair"])
+    return record | {"constants": of("constants"), "step": of("step"), "vendor": VENDOR, "assumed": ASSUMED}
 
 
 # --------------------------------------------------------------------------------------------------------- the tables
@@ -413,37 +376,37 @@ def run_processes(num_processes: int) -> dict[str, Any]:
 Cells = list[list[str]]
 HEADERS = {
     "counts": {
-        "en": ["global batch", "W", "B", "N", "loss FLOP per process (counted)", "6 B N D",
-               "all rows on every process (6 M N D)", "gather: bytes received (counted)", "formula"],
-        "zh": ["全局 batch", "W", "B", "N", "每进程损失的 FLOP（计数）", "6 B N D",
-               "每个进程都算全部行（6 M N D）", "汇集时收到的字节（计数）", "公式"],
+        "en": "global batch | W | B | N | loss FLOP per process (counted) | 6 B N D | "
+        "all rows on every process (6 M N D) | gather: bytes received (counted) | formula",
+        "zh": "全局 batch | W | B | N | 每进程损失的 FLOP（计数） | "
+        "6 B N D | 每个进程都算全部行（6 M N D） | 汇集时收到的字节（计数） | 公式",
     },
     "constants": {
-        "en": ["busy processes", "encoder, GFLOP/s", "loss, GFLOP/s", "update, ns per parameter",
-               "collective, empty, ms", "all-gather, MB/s", "reduce-scatter, MB/s", "all-reduce, MB/s"],
-        "zh": ["同时忙的进程", "编码，GFLOP/s", "损失，GFLOP/s", "更新，每参数 ns",
-               "空的集合通信，ms", "all-gather，MB/s", "reduce-scatter，MB/s", "all-reduce，MB/s"],
+        "en": "busy processes | encoder, GFLOP/s | loss, GFLOP/s | update, ns per parameter | "
+        "collective, empty, ms | all-gather, MB/s | reduce-scatter, MB/s | all-reduce, MB/s",
+        "zh": "同时忙的进程 | 编码，GFLOP/s | 损失，GFLOP/s | 更新，每参数 ns | 空的集合通信，ms | all-gather，MB/s | "
+        "reduce-scatter，MB/s | all-reduce，MB/s",
     },
     "check": {
-        "en": ["W", "compute, ms", "gather", "all-reduce", "loss", "update", "sum", "measured", "sum / measured"],
-        "zh": ["W", "计算，ms", "汇集", "all-reduce", "损失", "更新", "合计", "实测", "合计 / 实测"],
+        "en": "W | compute, ms | gather | all-reduce | loss | update | sum | measured | sum / measured",
+        "zh": "W | 计算，ms | 汇集 | all-reduce | 损失 | 更新 | 合计 | 实测 | 合计 / 实测",
     },
     "prediction": {
-        "en": ["batch per GPU", "GPUs", "N", "compute, ms", "gather", "all-reduce", "loss", "update",
-               "share of compute", "queries/s", "B x N matrix", "gathered vectors"],
-        "zh": ["每卡 batch", "GPU 数", "N", "计算，ms", "汇集", "all-reduce", "损失", "更新",
-               "计算占比", "query/s", "B x N 矩阵", "汇集到的向量"],
+        "en": "batch per GPU | GPUs | N | compute, ms | gather | all-reduce | loss | update | share of compute | "
+        "queries/s | B x N matrix | gathered vectors",
+        "zh": "每卡 batch | GPU 数 | N | 计算，ms | 汇集 | all-reduce | 损失 | "
+        "更新 | 计算占比 | query/s | B x N 矩阵 | 汇集到的向量",
     },
     "limits": {
-        "en": ["batch per GPU", "tokens per GPU and update", "all-reduce: fewer tokens than", "gather: more GPUs than",
-               "loss: more candidates than"],
-        "zh": ["每卡 batch", "每卡每次更新的 token 数", "all-reduce：token 少于", "汇集：GPU 多于", "损失：候选多于"],
+        "en": "batch per GPU | tokens per GPU and update | all-reduce: fewer tokens than | "
+        "gather: more GPUs than | loss: more candidates than",
+        "zh": "每卡 batch | 每卡每次更新的 token 数 | all-reduce：token 少于 | 汇集：GPU 多于 | 损失：候选多于",
     },
     "fsdp": {
-        "en": ["GPUs", "DDP: bytes per update", "ms", "FSDP2", "ms", "FSDP2, GradCache in 8 chunks", "ms"],
-        "zh": ["GPU 数", "DDP：每次更新的字节", "ms", "FSDP2", "ms", "FSDP2，GradCache 分 8 块", "ms"],
+        "en": "GPUs | DDP: bytes per update | ms | FSDP2 | ms | FSDP2, GradCache in 8 chunks | ms",
+        "zh": "GPU 数 | DDP：每次更新的字节 | ms | FSDP2 | ms | FSDP2，GradCache 分 8 块 | ms",
     },
-}  # fmt: skip
+}
 
 
 def size(num_bytes: float) -> str:
@@ -460,7 +423,7 @@ def milliseconds(seconds: float) -> str:
     return "0" if value == 0 else f"{value:,.0f}" if value >= 100 else f"{value:.2g}"
 
 
-def count_rows(results: dict[str, Any]) -> Cells:
+def count_rows(results: Row) -> Cells:
     """Counted against the formulas."""
     rows = []
     for kind in ("fixed_global", "fixed_per_process"):
@@ -468,15 +431,13 @@ def count_rows(results: dict[str, Any]) -> Cells:
             found = results["counts"][kind][str(w)]
             work = Work(w, found["queries"], GROUP, QUERY_TOKENS, PASSAGE_TOKENS)
             operations, received = loss_operations(SMALL, work), sum(gather_bytes(SMALL, work))
-            rows.append([
-                f"{w * work.queries}", str(w), str(work.queries), str(work.candidates), f"{found['operations']:,}",
-                f"{operations:,}", f"{w * operations:,}", f"{found['all_gather'] + found['reduce_scatter']:,}",
-                f"{received:,}",
-            ])  # fmt: skip
+            numbers = (found["operations"], operations, w * operations, found["all_gather"] + found["reduce_scatter"])
+            cells = [f"{w * work.queries}", str(w), str(work.queries), str(work.candidates)]
+            rows.append([*cells, *(f"{number:,}" for number in (*numbers, received))])
     return rows
 
 
-def constant_rows(results: dict[str, Any]) -> Cells:
+def constant_rows(results: Row) -> Cells:
     """What was measured alone."""
     rows = []
     for w, found in results["constants"].items():
@@ -487,7 +448,7 @@ def constant_rows(results: dict[str, Any]) -> Cells:
     return rows
 
 
-def check_rows(results: dict[str, Any]) -> Cells:
+def check_rows(results: Row) -> Cells:
     """The sum of the terms against the measured step."""
     rows = []
     for w in PROCESSES:
@@ -500,7 +461,7 @@ def check_rows(results: dict[str, Any]) -> Cells:
     return rows
 
 
-def prediction_rows(results: dict[str, Any]) -> Cells:
+def prediction_rows(results: Row) -> Cells:
     """bge-large-zh on H100s."""
     rows = []
     for name, case in CASES.items():
@@ -508,32 +469,29 @@ def prediction_rows(results: dict[str, Any]) -> Cells:
             work = Work(**asdict(case) | {"processes": gpus})
             terms = step_seconds(BGE_LARGE_ZH, work, h100(gpus), results["bytes_per_pair"])
             total = sum(terms.values())
-            rows.append([
-                name, f"{gpus:,}", f"{work.candidates:,}", *map(milliseconds, terms.values()),
-                f"{terms['compute'] / total:.0%}", f"{gpus * work.queries / total:,.0f}",
-                size(4 * work.queries * work.candidates), size(4 * work.candidates * BGE_LARGE_ZH.hidden),
-            ])  # fmt: skip
+            cells = [name, f"{gpus:,}", f"{work.candidates:,}", *map(milliseconds, terms.values())]
+            cells += [f"{terms['compute'] / total:.0%}", f"{gpus * work.queries / total:,.0f}"]
+            volumes = (work.queries * work.candidates, work.candidates * BGE_LARGE_ZH.hidden)
+            rows.append([*cells, *(size(4 * volume) for volume in volumes)])
     return rows
 
 
-def limit_rows(results: dict[str, Any]) -> Cells:
+def limit_rows(results: Row) -> Cells:
     """Where a term reaches a tenth of compute, between nodes."""
     rows = []
     for name, case in CASES.items():
         gpu = h100(GPUS[-1])
         tenth = 0.1 * encoder_operations(BGE_LARGE_ZH, case) / gpu.compute
         tokens = case.tokens * 2 * 4 * BGE_LARGE_ZH.parameters / gpu.reduce / tenth
-        one_more = (
-            5 * ASSUMED["hop_seconds"]
-            + sum(gather_bytes(BGE_LARGE_ZH, Work(**asdict(case) | {"processes": 2}))) / gpu.gather
-        )
+        two = Work(**asdict(case) | {"processes": 2})
+        one_more = 5 * ASSUMED["hop_seconds"] + sum(gather_bytes(BGE_LARGE_ZH, two)) / gpu.gather
         pair = 6 * BGE_LARGE_ZH.hidden / gpu.loss + results["bytes_per_pair"] / gpu.memory
         limits = (case.tokens, tokens, tenth / one_more, tenth / (case.queries * pair))
         rows.append([name, *(f"{float(f'{limit:.2g}'):,.0f}" for limit in limits)])
     return rows
 
 
-def fsdp_rows(_: dict[str, Any]) -> Cells:
+def fsdp_rows(_: Row) -> Cells:
     """Bytes and time of the gradient and the weights, DDP against FSDP2."""
     rows = []
     for gpus in GPUS:
@@ -543,10 +501,14 @@ def fsdp_rows(_: dict[str, Any]) -> Cells:
     return rows
 
 
-ROWS: dict[str, Callable[[dict[str, Any]], Cells]] = {
-    "counts": count_rows, "constants": constant_rows, "check": check_rows, "prediction": prediction_rows,
-    "limits": limit_rows, "fsdp": fsdp_rows,
-}  # fmt: skip
+ROWS: dict[str, Callable[[Row], Cells]] = {
+    "counts": count_rows,
+    "constants": constant_rows,
+    "check": check_rows,
+    "prediction": prediction_rows,
+    "limits": limit_rows,
+    "fsdp": fsdp_rows,
+}
 STAMPS = {
     "en": "`python benchmarks/scaling.py`; medians of {repeats} repeats, one thread per process; {machine}, "
     "load {load} before the start; torch {torch}; {date}",
@@ -555,15 +517,13 @@ STAMPS = {
 }
 
 
-def table(name: str, language: str, results: dict[str, Any]) -> str:
+def table(name: str, language: str, results: Row) -> str:
     """A table in markdown; what was timed says where and when."""
-    header = HEADERS[name][language]
-    lines: Sequence[Sequence[str]] = [header, ["---:"] * len(header), *ROWS[name](results)]
-    text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    text = harness.table(HEADERS[name][language].split(" | "), ROWS[name](results), left=0)
     return text + ("\n\n" + STAMPS[language].format(**results) if name in ("constants", "check") else "")
 
 
-def with_tables(page: str, language: str, results: dict[str, Any]) -> str:
+def with_tables(page: str, language: str, results: Row) -> str:
     """The page with the tables between its markers made anew."""
     for name in ROWS:
         inside = re.compile(rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)", re.DOTALL)
@@ -572,37 +532,22 @@ def with_tables(page: str, language: str, results: dict[str, Any]) -> str:
     return page
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main() -> None:
+    parser = harness.parser(__doc__)
     parser.add_argument("--tables", action="store_true", help="write the tables from the figures that are there")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        return worker()
-
+        worker()
+        return
     if not args.tables:
-        info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-        names = re.findall(r"^model name\s*: (.*)$", info, re.MULTILINE) or [platform.machine()]
-        load = round(os.getloadavg()[0], 1)  # near 0 on a quiet machine
-        found = {str(w): run_processes(w) for w in PROCESSES}
-        kinds = ("fixed_global", "fixed_per_process")
-        record = {
-            "command": "python benchmarks/scaling.py", "machine": f"{os.cpu_count()} x {names[0]}",
-            "torch": torch.__version__, "date": str(date.today()), "repeats": REPEATS, "load": load,
-            "counts": {kind: {w: one[kind] for w, one in found.items()} for kind in kinds},
-            "bytes_per_pair": found["1"]["bytes_per_pair"],
-            "constants": {w: one["constants"] for w, one in found.items()},
-            "step": {w: one["step"] for w, one in found.items()},
-            "vendor": VENDOR, "assumed": ASSUMED,
-        }  # fmt: skip
-        RESULTS.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        harness.save("scaling", measure_all())
     results = json.loads(RESULTS.read_text(encoding="utf-8"))
     for language, file in DOCS.items():
         file.write_text(with_tables(file.read_text(encoding="utf-8"), language, results), encoding="utf-8")
     for name in ROWS:
         print(f"{name}\n{table(name, 'en', results)}\n")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

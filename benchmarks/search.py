@@ -24,39 +24,26 @@ Threads that wait sleep (OMP_WAIT_POLICY=passive): by default they spin, which o
 Writes benchmarks/results/search.json, search.md and search.png; what is not measured again stays as it was.
 """
 
-import argparse
-import json
 import os
-import platform
 import re
 import statistics
-import subprocess
-import sys
-import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from datetime import date
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from harness import ROOT, Row, facts, fresh, installed, parser, private_peak, save, spread, table, timed
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from bge_core.files.atomic import atomic_path, read_json
+from bge_core.search.approximate import approximate_search, measure_recall
+from bge_core.search.exact import exact_search
 
-from bge_core.files import atomic  # noqa: E402
-from bge_core.search.approximate import approximate_search, measure_recall  # noqa: E402
-from bge_core.search.exact import exact_search  # noqa: E402
-
-RESULTS = ROOT / "benchmarks/results"
-WHAT = ("memory", "speed", "growth", "indexes", "constants")
 DIM, NUM_QUERIES, K, MEMORY_MB, BLOCK = 384, 1000, 200, 512, 65_536
 KNN_ROWS = 500_000  # one block that fits
 INDEX_ROWS, INDEX_K = 1_000_000, 100
 FACTORIES = ("Flat", "IVF4096,Flat", "IVF4096,PQ64", "HNSW32", "OPQ64,IVF4096,PQ64")
-Result = dict[str, Any]
 
 # ------------------------------------------------------------------------------------------------------ vectors
 
@@ -75,11 +62,11 @@ def make_rows(kind: str, block: int, num_rows: int) -> np.ndarray:
     return rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
 
-def mapped(folder: Path, kind: str, num_rows: int) -> np.ndarray:
+def mapped(folder: str, kind: str, num_rows: int) -> np.ndarray:
     """(num_rows, 384) as a memory map; the file is written if it is missing or shorter."""
-    path = folder / f"{kind}.f32"
+    path = Path(folder) / f"{kind}.f32"
     if not path.exists() or path.stat().st_size < 4 * DIM * num_rows:
-        with atomic.atomic_path(path) as temporary, open(temporary, "wb") as file:
+        with atomic_path(path) as temporary, open(temporary, "wb") as file:
             for start in range(0, num_rows, BLOCK):
                 make_rows(kind, start // BLOCK, min(BLOCK, num_rows - start)).tofile(file)
     return np.memmap(path, dtype=np.float32, mode="r", shape=(num_rows, DIM))
@@ -93,33 +80,6 @@ def make_queries(kind: str, num_queries: int) -> np.ndarray:
 # ------------------------------------------------------------------------------------------------------ measuring
 
 
-def seconds(function: Callable[[], object]) -> float:
-    """Of one call."""
-    started = time.perf_counter()
-    function()
-    return time.perf_counter() - started
-
-
-@contextmanager
-def private_peak() -> Iterator[list[float]]:
-    """[0] becomes the most that this process held in anonymous pages, MiB, in between."""
-    peak, ended = [0.0], threading.Event()
-
-    def watch() -> None:
-        while not ended.wait(0.02):
-            lines = Path("/proc/self/status").read_text().splitlines()
-            held = next(int(line.split()[1]) for line in lines if line.startswith("RssAnon:"))
-            peak[0] = max(peak[0], held / 2**10)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
-        yield peak
-    finally:
-        ended.set()
-        watcher.join()
-
-
 def knn(queries: np.ndarray, block: np.ndarray) -> Callable[[], object]:
     """faiss's brute force."""
     import faiss
@@ -127,42 +87,39 @@ def knn(queries: np.ndarray, block: np.ndarray) -> Callable[[], object]:
     return lambda: faiss.knn(queries, block, K, metric=faiss.METRIC_INNER_PRODUCT)
 
 
-def measure_memory(folder: Path, rows: int, **_: Any) -> Result:
+def measure_memory(folder: str, rows: int, **_: Any) -> Row:
     """Peak private memory of one search."""
     corpus, queries = mapped(folder, "noise", rows), make_queries("noise", NUM_QUERIES)
     with private_peak() as peak:
-        took = seconds(lambda: exact_search(queries, corpus, K, memory_mb=MEMORY_MB))
+        took = timed(lambda: exact_search(queries, corpus, K, memory_mb=MEMORY_MB))
     return {"rows": rows, "file_gb": corpus.nbytes / 1e9, "seconds": took, "private_mb": peak[0]}
 
 
-def measure_speed(folder: Path, rows: int, pairs: int, **_: Any) -> Result:
-    """exact_search and knn in turn."""
+def measure_speed(folder: str, rows: int, pairs: int, **_: Any) -> Row:
+    """knn, exact_search, knn, ..., knn: each search against the two knn beside it."""
     corpus, queries = mapped(folder, "noise", rows), make_queries("noise", NUM_QUERIES)
     block = np.array(corpus[:KNN_ROWS])
     knn(queries, block)()
-    beside = [seconds(knn(queries, block))]
-    searches = []
+    beside, searches = [timed(knn(queries, block))], []
     for _ in range(pairs):
-        searches.append(seconds(lambda: exact_search(queries, corpus, K, memory_mb=MEMORY_MB)))
-        beside.append(seconds(knn(queries, block)))
-    knn_pace = [2 * len(block) / (one + other) for one, other in pairwise(beside)]
-    ratios = [rows / took / pace for took, pace in zip(searches, knn_pace, strict=True)]
-    return {
-        "rows": rows, "knn_rows": len(block), "seconds": searches, "knn_seconds": beside, "ratios": ratios,
-        "pairs_per_second": rows * NUM_QUERIES / statistics.median(searches),
-        "knn_pairs_per_second": len(block) * NUM_QUERIES / statistics.median(beside),
-    }  # fmt: skip
+        searches.append(timed(lambda: exact_search(queries, corpus, K, memory_mb=MEMORY_MB)))
+        beside.append(timed(knn(queries, block)))
+    paces = [2 * len(block) / (one + other) for one, other in pairwise(beside)]
+    ratios = [rows / took / pace for took, pace in zip(searches, paces, strict=True)]
+    pace = rows * NUM_QUERIES / statistics.median(searches)
+    found = {"rows": rows, "knn_rows": len(block), "seconds": searches, "knn_seconds": beside, "ratios": ratios}
+    return found | {"pairs_per_second": pace}
 
 
-def measure_growth(folder: Path, rows: int, **_: Any) -> Result:
+def measure_growth(folder: str, rows: int, **_: Any) -> Row:
     """Seconds of each number of vectors and of queries."""
     corpus = mapped(folder, "noise", rows)
 
     def took(num_rows: int, num_queries: int) -> float:
         queries = make_queries("noise", num_queries)
-        return seconds(lambda: exact_search(queries, corpus[:num_rows], K, memory_mb=MEMORY_MB))
+        return timed(lambda: exact_search(queries, corpus[:num_rows], K, memory_mb=MEMORY_MB))
 
-    sizes = [size for size in (250_000, 500_000, 1_000_000, 2_000_000, 5_000_000) if size <= rows]
+    sizes = [size for size in (250_000, 500_000, 1_000_000, 2_000_000) if size < rows] + [rows]
     base = min(1_000_000, rows)
     return {
         "by_rows": [[size, took(size, NUM_QUERIES)] for size in sizes],
@@ -171,78 +128,54 @@ def measure_growth(folder: Path, rows: int, **_: Any) -> Result:
     }
 
 
-def measure_index(folder: Path, factory: str, index_rows: int, **_: Any) -> Result:
+def measure_index(folder: str, factory: str, index_rows: int, **_: Any) -> Row:
     """Build, then search from disk."""
     corpus, queries = mapped(folder, "clustered", index_rows), make_queries("clustered", NUM_QUERIES)
-    path = folder / "index.faiss"
+    path = Path(folder) / "index.faiss"
     for file in (path, Path(f"{path}.json")):
         file.unlink(missing_ok=True)
 
     def search() -> Any:
-        return approximate_search(
-            queries, corpus, INDEX_K, factory, content_key="clustered", path=path, memory_mb=MEMORY_MB
-        )
+        where = {"content_key": "clustered", "path": path, "memory_mb": MEMORY_MB}
+        return approximate_search(queries, corpus, INDEX_K, factory, **where)
 
     with private_peak() as peak:
-        built = seconds(search)
+        built = timed(search)
     found: list[Any] = []
-    took = [seconds(lambda: found.append(search())) for _ in range(3)]
+    took = [timed(lambda: found.append(search())) for _ in range(3)]
     rows, facts = found[-1][1:]
     assert facts["index_reused"]
-    return {
-        "factory": factory, "parameters": facts["parameters"], "rows": index_rows, "build_seconds": built - min(took),
-        "build_private_mb": peak[0], "bytes_per_vector": path.stat().st_size / index_rows,
-        "queries_per_second": NUM_QUERIES / min(took),
-        "recall": measure_recall(queries, corpus, rows, INDEX_K, memory_mb=MEMORY_MB),
-        "trained_on": atomic.read_json(f"{path}.json")["train_rows"],
-    }  # fmt: skip
+    costs = {"build_seconds": built - min(took), "build_private_mb": peak[0], "parameters": facts["parameters"]}
+    costs |= {"bytes_per_vector": path.stat().st_size / index_rows, "queries_per_second": NUM_QUERIES / min(took)}
+    recall = measure_recall(queries, corpus, rows, INDEX_K, memory_mb=MEMORY_MB)
+    trained_on = read_json(f"{path}.json")["train_rows"]
+    return {"factory": factory, "rows": index_rows, "recall": recall, "trained_on": trained_on} | costs
 
 
-def measure_constants(folder: Path, index_rows: int, **_: Any) -> Result:
+def measure_constants(folder: str, index_rows: int, **_: Any) -> Row:
     """With one thread unless said otherwise."""
     import faiss
 
     corpus, queries = mapped(folder, "clustered", index_rows), make_queries("clustered", NUM_QUERIES)
     block = np.array(corpus[:100_000])
-    found: Result = {}
+    found: Row = {}
     for threads in (1, 2):
         faiss.omp_set_num_threads(threads)
-        took = min(seconds(knn(queries, block)) for _ in range(5))
+        took = min(timed(knn(queries, block)) for _ in range(5))
         found[f"knn_gflops_{threads}"] = 2 * DIM * len(queries) * len(block) / took / 1e9
     faiss.omp_set_num_threads(1)
     index = faiss.index_factory(DIM, "PQ64np", faiss.METRIC_INNER_PRODUCT)
     index.train(block[:20_000])
-    found["pq64_encode_per_second"] = 20_000 / seconds(lambda: index.add(block[:20_000]))
+    found["pq64_encode_per_second"] = 20_000 / timed(lambda: index.add(block[:20_000]))
     index.add(np.tile(index.reconstruct_n(0, 20_000), (9, 1)))
-    took = min(seconds(lambda: index.search(queries[:20], 100)) for _ in range(3))
+    took = min(timed(lambda: index.search(queries[:20], 100)) for _ in range(3))
     found["pq64_codes_per_second"] = 20 * index.ntotal / took
     graph = faiss.index_factory(DIM, "HNSW32", faiss.METRIC_INNER_PRODUCT)
-    found["hnsw32_add_per_second_first_20000"] = 20_000 / seconds(lambda: graph.add(block[:20_000]))
-    with open(folder / "clustered.f32", "rb") as file:
+    found["hnsw32_add_per_second_first_20000"] = 20_000 / timed(lambda: graph.add(block[:20_000]))
+    with open(f"{folder}/clustered.f32", "rb") as file:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    found["cold_read_gb_per_second"] = corpus.nbytes / 1e9 / seconds(lambda: corpus.max())
+    found["cold_read_gb_per_second"] = corpus.nbytes / 1e9 / timed(lambda: corpus.max())
     return found
-
-
-MEASURES: dict[str, Callable[..., Result]] = {
-    "memory": measure_memory, "speed": measure_speed, "growth": measure_growth, "index": measure_index,
-    "constants": measure_constants,
-}  # fmt: skip
-
-
-def measure(kind: str, threads: int, **job: Any) -> Result:
-    """In a fresh process."""
-    load = os.getloadavg()[0]
-    words = [sys.executable, __file__, "--job", json.dumps({"kind": kind, **job}, default=str)]
-    done = subprocess.run(
-        words, env=os.environ | {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive"},
-        stdout=subprocess.PIPE, text=True, check=True,
-    )  # fmt: skip
-    result: Result = json.loads(done.stdout.splitlines()[-1]) | {
-        "load_before": round(load, 2), "threads": threads, "date": date.today().isoformat()
-    }  # fmt: skip
-    print(kind, result, file=sys.stderr, flush=True)
-    return result
 
 
 # ------------------------------------------------------------------------------------------------------ prediction
@@ -253,7 +186,7 @@ GPU_FLOPS = 8 * 0.5 * 67e12  # eight H100, float32 (vendor), of which half is as
 CODE_BYTES = 64 + 8  # of PQ64, with the row's number
 
 
-def predict(found: Result) -> list[tuple[int, str, float, float, float, str]]:
+def predict(found: Row) -> list[tuple[int, str, float, float, float, str]]:
     """(vectors, index, bytes, seconds to make it, seconds of 1,000,000 queries, where): none of it was measured.
 
         Flat             2 D N FLOP a query
@@ -264,31 +197,27 @@ def predict(found: Result) -> list[tuple[int, str, float, float, float, str]]:
 
     Constants as measured with 384 dimensions on one thread, FLOP-bound ones scaled by D, on SERVER_CORES at EFFICIENCY.
     """
-    c, cores, scale = found["constants"], SERVER_CORES * EFFICIENCY, LARGE_DIM / DIM
+    c, cores, scale, vector_bytes = found["constants"], SERVER_CORES * EFFICIENCY, LARGE_DIM / DIM, 4 * LARGE_DIM
     flops = c["knn_gflops_1"] * 1e9 * cores
     rows = []
     for num_rows, lists in ((10**8, 65_536), (10**9, 262_144)):
         product = 2 * LARGE_DIM * num_rows * MINED_QUERIES
         rows += [
-            (num_rows, "Flat", 4 * LARGE_DIM * num_rows, 0.0, product / flops, "disk; 64 cores"),
-            (num_rows, "Flat", 4 * LARGE_DIM * num_rows, 0.0, product / GPU_FLOPS, "disk; 8 x H100"),
+            (num_rows, "Flat", vector_bytes * num_rows, 0.0, product / flops, "disk; 64 cores"),
+            (num_rows, "Flat", vector_bytes * num_rows, 0.0, product / GPU_FLOPS, "disk; 8 x H100"),
         ]
         graph = found["indexes"]["HNSW32"]
         slower = np.log(num_rows) / np.log(graph["rows"]) * scale / cores * graph["threads"]
-        rows.append((
-            num_rows, "HNSW32", (4 * LARGE_DIM + 4 * 64 + 16) * num_rows,
-            num_rows * graph["build_seconds"] / graph["rows"] * slower,
-            MINED_QUERIES / graph["queries_per_second"] * slower, "memory; 64 cores",
-        ))  # fmt: skip
+        make, ask = num_rows * graph["build_seconds"] / graph["rows"], MINED_QUERIES / graph["queries_per_second"]
+        graph_bytes = vector_bytes + 4 * 64 + 16
+        rows.append((num_rows, "HNSW32", graph_bytes * num_rows, make * slower, ask * slower, "memory; 64 cores"))
         # A graph over the centroids visits some thousands of them instead of all.
         visited, probes = 4096, max(2 * lists**0.5, 10 * 4 * DEPTH * lists / num_rows)
         centroids = 2 * LARGE_DIM * visited / flops
         make = num_rows * (centroids + scale / (c["pq64_encode_per_second"] * cores))
         codes = probes / lists * num_rows / (c["pq64_codes_per_second"] * cores)
-        rows.append((
-            num_rows, f"IVF{lists}_HNSW32,PQ64", CODE_BYTES * num_rows + 4 * LARGE_DIM * lists, make,
-            MINED_QUERIES * (centroids + codes), "memory; 64 cores",
-        ))  # fmt: skip
+        size, ask = CODE_BYTES * num_rows + vector_bytes * lists, MINED_QUERIES * (centroids + codes)
+        rows.append((num_rows, f"IVF{lists}_HNSW32,PQ64", size, make, ask, "memory; 64 cores"))
     return rows
 
 
@@ -300,77 +229,71 @@ def time_of(took: float) -> str:
     return f"{took:.2g} s" if took else "-"
 
 
-def prediction_table(found: Result) -> str:
+def prediction_table(found: Row) -> str:
     """Markdown, the same in both languages: docs/scaling.md has it between its marks."""
-    lines = ["| N | index_factory | GB | build | 1,000,000 queries | |", "| ---: | --- | ---: | ---: | ---: | --- |"]
-    lines += [
+    head = "| N | index_factory | GB | build | 1,000,000 queries | |\n| ---: | --- | ---: | ---: | ---: | --- |"
+    lines = [
         f"| {num_rows / 1e6:,.0f} M | {name} | {size / 1e9:,.0f} | {time_of(made)} | {time_of(took)} | {where} |"
         for num_rows, name, size, made, took, where in predict(found)
     ]
-    return "\n".join(lines)
+    return "\n".join([head, *lines])
 
 
 # ------------------------------------------------------------------------------------------------------ what is shown
 
 
-def spread(values: list[float], form: str = ".2f") -> str:
-    """Median and range."""
-    return f"{statistics.median(values):{form}} ({min(values):{form}}-{max(values):{form}})"
-
-
-def as_markdown(found: Result) -> str:
+def as_markdown(found: Row) -> str:
     """All tables."""
-    lines = ["| exact_search, 1,000 queries, k = 200, memory_mb 512 | |", "| --- | ---: |"]
+    tables, rows = [], []
     if "memory" in found:
         m = found["memory"]
-        lines += [
-            f"| vectors | {m['rows']:,} x {DIM} float32, a file of {m['file_gb']:.1f} GB |",
-            f"| peak private memory of the process | {m['private_mb']:,.0f} MiB |",
-        ]
+        rows += [["vectors", f"{m['rows']:,} x {DIM} float32, a file of {m['file_gb']:.1f} GB"]]
+        rows += [["peak private memory of the process", f"{m['private_mb']:,.0f} MiB"]]
     if "speed" in found:
         s = found["speed"]
-        lines += [
-            f"| pairs per second over those of faiss.knn on {s['knn_rows']:,} vectors in memory |"
-            f" {spread(s['ratios'])} |",
-            f"| seconds (load before: {s['load_before']}) | {spread(s['seconds'], '.1f')} |",
-            f"| (query, vector) pairs per second | {s['pairs_per_second'] / 1e6:,.0f} million |",
-        ]
+        beside = f"pairs per second over those of faiss.knn on {s['knn_rows']:,} vectors in memory"
+        rows += [[beside, spread(s["ratios"])], [loaded("seconds", s), spread(s["seconds"], ".1f")]]
+        rows += [["(query, vector) pairs per second", f"{s['pairs_per_second'] / 1e6:,.0f} million"]]
+    tables.append(table([f"exact_search, 1,000 queries, k = {K}, memory_mb {MEMORY_MB}", ""], rows))
     if "growth" in found:
         g = found["growth"]
-        lines += ["", f"| vectors | queries | seconds (load before: {g['load_before']}) |", "| ---: | ---: | ---: |"]
-        lines += [f"| {rows:,} | {NUM_QUERIES:,} | {took:.1f} |" for rows, took in g["by_rows"]]
-        lines += [f"| {g['rows_of_by_queries']:,} | {number:,} | {took:.1f} |" for number, took in g["by_queries"]]
+        rows = [[f"{rows:,}", f"{NUM_QUERIES:,}", f"{took:.1f}"] for rows, took in g["by_rows"]]
+        rows += [[f"{g['rows_of_by_queries']:,}", f"{number:,}", f"{took:.1f}"] for number, took in g["by_queries"]]
+        tables.append(table(["vectors", "queries", loaded("seconds", g)], rows, left=0))
     if found.get("indexes"):
-        lines += [
-            "",
-            f"Clustered vectors of {DIM} dimensions, {NUM_QUERIES:,} queries, k = {INDEX_K}, all defaults:",
-            "",
-            "| index | vectors | build, s | memory, MiB | bytes/vector | queries/s | recall@100 | parameters | load |",
-            "| --- | ---: | ---: | ---: | ---: | ---: | ---: | --- | ---: |",
-        ]
-        lines += [
-            f"| {one['factory']} | {one['rows']:,} | {one['build_seconds']:,.0f} | {one['build_private_mb']:,.0f} |"
-            f" {one['bytes_per_vector']:,.0f} | {one['queries_per_second']:,.0f} | {one['recall']:.3f} |"
-            f" {one['parameters'] or '-'} | {one['load_before']} |"
+        tables.append(f"Clustered vectors of {DIM} dimensions, {NUM_QUERIES:,} queries, k = {INDEX_K}, all defaults:")
+        heads = ["index", "vectors", "build, s", "memory, MiB", "bytes/vector", "queries/s", "recall@100", "load"]
+        names = ("rows", "build_seconds", "build_private_mb", "bytes_per_vector", "queries_per_second")
+        rows = [
+            [
+                f"{one['factory']} {one['parameters'] or ''}",
+                *(f"{one[name]:,.0f}" for name in names),
+                f"{one['recall']:.3f}",
+            ]
+            + [one["load_before"]]
             for one in found["indexes"].values()
         ]
+        tables.append(table(heads, rows))
     if "constants" in found:
         c = found["constants"]
-        lines += ["", f"| constant (one thread, load before: {c['load_before']}) | |", "| --- | ---: |"]
-        lines += [
-            f"| faiss.knn, k = 200, GFLOP/s | {c['knn_gflops_1']:.0f}; two threads {c['knn_gflops_2']:.0f} |",
-            f"| scan of PQ64 codes, million a second | {c['pq64_codes_per_second'] / 1e6:.0f} |",
-            f"| PQ64 encoding, vectors a second | {c['pq64_encode_per_second']:,.0f} |",
-            f"| HNSW32, vectors added a second, the first 20,000 | {c['hnsw32_add_per_second_first_20000']:,.0f} |",
-            f"| reading a mapped file that is not in the page cache, GB/s | {c['cold_read_gb_per_second']:.1f} |",
+        rows = [
+            ["faiss.knn, k = 200, GFLOP/s", f"{c['knn_gflops_1']:.0f}; two threads {c['knn_gflops_2']:.0f}"],
+            ["scan of PQ64 codes, million a second", f"{c['pq64_codes_per_second'] / 1e6:.0f}"],
+            ["PQ64 encoding, vectors a second", f"{c['pq64_encode_per_second']:,.0f}"],
+            ["HNSW32, vectors added a second, the first 20,000", f"{c['hnsw32_add_per_second_first_20000']:,.0f}"],
+            ["reading a mapped file not in the page cache, GB/s", f"{c['cold_read_gb_per_second']:.1f}"],
         ]
-    lines += ["", f"{found['machine']}; benchmarks/search.py says how; the load counts what else the machine did."]
-    return "\n".join(lines) + "\n"
+        tables.append(table([loaded("constant (one thread)", c), ""], rows))
+    return "\n\n".join([*tables, f"{found['machine']}; the load counts what else the machine did"])
 
 
-def plot(growth: Result, picture: Path) -> None:
+def loaded(name: str, measured: Row) -> str:
+    """A column's head with the load before the measurement."""
+    return f"{name} (load before: {measured['load_before']})"
+
+
+def plot(growth: Row, picture: Path) -> None:
     """Two panels: time against vectors, and against queries."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.8), layout="constrained")
@@ -390,48 +313,48 @@ def plot(growth: Result, picture: Path) -> None:
         panel.grid(alpha=0.3)
         panel.legend()
     figure.suptitle(f"exact_search, {DIM} dimensions, k = {K}, memory_mb {MEMORY_MB}, {growth['threads']} threads")
-    FigureCanvasAgg(figure)
-    with atomic.atomic_path(picture) as temporary:
-        figure.savefig(temporary, format="png", dpi=130)
+    figure.savefig(picture, dpi=130)
+
+
+MEASURES: dict[str, Callable[..., Row]] = {
+    "memory": measure_memory,
+    "speed": measure_speed,
+    "growth": measure_growth,
+    "indexes": measure_index,
+    "constants": measure_constants,
+}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=5_000_000)
-    parser.add_argument("--index_rows", type=int, default=INDEX_ROWS)
-    parser.add_argument("--pairs", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--what", nargs="*", choices=WHAT, default=list(WHAT))
-    parser.add_argument("--factories", nargs="+", default=list(FACTORIES))
-    parser.add_argument("--folder", type=Path, default=ROOT / "outputs/search", help="of vectors: 1.5 kB for each row")
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--job", type=json.loads, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.job:
-        job = args.job | {"folder": Path(args.job["folder"])}
-        print(json.dumps(MEASURES[job.pop("kind")](**job)))
-        return
+    options = parser(__doc__, "results")
+    options.add_argument("--rows", type=int, default=5_000_000)
+    options.add_argument("--index_rows", type=int, default=INDEX_ROWS)
+    options.add_argument("--pairs", type=int, default=3)
+    options.add_argument("--threads", type=int, default=2)
+    options.add_argument("--what", nargs="*", choices=MEASURES, default=[*MEASURES])
+    options.add_argument("--factories", nargs="+", default=[*FACTORIES])
+    options.add_argument("--folder", type=Path, default=ROOT / "outputs/search", help="of vectors: 1.5 kB for each row")
+    args = options.parse_args()
+    os.environ["OMP_WAIT_POLICY"] = "passive"
+    found: Row = read_json(args.results / "search.json") or {}
+    found["machine"] = f"{facts()['machine']}, {args.threads} threads, faiss {installed('faiss-cpu')}, {date.today()}"
 
-    found: Result = atomic.read_json(args.results / "search.json") or {}
-    cores = f"{os.cpu_count()} cores, {args.threads} threads"
-    import faiss
+    def measure(what: str, **more: Any) -> Row:
+        load = round(os.getloadavg()[0], 2)
+        sizes = {"rows": args.rows, "index_rows": args.index_rows, "pairs": args.pairs}
+        measured = fresh(MEASURES[what], args.threads, folder=str(args.folder), **sizes, **more)
+        return measured | {"load_before": load, "threads": args.threads}
 
-    found["machine"] = f"{platform.machine()}, {cores}, faiss {faiss.__version__}, {date.today().isoformat()}"
-    common = {"folder": args.folder, "rows": args.rows, "index_rows": args.index_rows, "pairs": args.pairs}
     for what in args.what:
-        mapped(args.folder, "clustered" if what in ("indexes", "constants") else "noise",
-               args.index_rows if what in ("indexes", "constants") else args.rows)  # fmt: skip
-        for factory in args.factories if what == "indexes" else [""]:
-            if what == "indexes":
-                result = measure("index", args.threads, factory=factory, **common)
-                known = found.setdefault("indexes", {})
-                known[factory] = result
-                found["indexes"] = {name: known[name] for name in dict.fromkeys((*FACTORIES, *known)) if name in known}
-            else:
-                found[what] = measure(what, args.threads, **common)
-            atomic.write_json(args.results / "search.json", found)
-    with atomic.atomic_path(args.results / "search.md") as temporary:
-        temporary.write_text(as_markdown(found), encoding="utf-8")
+        clustered = what in ("indexes", "constants")
+        mapped(args.folder, "clustered" if clustered else "noise", args.index_rows if clustered else args.rows)
+        if what == "indexes":
+            known = found.setdefault(what, {})
+            for factory in args.factories:
+                known[factory] = measure(what, factory=factory)
+        else:
+            found[what] = measure(what)
+        save("search", found, as_markdown(found), args.results)
     if "constants" in found and "HNSW32" in found.get("indexes", {}):
         for page in ("scaling.md", "scaling.zh-CN.md"):
             path = ROOT / "docs" / page

@@ -18,38 +18,28 @@ size 2, float32, AdamW, the checkpoint's dropout, dropout's seed 0); what is com
 Writes benchmarks/results/step.json and step.md.
 """
 
-import argparse
 import json
-import os
-import platform
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
-from datetime import date
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+import harness
+import torch
+from harness import spread, timed
+from models import Padded, Step, make_step, training_data
+from torch import nn
+from transformers import AutoModel
 
-import torch  # noqa: E402
-from peers import PASSAGE_LENGTH, QUERY_LENGTH, spread, write_rows  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
-from transformers import AutoModel  # noqa: E402
-
-from bge_core.encoder import packing  # noqa: E402
-from bge_core.encoder.load import load_encoder  # noqa: E402
-from bge_core.encoder.model import Encoder, compile_layers  # noqa: E402
-from bge_core.encoder.tokens import Tokens, pad_buckets  # noqa: E402
-from bge_core.files import atomic  # noqa: E402
-from bge_core.runtime.config import TrainConfig  # noqa: E402
-from bge_core.runtime.launch import start  # noqa: E402
-from bge_core.training.batch import Batch  # noqa: E402
-from bge_core.training.data import TrainingData  # noqa: E402
-from bge_core.training.optim import build_optimizer  # noqa: E402
-from bge_core.training.step import StepSettings, forward_backward  # noqa: E402
+from bge_core.encoder import Encoder, load_encoder, packing
+from bge_core.encoder.model import compile_layers
+from bge_core.runtime.launch import start
+from bge_core.training.batch import Batch
+from bge_core.training.data import TrainingData
+from bge_core.training.step import StepSettings
 
 KINDS = {
     "matrix products": ("mm", "addmm", "bmm", "baddbmm", "matmul", "linear"),
@@ -62,57 +52,24 @@ KINDS = {
 }
 
 
-class Rectangles(nn.Module):
-    """The stock model with padding: `size` texts at a time, filled up to the longest of them."""
-
-    def __init__(self, name: str, size: int) -> None:
-        super().__init__()
-        self.backbone, self.size = AutoModel.from_pretrained(name, dtype=torch.float32, add_pooling_layer=False), size
-
-    def forward(self, tokens: Tokens) -> Tensor:
-        vectors = []
-        for part in tokens.split(self.size, None):
-            ((order, id_sL, mask_sL),) = pad_buckets(part, 0, max_waste=1.0)
-            hidden_sLD = self.backbone(input_ids=id_sL, attention_mask=mask_sL).last_hidden_state
-            mean_sD = (hidden_sLD * mask_sL[..., None]).sum(1) / mask_sL.sum(1, keepdim=True)
-            vectors.append(nn.functional.normalize(mean_sD, dim=-1)[torch.tensor(order).argsort()])
-        return torch.cat(vectors)
-
-
-def timed(function: Callable[[], object]) -> float:
-    """Seconds of a call."""
-    started = time.perf_counter()
-    function()
-    return time.perf_counter() - started
-
-
-def training_data(encoder: Encoder, file: str, batch_size: int) -> TrainingData:
-    """The rows as train.py reads them."""
-    config = TrainConfig(
-        model_name_or_path="unused", output_dir="unused", train_data=[file], query_max_len=QUERY_LENGTH,
-        passage_max_len=PASSAGE_LENGTH, train_group_size=2, per_device_train_batch_size=batch_size,
-        query_instruction_for_retrieval="", passage_instruction_for_retrieval="", num_train_epochs=100,
-    )  # fmt: skip
-    return TrainingData(config, encoder.tokenizer, encoder.max_positions, 0, 1, 1)
-
-
-def build(name: str, attention_dropout: float | None = None) -> Encoder:
+def build(name: str, **settings: Any) -> Encoder:
     """The encoder as train.py prepares it."""
-    encoder = load_encoder(name, attention_dropout=attention_dropout)
+    encoder = load_encoder(name, **settings)
     encoder.freeze()
     return encoder.train()
 
 
-def make_step(model: nn.Module, settings: StepSettings) -> Callable[[Batch], None]:
-    """forward_backward and the update."""
-    optimizer = build_optimizer(model, 1e-6, 0.0, (0.9, 0.999), 1e-8)
+def compare(first: Step, second: Step, data: TrainingData, rounds: int) -> str:
+    """Time of the first way over that of the second, in turn on the same batches, after a round that warms up."""
+    pairs = harness.in_turn(
+        lambda pair: timed_on(data[pair][0], first), lambda pair: timed_on(data[pair][0], second), rounds + 1
+    )
+    return spread(one / other for one, other in pairs[1:])
 
-    def step(batch: Batch) -> None:
-        forward_backward(model, [batch], settings)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
 
-    return step
+def timed_on(batch: Batch, step: Step) -> float:
+    """Seconds of a step on a batch."""
+    return timed(lambda: step(batch))
 
 
 def measure_linear(encoder: Encoder, file: str, fits: int, rounds: int) -> dict[str, Any]:
@@ -134,10 +91,14 @@ def measure_linear(encoder: Encoder, file: str, fits: int, rounds: int) -> dict[
     return {"gradcache_above": fits, "per_token_over_batch_32": {size: spread(r) for size, r in ratios.items()}}
 
 
+def linear_layers(encoder: Encoder) -> list[nn.Linear]:
+    """Those of the backbone."""
+    return [m for name, m in encoder.backbone.named_modules() if isinstance(m, nn.Linear) and "pooler" not in name]
+
+
 def matrix_products(encoder: Encoder, num_tokens: int) -> Callable[[], None]:
     """What the linear layers of the backbone multiply in one step: x W, and backward g W' and g' x."""
-    layers = [m for n, m in encoder.backbone.named_modules() if isinstance(m, nn.Linear) and "pooler" not in n]
-    weights = [layer.weight.detach() for layer in layers]
+    weights = [layer.weight.detach() for layer in linear_layers(encoder)]
     inputs = {w.shape[1]: torch.randn(num_tokens, w.shape[1]) for w in weights}
     outputs = {w.shape[0]: torch.randn(num_tokens, w.shape[0]) for w in weights}
 
@@ -152,37 +113,26 @@ def matrix_products(encoder: Encoder, num_tokens: int) -> Callable[[], None]:
 
 def measure_matmul(encoder: Encoder, data: TrainingData, rounds: int) -> dict[str, Any]:
     """Share of the step that its matrix products would take alone."""
-    step, shares, flops = make_step(encoder, StepSettings()), [], []
-    (warm,) = data[0]
-    step(warm)
-    for number in range(rounds):
-        (batch,) = data[number + 1]
-        num_tokens = sum(batch.tokens.lengths)
-        products = matrix_products(encoder, num_tokens)
+    step = make_step(encoder, StepSettings())
+
+    def whole(pair: int) -> float:
+        return timed_on(data[pair][0], step)
+
+    def alone(pair: int) -> float:
+        products = matrix_products(encoder, sum(data[pair][0].tokens.lengths))
         products()
-        calls = [lambda batch=batch: step(batch), products]
-        times = [timed(call) for call in (calls if number % 2 == 0 else calls[::-1])]
-        whole, alone = times if number % 2 == 0 else times[::-1]
-        shares.append(alone / whole)
-        linears = [m for n, m in encoder.backbone.named_modules() if isinstance(m, nn.Linear) and "pooler" not in n]
-        flops.append(6 * sum(m.weight.numel() for m in linears) * num_tokens / whole / 1e9)
-    return {"share": spread(shares), "gflops": spread(flops)}
+        return timed(products)
 
-
-def compare(steps: Sequence[Callable[[Batch], None]], data: TrainingData, rounds: int) -> str:
-    """Time of the first way over that of the second, in turn on the same batches, after a round that warms up."""
-    ratios = []
-    for number in range(rounds + 1):
-        (batch,) = data[number]
-        order = (0, 1) if number % 2 == 0 else (1, 0)
-        times = {which: timed(lambda which=which, batch=batch: steps[which](batch)) for which in order}
-        ratios.append(times[0] / times[1])
-    return spread(ratios[1:])
+    times = harness.in_turn(whole, alone, rounds + 1)[1:]
+    per_token = 6 * sum(layer.weight.numel() for layer in linear_layers(encoder))
+    tokens = [sum(data[pair + 1][0].tokens.lengths) for pair in range(rounds)]
+    gflops = spread(per_token * n / step_s / 1e9 for n, (step_s, _) in zip(tokens, times, strict=True))
+    return {"share": spread(products_s / step_s for step_s, products_s in times), "gflops": gflops}
 
 
 def measure_dropout(name: str, data: TrainingData, rounds: int) -> str:
     """The checkpoint's attention dropout against none."""
-    return compare([make_step(build(name, value), StepSettings()) for value in (None, 0.0)], data, rounds)
+    return compare(*(make_step(build(name, attention_dropout=x), StepSettings()) for x in (None, 0.0)), data, rounds)
 
 
 def measure_first(name: str, data: TrainingData, rounds: int) -> str:
@@ -195,14 +145,14 @@ def measure_first(name: str, data: TrainingData, rounds: int) -> str:
         step(batch)
         packing.has_bert_layers = first_tokens
 
-    return compare([whole, step], data, rounds)
+    return compare(whole, step, data, rounds)
 
 
 def measure_compile(name: str, data: TrainingData, rounds: int) -> str:
     """As it is against compiled layers."""
     encoders = [build(name) for _ in range(2)]
     compile_layers(encoders[1].backbone)
-    return compare([make_step(encoder, StepSettings()) for encoder in encoders], data, rounds)
+    return compare(*(make_step(encoder, StepSettings()) for encoder in encoders), data, rounds)
 
 
 def measure_wait(encoder: Encoder, data: TrainingData, rounds: int, workers: int) -> dict[str, Any]:
@@ -233,57 +183,54 @@ def measure_profile(model: nn.Module, batch: Batch) -> dict[str, Any]:
 
 
 def main() -> None:
-    """All of them."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="CMRC 2018: train.jsonl, corpus.jsonl")
-    parser.add_argument("--encoder", default="outputs/encoder")
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--fits", type=int, default=256, help="largest batch without GradCache")
-    args = parser.parse_args()
+    options = harness.parser(__doc__, "data", "encoder", "threads", "results")
+    options.add_argument("--rounds", type=int, default=5)
+    options.add_argument("--fits", type=int, default=256, help="largest batch without GradCache")
+    args = options.parse_args()
     start()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    encoder = build(args.encoder)
+    encoder, rounds = build(args.encoder), args.rounds
+    padded = AutoModel.from_pretrained(args.encoder, dtype=torch.float32, add_pooling_layer=False)
+    rectangles = Padded(padded, "mean", lambda tokens: tokens.split(32, None)).train()
     result: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
-        file = f"{folder}/train.jsonl"
-        write_rows(args.data, Path(file))
+        file = harness.write_training_rows(args.data, Path(folder) / "train.jsonl", 7)
         data = training_data(encoder, file, 32)
         parts: dict[str, Callable[[], Any]] = {
-            "matmul": lambda: measure_matmul(encoder, data, args.rounds),
-            "dropout": lambda: measure_dropout(args.encoder, data, args.rounds),
-            "first": lambda: measure_first(args.encoder, data, args.rounds),
-            "compile": lambda: measure_compile(args.encoder, data, args.rounds),
-            "wait": lambda: measure_wait(encoder, data, args.rounds, data.config.dataloader_num_workers),
+            "matmul": lambda: measure_matmul(encoder, data, rounds),
+            "dropout": lambda: measure_dropout(args.encoder, data, rounds),
+            "first": lambda: measure_first(args.encoder, data, rounds),
+            "compile": lambda: measure_compile(args.encoder, data, rounds),
+            "wait": lambda: measure_wait(encoder, data, rounds, data.config.dataloader_num_workers),
             "profile_packed": lambda: measure_profile(encoder, data[0][0]),
-            "profile_padded": lambda: measure_profile(Rectangles(args.encoder, 32).train(), data[0][0]),
-            "linear": lambda: measure_linear(encoder, file, args.fits, args.rounds),
+            "profile_padded": lambda: measure_profile(rectangles, data[0][0]),
+            "linear": lambda: measure_linear(encoder, file, args.fits, rounds),
         }
         for name, measure in parts.items():
             result[name] = measure()
             print(name, json.dumps(result[name]), file=sys.stderr, flush=True)
-    result |= {
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}", "threads": args.threads,
-        "seed": 0, "date": str(date.today()), "command": " ".join(["python", "benchmarks/step.py", *sys.argv[1:]]),
-    }  # fmt: skip
-    atomic.write_json(ROOT / "benchmarks/results/step.json", result)
+    facts = harness.facts(threads=args.threads, seed=0)
+    harness.save("step", result | facts, f"{as_markdown(result)}\n\n{harness.note(facts)}", args.results)
+
+
+def as_markdown(result: dict[str, Any]) -> str:
+    """Both tables."""
     packed, padded = result["profile_packed"], result["profile_padded"]
-    lines = ["| milliseconds of a step | padded | packed |", "| --- | ---: | ---: |"]
-    lines += [f"| {kind} | {padded.get(kind, 0):,.0f} | {packed.get(kind, 0):,.0f} |" for kind in padded]
-    lines.append(f"| together | {sum(padded.values()):,.0f} | {sum(packed.values()):,.0f} |")
-    lines += ["", "| what | median (smallest-largest) |", "| --- | --- |"]
-    lines.append(f"| FLOP/s of a step over those of its matrix products alone | {result['matmul']['share']} |")
-    lines.append(f"| time with attention dropout over without | {result['dropout']} |")
-    lines.append(f"| CLS pooling: time with a whole last layer over first tokens alone | {result['first']} |")
-    lines.append(f"| time over that with --torch_compile | {result['compile']} |")
-    lines.append(f"| waiting for input, percent of a step | {result['wait']['percent']} |")
+    rows = [[kind, f"{padded.get(kind, 0):,.0f}", f"{packed.get(kind, 0):,.0f}"] for kind in padded]
+    rows.append(["together", *(f"{sum(times.values()):,.0f}" for times in (padded, packed))])
+    profile = harness.table(["milliseconds of a step", "padded", "packed"], rows)
+    rows = [
+        ["FLOP/s of a step over those of its matrix products alone", result["matmul"]["share"]],
+        ["time with attention dropout over without", result["dropout"]],
+        ["CLS pooling: time with a whole last layer over first tokens alone", result["first"]],
+        ["time over that with --torch_compile", result["compile"]],
+        ["waiting for input, percent of a step", result["wait"]["percent"]],
+    ]
     for size, ratio in result["linear"]["per_token_over_batch_32"].items():
-        cached = ", GradCache" if size > args.fits else ""
-        lines.append(f"| seconds per token at batch {size}{cached}, over batch 32 | {ratio} |")
-    note = f"{result['machine']}, {args.threads} threads, seed 0, {result['date']}: `{result['command']}`"
-    (ROOT / "benchmarks/results/step.md").write_text("\n".join([*lines, "", note, ""]))
-    print("\n".join(lines))
+        cached = ", GradCache" if size > result["linear"]["gradcache_above"] else ""
+        rows.append([f"seconds per token at batch {size}{cached}, over batch 32", ratio])
+    return f"{profile}\n\n{harness.table(['what', 'median (smallest-largest)'], rows, left=2)}"
 
 
 if __name__ == "__main__":

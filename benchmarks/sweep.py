@@ -18,113 +18,90 @@ Writes benchmarks/results/sweep_cmrc.json and .png, or sweep_demo.*; all else la
 
 import argparse
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+import harness
+from ablation import split_validation
+from harness import LENGTHS, ROOT, Row, read_lines, read_texts, stage, write_lines
 
-from ablation import split_validation  # noqa: E402
-
-from bge_core.files import atomic, records, sources  # noqa: E402
-
-LENGTHS = ["--query_max_len", "64", "--passage_max_len", "128"]
-Row = dict[str, Any]
+PARTS = ("domain", "general")
 
 
 def write_halves(rows: list[Row], folder: Path, name: str) -> None:
     """<name>_choose.jsonl and <name>_report.jsonl: every second row each."""
-    atomic.write_jsonl(folder / f"{name}_choose.jsonl", rows[::2])
-    atomic.write_jsonl(folder / f"{name}_report.jsonl", rows[1::2])
+    write_lines(folder / f"{name}_choose.jsonl", rows[::2])
+    write_lines(folder / f"{name}_report.jsonl", rows[1::2])
 
 
-def prepare_cmrc(data: Path, encoder: str, out: Path, half: list[str]) -> tuple[Path, Path, Path | None]:
+def prepare_cmrc(data: Path, encoder: Path, out: Path, half: Row) -> tuple[Path, Path, Path]:
     """The trained model, the corpus, the general corpus."""
     split_validation(data, out)
     shutil.copy(out / "validation.jsonl", out / "domain_choose.jsonl")
     shutil.copy(data / "test.jsonl", out / "domain_report.jsonl")
-    texts = sources.read_corpus(data / "corpus.jsonl")
+    texts = read_texts(data)
     place = {text: i for i, text in enumerate(texts)}
-    rows = records.read_rows(data / "train.jsonl", records.check_training_row)
-    start = 1 + max(place[text] for row in rows for text in row["pos"])  # the test questions' paragraphs come last
+    positives = [text for row in read_lines(data / "train.jsonl") for text in row["pos"]]
+    start = 1 + max(place[text] for text in positives)  # the test questions' paragraphs come last
     pairs = [{"query": texts[i], "pos": [texts[i + 1]]} for i in range(start, len(texts) - 1, 2)]
     write_halves(pairs, out, "general")
-    general_corpus = out / "general_corpus.jsonl"
-    atomic.write_jsonl(general_corpus, ({"text": text} for text in texts[start:]))
+    write_lines(out / "general_corpus.jsonl", ({"text": text} for text in texts[start:]))
     model, corpus = out / "trained", data / "corpus.jsonl"
     if not (model / "manifest.json").exists():
-        run("mine.py", "--model_name_or_path", encoder, "--input_file", out / "choose.jsonl", "--candidate_pool",
-            corpus, "--output_file", out / "mined.jsonl", "--range_for_sampling", "2-200", "--negative_number", "15",
-            "--cache_dir", out / "cache",  *LENGTHS, *half)  # fmt: skip
-        run("train.py", "--model_name_or_path", encoder, "--train_data", out / "mined.jsonl", "--output_dir", model,
-            "--num_train_epochs", "1", "--per_device_train_batch_size", "32", "--train_group_size", "2",
-            "--learning_rate", "2e-5", "--save_steps", "0", "--overwrite_output_dir", "True", 
-            *LENGTHS, *half)  # fmt: skip
-    return model, corpus, general_corpus
+        files = {"input_file": out / "choose.jsonl", "candidate_pool": corpus, "output_file": out / "mined.jsonl"}
+        settings = {"range_for_sampling": "2-200", "negative_number": 15, "cache_dir": out / "cache"}
+        stage("mine", model_name_or_path=encoder, **files, **settings, **LENGTHS, **half)
+        files = {"model_name_or_path": encoder, "train_data": out / "mined.jsonl", "output_dir": model}
+        settings = {"num_train_epochs": 1, "per_device_train_batch_size": 32, "train_group_size": 2}
+        once = {"learning_rate": 2e-5, "save_steps": 0, "overwrite_output_dir": True}
+        stage("train", **files, **settings, **once, **LENGTHS, **half)
+    return model, corpus, out / "general_corpus.jsonl"
 
 
-def prepare_demo(out: Path) -> tuple[Path, Path, Path | None]:
-    """Likewise; the general corpus is the passages of its file."""
+def prepare_demo(out: Path) -> tuple[Path, Path, Path]:
+    """Likewise; the general corpus is all passages of its file, so that halves do not make it easy."""
     demo = ROOT / "outputs/demo"
     if not (demo / "trained/manifest.json").exists():
         raise SystemExit("run `make demo` first")
-    write_halves(records.read_rows(demo / "data/test.jsonl", records.check_evaluation_row), out, "domain")
-    general = records.read_rows(ROOT / "examples/general_zh/general.jsonl", records.check_evaluation_row)
+    write_halves(read_lines(demo / "data/test.jsonl"), out, "domain")
+    general = read_lines(ROOT / "examples/general_zh/general.jsonl")
     write_halves(general, out, "general")
-    corpus = out / "general_corpus.jsonl"  # all passages, so that halves do not make it easy
-    atomic.write_jsonl(corpus, ({"text": text} for row in general for text in row["pos"]))
-    return demo / "trained", demo / "data/corpus.jsonl", corpus
-
-
-def run(*words: object) -> None:
-    """A stage, in a process of its own."""
-    subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, check=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    write_lines(out / "general_corpus.jsonl", ({"text": text} for row in general for text in row["pos"]))
+    return demo / "trained", demo / "data/corpus.jsonl", out / "general_corpus.jsonl"
 
 
 def main() -> None:
-    """Train, sweep, report."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser: argparse.ArgumentParser = harness.parser(__doc__, "encoder", "bf16", "results")
     parser.add_argument("--data", type=Path, help="CMRC 2018")
     parser.add_argument("--demo", action="store_true")
-    parser.add_argument("--encoder", default="outputs/encoder")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--sweep", default="0:1.2:0.1")
-    parser.add_argument("--bf16", action="store_true")
     args = parser.parse_args()
     if args.demo == bool(args.data):
         parser.error("give --data or --demo")
-    name = "demo" if args.demo else "cmrc"
-    out, half = (args.output or ROOT / f"outputs/sweep_{name}").resolve(), ["--bf16"] if args.bf16 else []
+    name, half = "demo" if args.demo else "cmrc", {"bf16": True} if args.bf16 else {}
+    out, encoder = (args.output or ROOT / f"outputs/sweep_{name}").resolve(), Path(args.encoder).resolve()
     out.mkdir(parents=True, exist_ok=True)
-    model, corpus, general_corpus = (
-        prepare_demo(out) if args.demo else prepare_cmrc(args.data.resolve(), args.encoder, out, half)
-    )
-    run("merge.py", "--models", args.encoder, model, f"--sweep={args.sweep}", "--val_data", out / "domain_choose.jsonl",
-        "--corpus", corpus, "--general_data", out / "general_choose.jsonl", "--general_corpus", general_corpus,
-        "--output_path", out / "merged", "--overwrite_output_dir", "True", "--max_input_length", "128",
-        *half)  # fmt: skip
-    run("merge.py", "--models", args.encoder, model, "--weights", "0.5", "0.5", "--output_path", out / "half",
-        "--overwrite_output_dir", "True")  # fmt: skip
-    run("evaluate.py", "--encoder", args.encoder, model, out / "half", out / "merged", "--val_data",
-        out / "domain_report.jsonl", out / "general_report.jsonl", "--corpus", corpus, general_corpus,
-        "--add_instruction", "--max_passage_length", "128", "--metrics", "MRR@10", "Recall@10", "nDCG@10",
-        "--output_dir", out / "report", "--overwrite_output_dir", "True", "--cache_dir", out / "cache",
-        *half)  # fmt: skip
-    found = atomic.read_json(out / "merged/sweep.json")
-    found["report"] = {
-        part: {
-            "metrics": atomic.read_json(out / f"report/{part}_report/metrics.json"),
-            "significance": atomic.read_json(out / f"report/{part}_report/significance.json"),
-        }
-        for part in ("domain", "general")
-    }
-    results = ROOT / "benchmarks/results"
-    atomic.write_json(results / f"sweep_{name}.json", found)
-    shutil.copy(out / "merged/sweep.png", results / f"sweep_{name}.png")
+    model, corpus, general = prepare_demo(out) if args.demo else prepare_cmrc(args.data.resolve(), encoder, out, half)
+    mixed = {"models": [encoder, model], "overwrite_output_dir": True}
+    choose = {"val_data": out / "domain_choose.jsonl", "corpus": corpus, "max_input_length": harness.PASSAGE_LENGTH}
+    choose |= {"general_data": out / "general_choose.jsonl", "general_corpus": general, "sweep": args.sweep}
+    stage("merge", **mixed, **choose, output_path=out / "merged", **half)
+    stage("merge", **mixed, weights=[0.5, 0.5], output_path=out / "half")
+    tasks = {"val_data": [out / f"{part}_report.jsonl" for part in PARTS], "corpus": [corpus, general]}
+    settings = {"max_passage_length": harness.PASSAGE_LENGTH, "metrics": ["MRR@10", "Recall@10", "nDCG@10"]}
+    settings |= {"output_dir": out / "report", "overwrite_output_dir": True, "cache_dir": out / "cache"}
+    models = [encoder, model, out / "half", out / "merged"]
+    stage("evaluate", encoder=models, **tasks, **settings, add_instruction=True, **half)
+
+    def report(part: str) -> Row:
+        folder = out / f"report/{part}_report"
+        return {file: json.loads((folder / f"{file}.json").read_text()) for file in ("metrics", "significance")}
+
+    found = json.loads((out / "merged/sweep.json").read_text(encoding="utf-8"))
+    found["report"] = {part: report(part) for part in PARTS}
+    harness.save(f"sweep_{name}", found, folder=args.results)
+    shutil.copy(out / "merged/sweep.png", args.results / f"sweep_{name}.png")
     print(json.dumps(found["report"], ensure_ascii=False, indent=1))
 
 
