@@ -55,10 +55,13 @@ def report(output_dir: Path, counts: Mapping[str, int]) -> None:
     """Print what was counted, where it lies and the next command."""
     for name, count in counts.items():
         print(f"{name.replace('_', ' '):<32}{count:>12,}")
-    train_file, mined_file = (shlex.quote(str(output_dir / name)) for name in ("train.jsonl", "train_minedHN.jsonl"))
+    names = ("train.jsonl", "corpus.jsonl", "train_minedHN.jsonl")
+    train_file, corpus_file, mined_file = (shlex.quote(str(output_dir / name)) for name in names)
     print(f"written: {', '.join(str(output_dir / name) for name in OUTPUTS)}")
-    print("next: python mine.py --model_name_or_path BAAI/bge-large-zh-v1.5 --range_for_sampling 2-200 \\")
-    print(f"    --negative_number 15 --input_file {train_file} --output_file {mined_file}")
+    print("next: python mine.py --model_name_or_path BAAI/bge-large-zh-v1.5 --range_for_sampling 0-30 \\")
+    print(
+        f"    --negative_number 15 --input_file {train_file} --candidate_pool {corpus_file} --output_file {mined_file}"
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

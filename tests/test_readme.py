@@ -202,8 +202,10 @@ def execute(page: str, marker: str, model: Path) -> None:
 def test_what_we_recommend_runs(folder: Path, tiny_bert: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """One test, since each part needs what the one before it left: the README, then what to do after training."""
     walk("README.md", tiny_bert, processes=1)
-    again = commands(between("README.md", "walk-through"))[2]
-    assert run(again, tiny_bert) == 0  # "Interrupted: the same line again"
+    _, mine, train, *_ = commands(between("README.md", "walk-through"))
+    after_prepare = capfd.readouterr().out.split("next: ")[1].replace("\\\n", "").splitlines()[0]
+    assert sorted(shlex.split(after_prepare)) == sorted(mine)
+    assert run(train, tiny_bert) == 0  # "Interrupted: the same line again"
     words = [*commands(between("README.md", "loss"))[0], "--save_steps", "1"]
     Path("my_loss.py").write_text(blocks(between("README.md", "loss"), "python")[0], encoding="utf-8")
     capfd.readouterr()
