@@ -1,4 +1,4 @@
-"""The run folder: checkpoints that are whole or absent, resume, retention, the final model at its root.
+"""The files of a run: checkpoints that are whole or absent, the newest kept, and the final model.
 
     output_dir/
       config.json model.safetensors ...   the final model
@@ -38,14 +38,16 @@ MANIFEST = "manifest.json"
 def checkpoints(output_dir: str | Path) -> list[Path]:
     """The checkpoints of a run folder by rising step, damaged ones included."""
     found = [path for path in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    return sorted((path for path in found if _is_checkpoint(path)), key=_step)
+    return sorted((path for path in found if is_checkpoint(path)), key=checkpoint_step)
 
 
-def _is_checkpoint(folder: Path) -> bool:
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a folder is a checkpoint, be it damaged."""
     return (folder / STATE_FILE).is_file() or (folder / MANIFEST).is_file()
 
 
-def _step(folder: Path) -> int:
+def checkpoint_step(folder: Path) -> int:
+    """The step in the name of checkpoint-<step>."""
     return int(folder.name.split("-")[1])
 
 

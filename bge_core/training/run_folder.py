@@ -8,13 +8,21 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bge_core import UserError
 from bge_core.files import atomic
 from bge_core.runtime.distributed import world
-from bge_core.training.checkpoint import MANIFEST, STATE_FILE, _is_checkpoint, _step, checkpoints, find_damage  # cross
+from bge_core.training.checkpoint import (
+    MANIFEST,
+    STATE_FILE,
+    checkpoint_step,
+    checkpoints,
+    find_damage,
+    is_checkpoint,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +53,7 @@ def lock_run_folder(output_dir: str | Path) -> Iterator[None]:
         UserError: another run holds it; a file; not writable.
     """
     folder = Path(output_dir)
-    _ = _held(folder)
+    _visible(folder)
     atomic.refuse_unwritable(folder)
     path = folder / ".lock"
     while True:
@@ -69,14 +77,39 @@ def lock_run_folder(output_dir: str | Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+@dataclass(frozen=True)
+class Start:
+    """How a run begins in its folder, see `plan_start`.
+
+    Args:
+        folder: the run folder.
+        resume: the checkpoint to go on from, or None to begin at step 0.
+        step: of that checkpoint; 0 without one.
+        removes_run: an earlier run in the folder has to go.
+    """
+
+    folder: Path
+    resume: Path | None
+    step: int
+    removes_run: bool
+
+
 def open_run_folder(
     output_dir: str | Path, config: dict[str, Any], data_order: dict[str, Any], *, resume: str | None, overwrite: bool
 ) -> Path | None:
-    """Claim the run folder, which `hold` holds; say which checkpoint to resume.
+    """`plan_start` and `begin` at once; the checkpoint to resume from."""
+    start = plan_start(output_dir, config, data_order, resume=resume, overwrite=overwrite)
+    begin(start)
+    return start.resume
+
+
+def plan_start(
+    output_dir: str | Path, config: dict[str, Any], data_order: dict[str, Any], *, resume: str | None, overwrite: bool
+) -> Start:
+    """Whether and how this run may begin in the run folder. Nothing is touched.
 
     A folder whose manifest has the same configuration is the run's own. Any other folder that holds something is
-    refused without `overwrite`; with it, an earlier run's checkpoints, metrics and manifest are removed. A damaged
-    checkpoint is passed over for the one before it.
+    refused without `overwrite`. A damaged checkpoint is passed over for the one before it.
 
     Args:
         output_dir: the run folder.
@@ -85,19 +118,16 @@ def open_run_folder(
         resume: "latest", the path of a checkpoint, or None.
         overwrite: begin anew in a folder that holds another run.
 
-    Returns:
-        The checkpoint to resume from, or None to begin at step 0.
-
     Raises:
         UserError: a folder of something else; no such checkpoint, none that is whole, or one of other settings.
     """
     folder = Path(output_dir)
     named = Path(resume) if resume and resume != "latest" else None
-    if named and not _is_checkpoint(named):
+    if named and not is_checkpoint(named):
         raise UserError(
             f"--resume_from_checkpoint {resume}: is not a checkpoint (no {STATE_FILE}); name one, or 'latest'"
         )
-    held = _held(folder)
+    held = _visible(folder)
     manifest = atomic.read_json(folder / MANIFEST) or {}
     changed = changed_settings(manifest, config, data_order)
     own = manifest.get("stage") == "train" and not changed
@@ -109,23 +139,39 @@ def open_run_folder(
     if held and not goes_on and not overwrite:
         raise UserError(f"--output_dir {folder}: {_why_refused(manifest, own, changed, held)}")
     chosen = _refuse_damaged(named) if named else _newest_whole(checkpoints(folder)) if goes_on else None
+    step = 0
     if chosen:
-        changed = changed_settings(atomic.read_json(chosen / MANIFEST), config, data_order)
+        manifest = atomic.read_json(chosen / MANIFEST)
+        step, changed = manifest["step"], changed_settings(manifest, config, data_order)
         if changed:
             listed, advice = _listed(changed), _advice(changed)
             raise UserError(f"{chosen}: was trained with other settings, this start has changed {listed}; {advice}")
-    if held and not goes_on:
-        old_files = [folder / name for name in ("metrics.jsonl", MANIFEST, "curves.png")]
-        old = [path for path in folder.iterdir() if re.fullmatch(r"checkpoint-\d+(\.aside)?", path.name)]
-        for path in [*old, *old_files]:
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    _sweep(folder)
-    if chosen:
-        _set_aside(folder, atomic.read_json(chosen / MANIFEST)["step"])
-    return chosen
+    return Start(folder, chosen, step, removes_run=bool(held) and not goes_on)
 
 
-def _held(folder: Path) -> list[str]:
+def begin(start: Start) -> None:
+    """Do what `plan_start` found: from here on the folder, which `lock_run_folder` holds, is this run's.
+
+    An earlier run's checkpoints, metrics and manifest are removed, and what a killed run left half-written. Checkpoints
+    after the one to resume from are renamed: damaged ones, or those of a course that is left, must not be the newest.
+    """
+    folder = start.folder
+    gone = [*folder.glob(".*.tmp-*"), *folder.glob(".*.old-*")]
+    if start.removes_run:
+        gone += [folder / name for name in ("metrics.jsonl", MANIFEST, "curves.png")]
+        gone += [path for path in folder.iterdir() if re.fullmatch(r"checkpoint-\d+(\.aside)?", path.name)]
+    for path in gone:
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    for path in checkpoints(folder) if start.resume else []:
+        if checkpoint_step(path) > start.step:
+            aside = path.with_name(f"{path.name}.aside")
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+            logger.info("%s is set aside as %s until it is written again", path, aside.name)
+
+
+def _visible(folder: Path) -> list[str]:
+    """Names of what a folder holds, hidden files apart. UserError: it is a file."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output_dir {folder}: is a file; name a folder")
     return sorted(path.name for path in folder.iterdir() if not path.name.startswith(".")) if folder.exists() else []
@@ -193,22 +239,6 @@ def _why_refused(manifest: dict[str, Any], own: bool, changed: dict[str, str], h
         listed, advice = _listed(changed), _advice(changed)
         return f"holds a run with other settings ({listed}); to go on with it, {advice}; else {remedy}"
     return f"is not empty (it holds {', '.join(held[:5])}); {remedy}"
-
-
-def _sweep(folder: Path) -> None:
-    """Remove the temporary leftovers of a run that was killed while it wrote."""
-    for path in [*folder.glob(".*.tmp-*"), *folder.glob(".*.old-*")]:
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-
-
-def _set_aside(folder: Path, step: int) -> None:
-    """Rename checkpoints after `step`: damaged ones, or those of a course that is left, must not be the newest."""
-    for path in checkpoints(folder):
-        if _step(path) > step:
-            aside = path.with_name(f"{path.name}.aside")
-            shutil.rmtree(aside, ignore_errors=True)
-            path.rename(aside)
-            logger.info("%s is set aside as %s until it is written again", path, aside.name)
 
 
 def _newest_whole(found: list[Path]) -> Path | None:

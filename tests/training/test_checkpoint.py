@@ -872,7 +872,7 @@ def test_what_a_batch_amounts_to_may_not_change(monkeypatch: pytest.MonkeyPatch)
     before = {"train_data": [["d", "1"]], "loss": [["l", "2"]], "rows": 16, "accumulation": 2, "candidates": "all"}
 
     def changed(num_processes: int, before: Row = before, **now: Any) -> dict[str, str]:
-        monkeypatch.setattr(checkpoint, "world", lambda: (0, num_processes))
+        monkeypatch.setattr(run_folder, "world", lambda: (0, num_processes))
         return run_folder.changed_settings({"config": config, "data_order": before}, config, before | now)
 
     assert changed(4) == {}

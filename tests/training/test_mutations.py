@@ -1,9 +1,11 @@
-"""Plausible wrong lines: does the parity matrix see each of them? A slow test (`make drills`).
+"""Plausible wrong lines: is each of them seen, by the parity matrix or by a test that is named? A slow test (`make drills`).
 
-Each mutation changes one place in a copy of bge_core, and the matrix with 2 and 1 processes in float64 runs on the copy,
-in a mixed order, up to the first cell that fails.
+Each mutation changes one expression or statement, wherever in bge_core or train.py it stands, in a copy of both. There
+the matrix runs with 2 and 1 processes in float64, in a mixed order, up to the first cell that fails.
 """
 
+import ast
+import functools
 import os
 import shutil
 import subprocess
@@ -17,104 +19,98 @@ import pytest
 
 @dataclass(frozen=True)
 class Mutation:
-    """`old` must stand in bge_core/`file` exactly once; `new` takes its place."""
+    """`old`, an expression or a statement, must stand in the code exactly once; `new` takes its place.
+
+    `test` sees it (as pytest -k, in tests/training/test_train.py), or the matrix does.
+    """
 
     name: str
-    file: str
     old: str
     new: str
+    test: str = ""
 
+
+parse = functools.cache(ast.parse)  # the code is searched for every mutation
 
 MUTATIONS = [
-    Mutation("factor W missing", "training/step.py", "output.loss * (share * world()[1])", "output.loss * share"),
-    Mutation(
-        "mean of means", "training/step.py",
-        "share = batch.num_queries / num_total_rows", "share = 1 / (len(micro_batches) * world()[1])",
-    ),
-    Mutation(
-        "gather without gradient", "training/step.py",
-        "candidate_ND = gather_rows(passage_RD, passage_counts)",
-        "candidate_ND = gather_rows(passage_RD.detach(), passage_counts)",
-    ),
-    Mutation(
-        "own columns not shifted", "training/step.py",
-        "own_BG + sum(passage_counts[:rank])", "own_BG",
-    ),
-    Mutation("own query's row not shifted", "training/step.py", "row_offset = sum(query_counts[:rank])", "row_offset = 0"),
-    Mutation(
-        "own rows instead of reduce_scatter", "runtime/distributed.py",
-        "dist.reduce_scatter(summed, parts)", "summed = parts[ctx.rank]",
-    ),
-    Mutation(
-        "random state not replayed", "training/step.py",
-        "            _restore_random_state(state)\n", "",
-    ),
-    Mutation(
-        "zero_grad inside accumulation", "training/step.py",
-        "        is_last = k == len(micro_batches) - 1\n",
-        "        is_last = k == len(micro_batches) - 1\n        model.zero_grad()\n",
-    ),
-    Mutation(
-        "ranks never averaged with GradCache", "training/step.py",
-        "sync_only_if(is_last and i == len(chunks) - 1, model)", "sync_only_if(False, model)",
-    ),
-    Mutation(
-        "ranks averaged on the first chunk", "training/step.py",
-        "sync_only_if(is_last and i == len(chunks) - 1, model)", "sync_only_if(is_last and i == 0, model)",
-    ),
-    Mutation(
-        "known positives are negatives", "loss.py",
-        "mask_BN &= known_positives(x).logical_not_()", "pass",
-    ),
-    Mutation(
-        "temperature forgotten in blocks", "loss.py",
-        "[block] @ v_ND.detach().T).requires_grad_()", "[block] @ v_ND.detach().T * cfg.temperature).requires_grad_()",
-    ),
-    Mutation(
-        "last partial block dropped", "loss.py",
-        "range(0, num_rows, block_size):", "range(0, num_rows - block_size + 1, block_size):",
-    ),
-    Mutation(
-        "factor W and share lost in blocks", "loss.py", "gradient.mul_(scales[0])", "gradient",
-    ),
+    Mutation("factor W missing", "output.loss * (share * world()[1])", "output.loss * share"),
+    Mutation("mean of means", "share = batch.num_queries / num_total_rows", "share = 1 / (len(micro_batches) * world()[1])"),
+    Mutation("gather without gradient", "gather_rows(passage_RD, passage_counts)", "gather_rows(passage_RD.detach(), passage_counts)"),
+    Mutation("own columns not shifted", "own_BG + sum(passage_counts[:rank])", "own_BG"),
+    Mutation("own query's row not shifted", "row_offset = sum(query_counts[:rank])", "row_offset = 0"),
+    Mutation("own rows instead of reduce_scatter", "dist.reduce_scatter(summed, parts)", "summed = parts[ctx.rank]"),
+    Mutation("random state not replayed", "_restore_random_state(state)", "pass"),
+    Mutation("zero_grad inside accumulation", "share = batch.num_queries / num_total_rows", "share = batch.num_queries / num_total_rows; model.zero_grad()"),
+    Mutation("ranks never averaged with GradCache", "is_last and i == len(chunks) - 1", "False"),
+    Mutation("ranks averaged on the first chunk", "is_last and i == len(chunks) - 1", "is_last and i == 0"),
+    Mutation("known positives are negatives", "mask_BN &= known_positives(x).logical_not_()", "pass"),
+    Mutation("temperature forgotten in blocks", "u_BD.detach()[block] @ v_ND.detach().T", "u_BD.detach()[block] @ v_ND.detach().T * cfg.temperature"),
+    Mutation("last partial block dropped", "range(0, num_rows, block_size)", "range(0, num_rows - block_size + 1, block_size)"),
+    Mutation("factor W and share lost in blocks", "gradient.mul_(scales[0])", "gradient"),
 ]  # fmt: skip
 
 
-def run_matrix(folder: Path, inputs: Path, mutation: Mutation | None = None) -> tuple[int, str]:
-    """Exit code and output of the matrix on a copy of bge_core with the mutation.
+def replaced(text: str, old: str, new: str) -> list[str]:
+    """`text` with `new` in the place of the code `old`, however that is laid out: one for each place where it stands."""
+    (wanted,) = ast.parse(old).body
+    node = wanted.value if isinstance(wanted, ast.Expr) else wanted
+    content = text.encode()  # positions are in bytes
+    starts = [0]
+    for line in content.splitlines(keepends=True):
+        starts.append(starts[-1] + len(line))
+    found = []
+    for other in ast.walk(parse(text)):
+        if type(other) is type(node) and ast.dump(other) == ast.dump(node):
+            assert isinstance(other, ast.expr | ast.stmt) and other.end_lineno and other.end_col_offset
+            begin = starts[other.lineno - 1] + other.col_offset
+            end = starts[other.end_lineno - 1] + other.end_col_offset
+            found.append((content[:begin] + new.encode() + content[end:]).decode())
+    return found
+
+
+def mutate(mutation: Mutation, root: Path) -> tuple[Path, str]:
+    """The file of `root` that changes, and what it then holds.
 
     Raises:
-        AssertionError: the line to change is not there, or not once: the code has moved and the table must follow.
+        AssertionError: what to change is not there, or not once: the code has moved on and the table must follow.
     """
-    shutil.copytree(matrix.ROOT / "bge_core", folder / "bge_core", ignore=shutil.ignore_patterns("__pycache__"))
+    files = [root / "train.py", *sorted((root / "bge_core").rglob("*.py"))]
+    found = [(file, text) for file in files for text in replaced(file.read_text("utf-8"), mutation.old, mutation.new)]
+    assert len(found) == 1, f"{mutation.name}: {mutation.old!r} stands in the code {len(found)} times, not once"
+    return found[0]
+
+
+def run_on_copy(folder: Path, inputs: Path, mutation: Mutation | None = None) -> str:
+    """What the matrix or the mutation's test says of a copy of the code with the mutation; "" if it finds no fault."""
+    for name in ("bge_core", "tests", "examples/losses"):
+        shutil.copytree(matrix.ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("train.py", "pyproject.toml"):
+        shutil.copy(matrix.ROOT / name, folder)
     if mutation:
-        file = folder / "bge_core" / mutation.file
-        text = file.read_text(encoding="utf-8")
-        count = text.count(mutation.old)
-        assert count == 1, (
-            f"{mutation.name}: {mutation.old!r} stands in bge_core/{mutation.file} {count} times, not once"
-        )
-        file.write_text(text.replace(mutation.old, mutation.new), encoding="utf-8")
-    command = [sys.executable, matrix.__file__, "--worlds", "2", "1", "--dtypes", "float64", "--stop_at_first"]
+        file, text = mutate(mutation, folder)
+        file.write_text(text, encoding="utf-8")
+    command = [sys.executable, "tests/matrix.py", "--worlds", "2", "1", "--dtypes", "float64", "--stop_at_first"]
     command += ["--inputs", str(inputs)]
-    path = os.pathsep.join(map(str, (folder, matrix.ROOT)))
-    child = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=900)
-    assert f"bge_core: {folder / 'bge_core'}" in child.stdout, child.stdout + child.stderr[-4000:]
-    return child.returncode, child.stdout
+    if mutation and mutation.test:
+        command = [sys.executable, "-m", "pytest", "-q", "tests/training/test_train.py", "-k", mutation.test]
+    child = subprocess.run(
+        command, cwd=folder, env={**os.environ, "PYTHONPATH": str(folder)}, capture_output=True, text=True, timeout=900
+    )
+    seen = [line for line in child.stdout.splitlines() if line.startswith("FAILED ") or "processes, " in line]
+    own = f"bge_core: {folder / 'bge_core'}" in child.stdout or (mutation and mutation.test)
+    assert own and child.returncode == bool(seen), child.stdout[-4000:] + child.stderr[-4000:]
+    return seen[0] if seen else ""
 
 
 @pytest.mark.slow
-def test_the_matrix_sees_every_wrong_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_wrong_line_is_seen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     inputs = tmp_path / "inputs"  # models and truth, of the unchanged code
-    code, output = run_matrix(tmp_path / "unchanged", inputs)
-    assert code == 0, output
+    assert run_on_copy(tmp_path / "unchanged", inputs) == ""
     lines, caught = [], 0
     for i, mutation in enumerate(MUTATIONS):
-        code, output = run_matrix(tmp_path / str(i), inputs, mutation)
-        problems = [line for line in output.splitlines() if "processes, " in line]
-        seen = code == 1 and bool(problems)  # a cell failed, and not the start
-        caught += seen
-        lines.append(f"{mutation.name:40} {'caught by ' + problems[0] if seen else 'NOT CAUGHT'}")
+        problem = run_on_copy(tmp_path / str(i), inputs, mutation)
+        caught += bool(problem)
+        lines.append(f"{mutation.name:40} {'caught by ' + problem if problem else 'NOT CAUGHT'}")
     with capsys.disabled():
         print("\n", *lines, f"mutations: tried {len(MUTATIONS)}, caught {caught}", sep="\n", file=sys.stderr)
     assert caught == len(MUTATIONS), "\n".join(lines)
@@ -122,11 +118,19 @@ def test_the_matrix_sees_every_wrong_line(tmp_path: Path, capsys: pytest.Capture
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.name)
 def test_every_line_to_change_is_there(mutation: Mutation) -> None:
-    assert (matrix.ROOT / "bge_core" / mutation.file).read_text(encoding="utf-8").count(mutation.old) == 1
+    file, text = mutate(mutation, matrix.ROOT)
+    assert ast.dump(ast.parse(text)) != ast.dump(ast.parse(file.read_text(encoding="utf-8")))
 
 
-def test_a_line_that_moved_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(AssertionError, match="gone.*stands in bge_core/training/step.py 0 times"):
-        run_matrix(tmp_path / "a", tmp_path, Mutation("gone", "training/step.py", "no such line", ""))
-    with pytest.raises(AssertionError, match="often.*stands in bge_core/training/step.py"):
-        run_matrix(tmp_path / "b", tmp_path, Mutation("often", "training/step.py", "batch", ""))
+def test_a_line_that_is_gone_is_an_error() -> None:
+    for old, times in (("no_such(line)", 0), ("world()", r"[1-9]\d*")):
+        with pytest.raises(AssertionError, match=f"moved: .* stands in the code {times} times, not once"):
+            mutate(Mutation("moved", old, "None"), matrix.ROOT)
+
+
+def test_layout_and_place_do_not_matter() -> None:
+    text = "def 名():\n    return '名', f(\n        a  +  1,  # why\n        b,\n    )\n"
+    assert replaced(text, "f(a + 1, b)", "名") == ["def 名():\n    return '名', 名\n"]
+    text = "if y:\n    x = f(\n        a\n    )\nz = x\n"
+    assert replaced(text, "x = f(a)", "pass") == ["if y:\n    pass\nz = x\n"]
+    assert replaced("f(a)\nf(a, b)\ng(f(a))\n", "f(a)", "1") == ["1\nf(a, b)\ng(f(a))\n", "f(a)\nf(a, b)\ng(1)\n"]
