@@ -4,7 +4,7 @@
 
 The first --questions test questions of CMRC, and their positives with other sentences up to --passages as corpus; more
 folders, as outputs/demo/trained, make more tables. LangChain, LlamaIndex and FlagEmbedding are called as
-docs/evaluating.md has it. A library that is not installed is listed as such, not as passed. Into the peers'
+docs/after-training.md has it. A library that is not installed is listed as such, not as passed. Into the peers'
 environment, besides its requirements:
 
     pip install mteb langchain-huggingface llama-index-embeddings-huggingface onnx onnxscript onnxruntime
@@ -188,7 +188,7 @@ def mteb(ours: Ours) -> Found:
 
 
 def langchain(ours: Ours) -> Found:
-    """HuggingFaceEmbeddings, as docs/evaluating.md has it."""
+    """HuggingFaceEmbeddings, as docs/after-training.md has it."""
     from langchain_huggingface import HuggingFaceEmbeddings  # type: ignore[import-not-found]
 
     prompts = {"encode_kwargs": {"prompt_name": "document"}, "query_encode_kwargs": {"prompt_name": "query"}}
@@ -198,7 +198,7 @@ def langchain(ours: Ours) -> Found:
 
 
 def llama_index(ours: Ours) -> Found:
-    """HuggingFaceEmbedding, as docs/evaluating.md has it."""
+    """HuggingFaceEmbedding, as docs/after-training.md has it."""
     from llama_index.embeddings.huggingface import HuggingFaceEmbedding  # type: ignore[import-not-found]
 
     prompts = {"query_instruction": ours.prompts[0], "text_instruction": ours.prompts[1]}
