@@ -229,7 +229,6 @@ def train(config: TrainConfig, at_end: ExitStack) -> int:
             model,
             optimizer,
             settings,
-            embedding_size=encoder.embedding_size,
             num_candidates=facts["candidates per query"],
             save_every=save_every,
             eval_every=eval_every,

@@ -29,6 +29,11 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return runs.write_rows(tmp_path_factory.mktemp("data") / "train.jsonl", 26)
 
 
+def model_mb(folder: Path) -> float:
+    """What a model's float32 weights take."""
+    return sum(weight.numel() for weight in runs.weights(folder).values()) * 4 / 2**20
+
+
 def told_by(capsys: pytest.CaptureFixture[str]) -> Row:
     """The one JSON object on stdout."""
     out = capsys.readouterr().out
@@ -74,16 +79,10 @@ def test_checkpoint_steps(num_steps: int, save_every: int, limit: int | None, wr
     assert plan.checkpoint_steps(num_steps, save_every, limit) == (written, kept)
 
 
-def test_gather_bytes() -> None:
-    assert plan.gather_bytes(4, 12, 32) == {"forward": 4 * 32 * 16 + 8 * 12, "backward": 4 * 32 * 12}
-    assert plan.gather_bytes(4, 12, 32, query_gradient=True)["backward"] == 4 * 32 * 16
-
-
 def test_largest_batch() -> None:
-    assert plan.largest_batch(lambda rows: 100 + 2 * rows, 2000) == 950
-    assert plan.largest_batch(lambda rows: 100 + 2 * rows, 102) == 1
-    assert plan.largest_batch(lambda rows: 100 + 2 * rows, 101) == 0
-    assert plan.largest_batch(lambda rows: float(rows**2), 10_000) == 100
+    assert plan.largest_batch(Line(100, 2), 2000) == 950
+    assert [plan.largest_batch(Line(100, slope), limit) for slope, limit in ((2, 102), (2, 101), (0, 99))] == [1, 0, 0]
+    assert plan.largest_batch(Line(100, 0), 100) is None  # any
 
 
 def test_the_largest_of_many() -> None:
@@ -126,16 +125,12 @@ def test_a_plan_is_one_object_on_stdout_and_writes_nothing(
     assert list(tmp_path.iterdir()) == [] and runs.tree(data.parent) == before
     want = {
         "steps": 8, "steps_per_epoch": 4, "global_batch": 8, "candidates": 12, "ln_n": pytest.approx(math.log(12), abs=1e-4),
-        "gather_bytes": {"forward": 0, "backward": 0}, "checkpoints_written": [3, 6], "checkpoints": [6],
-        "evaluations": [4, 8], "best_checkpoint_among": [4, 8], "fits": True,
+        "checkpoints_written": [3, 6], "checkpoints": [6], "evaluations": [4, 8], "fits": True,
     }  # fmt: skip
     assert {name: told[name] for name in want} == want
-    # Adam keeps two numbers for each trained one, and a step count for each tensor
-    assert told["optimizer_mb"] == pytest.approx(2 * told["gradients_mb"], rel=0.01) and told["gradients_mb"] > 0.05
-    assert told["parameters_mb"] > told["gradients_mb"]  # the pooler is not trained
-    assert told["checkpoint_mb"] == pytest.approx(told["parameters_mb"] + told["optimizer_mb"], abs=0.002)
+    assert 2.8 < told["checkpoint_mb"] / model_mb(tiny_bert) < 3  # Adam keeps two numbers for each; the pooler has none
     assert told["memory_mb"] >= max(point["peak_mb"] for point in told["measured"])
-    assert told["memory_mb"] <= told["available_mb"] and told["largest_batch"] >= 4
+    assert told["memory_mb"] <= told["available_mb"]
     # one row three times, a quarter, a half, and whole micro-batches; the smallest are the epochs' last ones
     rows = [point["rows"] for point in told["measured"]]
     assert rows[:5] == [1, 1, 1, 1, 2] and rows[-1] == 4 and set(rows[5:]) == {2, 4}
@@ -176,15 +171,10 @@ def test_a_plan_adds_up(
     # eight updates and loads, all tokens, and what the first step took longer
     assert told["seconds"] == pytest.approx(8 * (3 + 0.25) + 0.01 * sum(tokens) + 2, abs=0.05)
     assert told["tokens_per_step"] == pytest.approx(sum(tokens) / 8, abs=0.1)
-    kept = ("parameters_mb", "optimizer_mb", "gradients_mb")  # the moving average is as large as the gradients
-    assert told["checkpoint_mb"] == pytest.approx(sum(told[name] for name in kept), abs=0.002)
+    assert 1.9 < told["checkpoint_mb"] / model_mb(tiny_bert) < 2  # no optimizer yet, but a moving average
     assert told["fixed_mb"] == 1000 and told["activation_mb"] == pytest.approx(0.5 * max(held), abs=0.01)
     assert told["memory_mb"] == 1200  # the highest that was seen
-    rows = 1000 / (0.5 * max(tokens) / 4)  # were there no loss
-    if chunk is None:
-        assert rows - 10 < told["largest_batch"] < rows
-    else:  # only vectors grow with the batch, (B + 3B) * 6 * 128 bytes; a block of scores has 24 * 2^22 bytes = 96 MB
-        assert 800 < told["largest_batch"] * 4 * 6 * 128 / 2**20 + 24 * 2**22 / 2**20 < 1000
+    assert told["largest_batch"] == (None if chunk else int(1000 / (0.5 * max(tokens) / 4)))
 
 
 def test_what_does_not_fit_is_not_tried(
@@ -204,7 +194,7 @@ def test_gradcache_holds_one_chunk(
     told = told_by(capsys)
     whole = told["measured"][-1]
     assert whole["rows"] == 4 and whole["held"] < whole["tokens"] / 3
-    assert told["largest_batch"] > 1000  # activations no longer grow with the batch
+    assert told["largest_batch"] is None  # activations no longer grow with the batch
 
 
 def test_two_processes_plan_together(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
@@ -214,10 +204,7 @@ def test_two_processes_plan_together(tiny_bert: Path, data: Path, tmp_path: Path
     first, second = [(tmp_path / f"log.{rank}").read_text(encoding="utf-8").splitlines() for rank in range(2)]
     (line,) = [line for line in first if line.startswith("{")]
     told = json.loads(line)
-    want = {
-        "steps": 4, "steps_per_epoch": 4, "global_batch": 8, "candidates": 12, "checkpoints": [2, 4],
-        "gather_bytes": {"forward": 4 * 32 * (4 + 12) + 8 * 12, "backward": 4 * 32 * 12},
-    }  # fmt: skip
+    want = {"steps": 4, "steps_per_epoch": 4, "global_batch": 8, "candidates": 12, "checkpoints": [2, 4]}
     assert {name: told[name] for name in want} == want
     assert second == [] and not (tmp_path / "out").exists()
 
