@@ -11,7 +11,6 @@ from bge_core.encoder.model import Encoder
 from bge_core.encoder.tokens import tokenize
 from bge_core.files import atomic
 from bge_core.runtime.config import TrainConfig
-from bge_core.runtime.log import memory_mb
 from bge_core.training.data import TrainingData
 
 
@@ -141,14 +140,6 @@ def describe_batch(data: TrainingData, config: TrainConfig) -> str:
                     )
                     lines.append(f"  masked   passage of row {other.row} {why}: {passage}")
     return "\n".join(lines)
-
-
-def summarize(window: dict[str, float], seconds: float) -> dict[str, float]:
-    """Means over the steps since the last log, and what the run did per second."""
-    steps = window["steps"]
-    rates = {f"{name}_per_second": round(window[name] / seconds, 2) for name in ("queries", "tokens")}
-    means = {name: value / steps for name, value in window.items() if name not in ("queries", "tokens", "steps")}
-    return means | rates | {"memory_mb": round(memory_mb(), 1)}
 
 
 def not_finite(output_dir: Path, step: int, rank: int, data: TrainingData, micro_batches: Sequence[Any]) -> UserError:

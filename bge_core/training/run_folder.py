@@ -94,15 +94,6 @@ class Start:
     removes_run: bool
 
 
-def open_run_folder(
-    output_dir: str | Path, config: dict[str, Any], data_order: dict[str, Any], *, resume: str | None, overwrite: bool
-) -> Path | None:
-    """`plan_start` and `begin` at once; the checkpoint to resume from."""
-    start = plan_start(output_dir, config, data_order, resume=resume, overwrite=overwrite)
-    begin(start)
-    return start.resume
-
-
 def plan_start(
     output_dir: str | Path, config: dict[str, Any], data_order: dict[str, Any], *, resume: str | None, overwrite: bool
 ) -> Start:

@@ -91,6 +91,17 @@ def forward_backward(model: nn.Module, micro_batches: Sequence[Batch], settings:
     return shares
 
 
+def warm_up_ddp(model: nn.Module) -> None:
+    """Two throw-away passes: DDP orders its buckets anew after the first, which changes sums in the last bit.
+
+    Done at every start, they leave the first real step the same order in a fresh and in a resumed run.
+    """
+    device = next(model.parameters()).device
+    for _ in range(2 if world()[1] > 1 else 0):
+        model(Tokens(torch.zeros(1, dtype=torch.int64, device=device), [1])).sum().backward()
+        model.zero_grad(set_to_none=True)
+
+
 def _missing_chunks(num_chunks: int, device: torch.device) -> int:
     """How many empty ones a rank adds: where weights lie in shards, every rank has to run the layers equally often."""
     (counts,) = gather_counts(num_chunks, device=device)

@@ -1,5 +1,6 @@
 """train.py from its command line: what a run leaves behind, what it says first, what it refuses, how it is launched."""
 
+import importlib.util
 import json
 import logging
 import math
@@ -24,6 +25,7 @@ import bge_core.runtime.launch
 import train
 from bge_core import UserError
 from bge_core.encoder.load import load_encoder
+from bge_core.training import progress
 from bge_core.training.data import BatchPlan
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -213,6 +215,64 @@ def test_early_stopping(tiny_bert: Path, data: Path, tmp_path: Path, monkeypatch
 def test_val_data_is_scored_at_the_end(tiny_bert: Path, data: Path, tmp_path: Path, settings: dict[str, Any]) -> None:
     assert run(tiny_bert, data, tmp_path / "run", val_data=data, max_steps=2, **settings) == 0
     assert [line["step"] for line in read_steps(tmp_path / "run") if "MRR@10" in line] == [2]
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Time by the run's own work: a step takes 1 second, an evaluation 1,000."""
+    now = [0.0]
+
+    def taking(seconds: float, function: Any) -> Any:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            now[0] += seconds
+            return function(*args, **kwargs)
+
+        return timed
+
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(train, "forward_backward", taking(1, train.forward_backward))
+    monkeypatch.setattr(train, "evaluate_encoder", taking(1000, train.evaluate_encoder))
+
+
+@pytest.mark.usefixtures("clock")
+def test_rates_count_the_time_of_training_alone(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
+    """An evaluation in the middle of a window neither resets the clock nor adds to it, nor does a resume."""
+    every = {"max_steps": 6, "logging_steps": 4, "eval_steps": 3, "save_steps": 3, "val_data": data}
+    assert run(tiny_bert, data, tmp_path / "run", **every) == 0
+    rates = [line["queries_per_second"] for line in read_lines(tmp_path / "run/metrics.jsonl") if "loss" in line]
+    assert rates == [4, 4]  # the batch of 4 queries, a second each
+    resumed = runs.copy_run(tmp_path / "run", tmp_path / "resumed", "checkpoint-6")
+    assert run(tiny_bert, data, resumed, **every, resume_from_checkpoint="latest") == 0
+    assert [line["queries_per_second"] for line in read_lines(resumed / "metrics.jsonl") if "loss" in line] == rates
+
+
+def test_evaluation_at_the_end_alone(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
+    settings = {"val_data": data, "max_steps": 3, "save_steps": 1, "eval_steps": 0}
+    assert run(tiny_bert, data, tmp_path / "run", **settings) == 0
+    assert [line["step"] for line in read_steps(tmp_path / "run") if "MRR@10" in line] == [3]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"lr_scheduler_type": "linaer"},
+        {"adam_beta1": 1.5},
+        {"eval_steps": -1},
+        {"metric_for_best_model": "eval_loss"},
+        {"loss": "no_such_file.py:loss"},
+        {"use_mrl": True, "mrl_dims": [16, 64]},
+        {"guide_encoder": "./nowhere"},
+        {"report_to": "wandb_misspelt"},
+    ],
+    ids=lambda wrong: next(iter(wrong)),
+)
+def test_a_refused_start_leaves_the_earlier_run_as_it_is(
+    finished: Path, tiny_bert: Path, data: Path, capsys: pytest.CaptureFixture[str], wrong: Row
+) -> None:
+    before = runs.tree(finished)
+    assert run(tiny_bert, data, finished, val_data=data, overwrite_output_dir=True, **wrong) == 2
+    assert f"--{[*wrong][-1]}" in capsys.readouterr().err
+    assert runs.tree(finished) == before
 
 
 def golden_run(model: Path, folder: Path) -> list[Row]:
@@ -800,8 +860,8 @@ def test_input_that_is_refused(
 def test_a_missing_tracker_is_named(
     tiny_bert: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    find = train.importlib.util.find_spec  # type: ignore[attr-defined]
-    monkeypatch.setattr(train.importlib.util, "find_spec", lambda name: None if name == "wandb" else find(name))  # type: ignore[attr-defined]
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "wandb" else find(name))
     code = run(tiny_bert, data, tmp_path / "out", report_to="wandb")
     assert_refused(capsys, code, "--report_to wandb", "not installed", "pip install")
     assert not (tmp_path / "out").exists()

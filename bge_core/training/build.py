@@ -1,0 +1,137 @@
+"""What train.py builds from its settings: models, loss, and what a resumed run shares with the one before."""
+
+import importlib.util
+import inspect
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from bge_core import UserError
+from bge_core.encoder.load import load_encoder
+from bge_core.encoder.model import Encoder, compile_layers
+from bge_core.encoder.settings import EncoderSettings
+from bge_core.files.atomic import sha256
+from bge_core.loss import LossConfig, training_loss
+from bge_core.runtime.config import TrainConfig
+from bge_core.training.data import TrainingData
+from bge_core.training.step import LossFunction, StepSettings
+
+
+def build_encoder(config: TrainConfig, name: str) -> Encoder:
+    """The encoder in `name`, float32 master weights, with what gets no gradient switched off."""
+    encoder = load_encoder(
+        name,
+        pooling=config.sentence_pooling_method,
+        normalize=config.normalize_embeddings,
+        tokenizer_name=config.tokenizer_name,
+        cache_dir=config.cache_dir,
+        token=config.token,
+        trust_remote_code=config.trust_remote_code,
+        attention=config.attention,
+        attention_dropout=config.attention_dropout,
+    )
+    encoder.freeze(position_embeddings=config.fix_position_embedding)
+    if config.gradient_checkpointing:
+        encoder.backbone.gradient_checkpointing_enable({"use_reentrant": False})
+    if config.torch_compile:
+        compile_layers(encoder.backbone)
+    return encoder
+
+
+def build_guide(config: TrainConfig) -> Encoder | None:
+    """The frozen encoder whose vectors the loss sees, if the user named one."""
+    if config.guide_encoder is None:
+        return None
+    guide = load_encoder(
+        config.guide_encoder, cache_dir=config.cache_dir, token=config.token, trust_remote_code=config.trust_remote_code
+    )
+    return guide.requires_grad_(False)
+
+
+def resolve(config: TrainConfig, stored: EncoderSettings, embedding_size: int) -> TrainConfig:
+    """The settings with the instructions that the checkpoint stores, '' where it stores none and none is given.
+
+    Raises:
+        UserError: Matryoshka dimensions beyond the model's.
+    """
+    if max(config.mrl_dims, default=0) > embedding_size:
+        raise UserError(f"--mrl_dims {config.mrl_dims}: the model's vectors have {embedding_size} dimensions")
+    query, passage = config.query_instruction_for_retrieval, config.passage_instruction_for_retrieval
+    return replace(
+        config,
+        query_instruction_for_retrieval=query if query is not None else stored.query_prompt or "",
+        passage_instruction_for_retrieval=passage if passage is not None else stored.passage_prompt or "",
+    )
+
+
+def settings_to_save(config: TrainConfig, loaded: EncoderSettings, data: TrainingData) -> EncoderSettings:
+    """What the trained model shall state of itself."""
+
+    def prompt(instruction: str | None, form: str) -> str:
+        return form.format(instruction, "") if instruction else ""
+
+    return replace(
+        loaded,
+        max_length=data.passage_max_len,
+        query_prompt=prompt(config.query_instruction_for_retrieval, config.query_instruction_format),
+        passage_prompt=prompt(config.passage_instruction_for_retrieval, config.passage_instruction_format),
+    )
+
+
+def data_order(config: TrainConfig, data: TrainingData, accumulation: int, world_size: int) -> dict[str, Any]:
+    """What a resumed run must have in common with the one before, see `run_folder.changed_settings`."""
+    loss_file = config.loss.rpartition(":")[0] if config.loss else inspect.getfile(training_loss)
+    all_together = world_size == 1 or config.negatives_cross_device
+    return {
+        "train_data": [[entry["path"], entry["sha256"]] for entry in data.inputs],
+        "loss": [[loss_file, sha256(loss_file)]],
+        "rows": data.plan.batch_size,
+        "accumulation": accumulation,
+        "candidates": "all" if all_together else config.per_device_train_batch_size,
+    }
+
+
+def step_settings(
+    config: TrainConfig, loss: LossFunction, accelerator: Accelerator, scaler: Any, guide: Encoder | None
+) -> StepSettings:
+    """How a step is computed."""
+    return StepSettings(
+        loss=loss,
+        loss_config=LossConfig(
+            temperature=config.temperature,
+            in_batch_negatives=config.use_inbatch_neg,
+            distillation=config.kd_loss_type if config.knowledge_distillation else None,
+            mrl_dims=tuple(config.mrl_dims),
+            normalize=config.normalize_embeddings,
+            exclude_positives=config.exclude_positives,
+            block_size=config.loss_block_size,
+            args=config.parsed_loss_args,
+        ),
+        cross_device=config.negatives_cross_device,
+        chunk_size=config.sub_batch_size,
+        max_tokens=config.max_tokens,
+        scaler=scaler,
+        autocast=accelerator.autocast,
+        guide=guide.to(accelerator.device) if guide else None,
+    )
+
+
+def load_loss(spec: str | None) -> LossFunction:
+    """FILE.py:FUNCTION -> the function; None: the built-in loss. UserError where it cannot be had."""
+    if spec is None:
+        return training_loss
+    file, _, name = spec.rpartition(":")
+    if not Path(file).is_file():
+        raise UserError(f"--loss {spec}: write FILE.py:FUNCTION; there is no file {file!r}")
+    module_spec = importlib.util.spec_from_file_location("user_loss", file)
+    assert module_spec is not None and module_spec.loader is not None
+    module = importlib.util.module_from_spec(module_spec)
+    sys.modules["user_loss"] = module  # dataclasses defined there look themselves up
+    module_spec.loader.exec_module(module)
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise UserError(f"--loss {spec}: {file} has no function {name!r}")
+    return function  # type: ignore[no-any-return]
