@@ -1,4 +1,4 @@
-"""Files appear whole or not at all: atomic writing, and the manifest of every output."""
+"""Files appear whole or not at all, each output with its manifest, in a folder that may be written."""
 
 import hashlib
 import json
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from bge_core import UserError, __version__
-from bge_core.files.records import Row  # cross
+from bge_core.files.records import Row
 
 
 @contextmanager

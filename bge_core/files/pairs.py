@@ -116,7 +116,7 @@ def read_pairs(
 def to_triplets(rows: Iterable[Row]) -> Iterator[Row]:
     """Training rows -> sentence-transformers' columns: a triplet for each positive and negative of a row.
 
-    For example `Dataset.from_list(list(to_triplets(read_rows("train_minedHN.jsonl", check_training_row))))`.
+    For example `Dataset.from_list(list(to_triplets(read_training_rows(["train_minedHN.jsonl"]))))`.
 
     Args:
         rows: objects with query, pos [str] and neg [str].

@@ -119,42 +119,38 @@ def _found(value: object) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _has_surrogate(text: str) -> bool:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return True
-    return False
-
-
-def _check_text(row: Row, name: str, *, required: bool) -> str | None:
-    if name not in row or (row[name] is None and not required):
-        return f"field '{name}' is missing; add it" if required else None
-    value = row[name]
+def _check_text(value: object, name: str, if_empty: str | None) -> str | None:
+    """`if_empty`: the remedy where the text is empty; None: it may be."""
     if not isinstance(value, str):
         return f"field '{name}' is {_found(value)}; it must be a string"
-    if required and not value.strip():
-        return f"field '{name}' is empty; remove the line or fill it"
-    if _has_surrogate(value):
+    if if_empty and not value.strip():
+        return f"field '{name}' is empty; {if_empty}"
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
         return f"field '{name}' holds a lone surrogate (half a character); remove it"
     return None
 
 
-def _check_texts(row: Row, name: str, *, required: bool) -> str | None:
-    if name not in row or row[name] is None:
+def _check_field(row: Row, name: str, *, required: bool, may_be_empty: bool = False) -> str | None:
+    if required and name not in row:
+        return f"field '{name}' is missing; add it"
+    if not required and row.get(name) is None:
+        return None
+    return _check_text(row[name], name, "remove the line or fill it" if required and not may_be_empty else None)
+
+
+def _check_list(row: Row, name: str, *, required: bool) -> str | None:
+    values = row.get(name)
+    if values is None:
         return f"""field '{name}' is missing; add a list, as "{name}": ["text"]""" if required else None
-    values = row[name]
     if not isinstance(values, list):
         return f"field '{name}' is {_found(values)}; it must be a list of strings, as [{_found(values)}]"
     if required and not values:
         return f"field '{name}' is an empty list; a row needs at least one"
     for i, value in enumerate(values):
-        if not isinstance(value, str):
-            return f"field '{name}[{i}]' is {_found(value)}; it must be a string"
-        if not value.strip():
-            return f"field '{name}[{i}]' is empty; remove it"
-        if _has_surrogate(value):
-            return f"field '{name}[{i}]' holds a lone surrogate (half a character); remove it"
+        if problem := _check_text(value, f"{name}[{i}]", "remove it"):
+            return problem
     return None
 
 
@@ -162,18 +158,12 @@ def _check_scores(row: Row, texts: str, *, required: bool) -> str | None:
     name = f"{texts}_scores"
     scores, count = row.get(name), len(row.get(texts) or [])
     if scores is None:
-        return (
-            f"field '{name}' is missing; --knowledge_distillation needs it on every row" if required and count else None
-        )
+        missing = required and count
+        return f"field '{name}' is missing; --knowledge_distillation needs it on every row" if missing else None
     if not isinstance(scores, list) or len(scores) != count:
         return f"field '{name}' is {_found(scores)}; it must be a list of {count} numbers, one for each '{texts}'"
     for i, score in enumerate(scores):
-        if (
-            isinstance(score, bool)
-            or not isinstance(score, (int, float))
-            or score != score
-            or abs(score) == float("inf")
-        ):
+        if type(score) not in (int, float) or not -math.inf < score < math.inf:
             return f"field '{name}[{i}]' is {_found(score)}; it must be a finite number"
     return None
 
@@ -181,37 +171,37 @@ def _check_scores(row: Row, texts: str, *, required: bool) -> str | None:
 def check_training_row(row: Row, *, with_scores: bool = False) -> str | None:
     """What is wrong with a row of training data, or None. `with_scores`: teacher scores are needed."""
     return (
-        _check_text(row, "query", required=True)
-        or _check_texts(row, "pos", required=True)
-        or _check_texts(row, "neg", required=False)
+        _check_field(row, "query", required=True)
+        or _check_list(row, "pos", required=True)
+        or _check_list(row, "neg", required=False)
         or _check_scores(row, "pos", required=with_scores)
         or _check_scores(row, "neg", required=with_scores)
-        or _check_text(row, "prompt", required=False)
-        or _check_text(row, "type", required=False)
+        or _check_field(row, "prompt", required=False)
+        or _check_field(row, "type", required=False)
     )
 
 
 def check_corpus_row(row: Row) -> str | None:
     """What is wrong with a row of a corpus, or None."""
-    return _check_text(row, "text", required=True) or _check_text(row, "title", required=False)
+    return _check_field(row, "text", required=True) or _check_field(row, "title", required=False)
 
 
 def check_evaluation_row(row: Row) -> str | None:
     """What is wrong with a row of evaluation data, or None. An empty question is scored like any other."""
     return (
-        (None if row.get("query") == "" else _check_text(row, "query", required=True))
-        or _check_texts(row, "pos", required=True)
-        or _check_texts(row, "neg", required=False)
+        (None if row.get("query") == "" else _check_field(row, "query", required=True))
+        or _check_list(row, "pos", required=True)
+        or _check_list(row, "neg", required=False)
     )
 
 
 def check_beir_row(row: Row) -> str | None:
     """What is wrong with a line of a BEIR folder's corpus.jsonl or queries.jsonl, or None. The text may be empty."""
-    name, text = row.get("_id"), row.get("text")
+    with_text_id = row | {"_id": str(row["_id"])} if isinstance(row.get("_id"), int) else row
     return (
-        _check_text(row | {"_id": str(name)} if isinstance(name, int) else row, "_id", required=True)
-        or (None if isinstance(text, str) and not text.strip() else _check_text(row, "text", required=True))
-        or _check_text(row, "title", required=False)
+        _check_field(with_text_id, "_id", required=True)
+        or _check_field(row, "text", required=True, may_be_empty=True)
+        or _check_field(row, "title", required=False)
     )
 
 

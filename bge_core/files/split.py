@@ -99,7 +99,8 @@ def _warn_of_large_groups(pairs: Pairs, groups: Sequence[int], sizes: Counter[in
 def _groups_of_each_size(num_groups: Counter[int], room: int, seed: int) -> dict[int, int]:
     """How many groups of each size train, so that no group that is left would still fit.
 
-    Each size gives about the same share of its groups, rounded by chance; then the largest that still fit.
+    From the largest down, each size gives about the same share of its groups, rounded by chance, and as many as the
+    smaller ones could not make up for.
 
     Args:
         num_groups: size -> how many groups have it.
@@ -111,12 +112,9 @@ def _groups_of_each_size(num_groups: Counter[int], room: int, seed: int) -> dict
     for size in sorted(num_groups, reverse=True):
         share = round(num_groups[size] * left / unseen + chance.random() - 0.5)
         unseen -= num_groups[size] * size
-        fewest = math.ceil((left - unseen) / size)  # so that what is smaller can fill the rest
+        fewest = math.ceil((left - unseen) / size)
         taken[size] = min(max(share, fewest, 0), num_groups[size], left // size)
         left -= taken[size] * size
-    for size in taken:
-        more = min(num_groups[size] - taken[size], left // size)
-        taken[size], left = taken[size] + more, left - more * size
     return taken
 
 

@@ -15,10 +15,6 @@ from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any, TextIO
 
-import openpyxl
-import pyarrow
-import pyarrow.parquet
-
 from bge_core import UserError
 from bge_core.files.columns import Columns, Find
 from bge_core.files.records import BadLines, Row, parse_object
@@ -79,8 +75,8 @@ def read_file(path: Path, find: Find, bad: BadLines) -> Iterator[tuple[str, list
                 yield parsed
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    except (UnicodeDecodeError, pyarrow.ArrowInvalid) as error:
-        raise UserError(f"{path}: cannot be read as {kind} ({error}); save it again, text as UTF-8") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: cannot be read as {kind} ({error}); save it again as UTF-8") from None
 
 
 def parse_row(row: Row, columns: Columns, from_json: bool) -> tuple[str, list[str], list[str]]:
@@ -206,6 +202,8 @@ def _read_csv(path: Path, find: Find) -> Iterator[tuple[Place, Row | str]]:
 
 def _read_xlsx(path: Path, find: Find) -> Iterator[tuple[Place, Row | str]]:
     """All sheets; one whose columns are not recognised is skipped if another's are."""
+    import openpyxl
+
     try:
         book = openpyxl.load_workbook(path, read_only=True, data_only=True)
     except (zipfile.BadZipFile, KeyError) as error:
@@ -230,10 +228,16 @@ def _read_xlsx(path: Path, find: Find) -> Iterator[tuple[Place, Row | str]]:
 
 
 def _read_parquet(path: Path, find: Find) -> Iterator[tuple[Place, Row | str]]:
-    with pyarrow.parquet.ParquetFile(path) as file:
-        columns = find(tuple(file.schema_arrow.names))
-        batches = file.iter_batches(10_000, columns=[columns.question, columns.answer, *columns.negatives])
-        yield from enumerate((row for batch in batches for row in batch.to_pylist()), start=1)
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        with parquet.ParquetFile(path) as file:
+            columns = find(tuple(file.schema_arrow.names))
+            batches = file.iter_batches(10_000, columns=[columns.question, columns.answer, *columns.negatives])
+            yield from enumerate((row for batch in batches for row in batch.to_pylist()), start=1)
+    except pyarrow.ArrowInvalid as error:
+        raise UserError(f"cannot be read as .parquet ({error}); save it again") from None
 
 
 READERS = {
