@@ -288,6 +288,7 @@ def test_every_flag_of_flagembedding_is_named_where_it_belongs(page: str) -> Non
                 assert refused == (name not in ours and "`--" not in mentioned[name][1]), f"{stage}: --{name}"
 
 
+@cache
 def message_parts() -> str:
     """Every string of the code, literals that stand side by side joined, what is filled in left out."""
     parts = []
