@@ -8,6 +8,7 @@ Shapes: Q questions, N passages, D embedding size, d dimensions kept, k depth.
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,32 @@ from bge_core.evaluation.tasks import RetrievalTask
 from bge_core.search.approximate import approximate_search, empty_index
 from bge_core.search.exact import import_faiss
 
-DTYPES = ("float32", "float16", "int8", "binary")
 COST_METRICS = ("MRR@10", "nDCG@10", "Recall@100")
 RESCORED = 4  # times k: as many are found by their bits and ordered by their inner products
 Search = Callable[[np.ndarray], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What vectors of one form give and take.
+
+    Args:
+        dimension, type: how many numbers a vector has and as what they are kept, or the index type.
+        metrics: {name: mean}.
+        bytes_per_passage: of what is searched.
+        queries_per_second: all questions at once, the faster of two runs, faiss's threads.
+    """
+
+    dimension: int
+    type: str
+    metrics: dict[str, float]
+    bytes_per_passage: float
+    queries_per_second: float
+
+    def row(self) -> dict[str, Any]:
+        """The figures by their names, in the order of a table."""
+        speed = {"bytes_per_passage": self.bytes_per_passage, "queries_per_second": self.queries_per_second}
+        return {"dimension": self.dimension, "type": self.type} | self.metrics | speed
 
 
 def cut(vectors: np.ndarray, dim: int) -> np.ndarray:
@@ -51,7 +74,7 @@ def measure_costs(
     factories: Sequence[str] = (),
     k: int = 100,
     metrics: Sequence[str] = COST_METRICS,
-) -> list[dict[str, Any]]:
+) -> list[Cost]:
     """Quality, bytes and speed of every dimension with every number type, then of the index types at full size.
 
         float16  rounded to nearest                     2 d bytes
@@ -63,14 +86,13 @@ def measure_costs(
         query_QD, corpus_ND: float32 or float16.
         task: whose texts they are.
         dims: d; empty: D alone. Vectors that are cut, and those of the first row, are scaled to length 1.
-        dtypes: some of DTYPES.
+        dtypes: some of float32, float16, int8 and binary.
         factories: faiss's index_factory strings; bytes are those of the index without the vectors that rescore.
         k: depth; a metric that needs a deeper one gets it.
         metrics: names as in `per_query_metrics`.
 
     Returns:
-        One dict each: dimension, type, the metrics, bytes_per_passage, queries_per_second (all questions at once, the
-        faster of two runs, faiss's threads).
+        One for each dimension with each type, then for each index type.
 
     Raises:
         UserError: a dimension above D, binary with d that eight does not divide, or as `approximate_search`.
@@ -78,7 +100,7 @@ def measure_costs(
     Source: binary with rescoring, Yamada et al. 2021, "Efficient Passage Retrieval with Hashing".
     """
     query_QD, corpus_ND = (np.asarray(vectors, dtype=np.float32) for vectors in (query_QD, corpus_ND))
-    size, found = corpus_ND.shape[1], list[dict[str, Any]]()
+    size, found = corpus_ND.shape[1], list[Cost]()
     refuse_costs(size, dims, dtypes, factories)
 
     def add(dim: int, kind: str, bytes_each: float, search: Search, queries: np.ndarray) -> None:
@@ -90,15 +112,7 @@ def measure_costs(
         rows = task.drop_own(rows, rows)[1]
         means = mean_metrics(per_query_metrics(rows, task.relevant, task.missing, metrics))
         whole = int(bytes_each) if bytes_each == int(bytes_each) else bytes_each
-        found.append(
-            {
-                "dimension": dim,
-                "type": kind,
-                **means,
-                "bytes_per_passage": whole,
-                "queries_per_second": len(queries) / min(took),
-            }
-        )
+        found.append(Cost(dim, kind, means, whole, len(queries) / min(took)))
 
     k = task.depth(search_depth(k, metrics, task.relevant, task.missing))
     for dim in dims or (size,):

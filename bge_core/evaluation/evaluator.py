@@ -2,7 +2,7 @@
 
     task = load_task("test.jsonl", "corpus.jsonl")
     result = evaluate({"base": "BAAI/bge-large-zh-v1.5", "mine": "outputs/model"}, task, cache_dir="cache")
-    result.metrics["mine"]["MRR@10"]; result.table(); result.significance()
+    result.metrics["mine"]["MRR@10"]; result.table(); result.comparisons
     evaluate({"an API": (query_vectors, corpus_vectors)}, task)      # in the order of task.queries and task.corpus
 
 A positive is found by its text, as FlagEmbedding does. Shapes: Q questions, N passages, k depth, D embedding size.
@@ -12,7 +12,7 @@ import functools
 import logging
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,9 @@ from bge_core import UserError
 from bge_core.encoder.encode import encode
 from bge_core.encoder.load import load_encoder
 from bge_core.encoder.model import Encoder
+from bge_core.evaluation.costs import Cost
 from bge_core.evaluation.metrics import DEFAULT_METRICS, mean_metrics, per_query_metrics, search_depth
-from bge_core.evaluation.significance import bootstrap_means, compare_to_baseline, thresholds
+from bge_core.evaluation.significance import Comparison, Threshold, bootstrap_means, compare_to_baseline, thresholds
 from bge_core.evaluation.tasks import RetrievalTask, load_task
 from bge_core.search.cache import EmbeddingCache
 from bge_core.search.exact import exact_search, score_pairs
@@ -35,7 +36,6 @@ BGE_QUERY_INSTRUCTION = {
     "zh": "为这个句子生成表示以用于检索相关文章：",
     "en": "Represent this sentence for searching relevant passages: ",
 }
-Vectors = tuple[np.ndarray, np.ndarray]  # of the questions and of the passages
 
 
 @dataclass(frozen=True)
@@ -67,13 +67,35 @@ class Ranking:
 
 
 @dataclass(frozen=True)
+class Model:
+    """How a model was used: its folder or hub name, the hash of its weights, pooling, instructions, precision."""
+
+    model: str
+    fingerprint: str | None
+    pooling: str | None
+    query_instruction: str
+    passage_instruction: str
+    precision: str
+
+
+@dataclass(frozen=True)
 class EvaluationResult:
-    """What several models found on one test set; the first model is what the others are compared with."""
+    """What several models found on one test set; the first model is what the others are compared with.
+
+    Args:
+        task: the test set.
+        rankings: of each model, by its name.
+        resamples, seed: of intervals and tests.
+        models: how they were used, as far as it is known.
+        costs: what smaller vectors cost, of the models for which it was measured.
+    """
 
     task: RetrievalTask
     rankings: dict[str, Ranking]
     resamples: int = 10_000
     seed: int = 0
+    models: dict[str, Model] = field(default_factory=dict)
+    costs: dict[str, list[Cost]] = field(default_factory=dict)
 
     @property
     def metrics(self) -> dict[str, dict[str, float]]:
@@ -91,13 +113,13 @@ class EvaluationResult:
         return found
 
     @functools.cached_property
-    def comparisons(self) -> list[dict[str, Any]]:
+    def comparisons(self) -> list[Comparison]:
         """`significance.compare_to_baseline` of every other model and metric."""
         per_query = {name: ranking.per_query for name, ranking in self.rankings.items()}
         return compare_to_baseline(per_query, next(iter(per_query)), resamples=self.resamples, seed=self.seed)
 
     @functools.cached_property
-    def thresholds(self) -> dict[str, list[dict[str, Any]]]:
+    def thresholds(self) -> dict[str, list[Threshold]]:
         """{model: `significance.thresholds`} of each question's best positive against its best negative."""
         found = {}
         for name, ranking in self.rankings.items():
@@ -111,13 +133,13 @@ class EvaluationResult:
         import pandas
 
         rows = []
-        compared = {(line["model"], line["metric"]): line for line in self.comparisons}
+        compared = {(line.model, line.metric): asdict(line) for line in self.comparisons}
         for name, ranking in self.rankings.items():
             for metric, value in ranking.means.items():
                 low, high = self.intervals[name][metric]
                 rows.append({"model": name, "metric": metric, "value": value, "low": low, "high": high})
-                line = compared.get((name, metric))
-                rows[-1] |= {key: line[key] for key in ("difference", "p_value", "p_adjusted")} if line else {}
+                if line := compared.get((name, metric)):
+                    rows[-1] |= {key: line[key] for key in ("difference", "p_value", "p_adjusted")}
         return pandas.DataFrame(rows)
 
 

@@ -8,19 +8,73 @@ Per query, because a comparison of two models is a paired one; `mean_metrics` gi
 import difflib
 import itertools
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from bge_core import UserError
 
 DEFAULT_METRICS = ("MRR@1", "MRR@10", "MRR@100", "Recall@1", "Recall@10", "Recall@100", "nDCG@10")
-KINDS = ("MRR", "Recall", "CappedRecall", "nDCG", "MAP", "Precision", "Success", "RPrecision")
 _NAMES_ELSEWHERE = {
     "hit": "Success", "hitrate": "Success", "accuracy": "Success", "p": "Precision", "r": "Recall",
     "rr": "MRR", "recip_rank": "MRR", "rprec": "RPrecision",
 }  # fmt: skip
 _QUERIES_AT_ONCE = 1024
+
+
+@dataclass(frozen=True)
+class Hits:
+    """What a metric of METRICS is computed from; all hits of a query lie together, in the order of their ranks.
+
+    Args:
+        num_positives_Q: how many positives a query has.
+        query_H, rank_H, nth_H, grade_H: a hit's query, its rank from 1, its number among the query's hits, its grade.
+        query_P, ideal_rank_P, ideal_grade_P: the positives, each query's by falling grade.
+    """
+
+    num_positives_Q: np.ndarray
+    query_H: np.ndarray
+    rank_H: np.ndarray
+    nth_H: np.ndarray
+    grade_H: np.ndarray
+    query_P: np.ndarray
+    ideal_rank_P: np.ndarray
+    ideal_grade_P: np.ndarray
+
+    @property
+    def divisor_Q(self) -> np.ndarray:
+        """The number of positives; 1 where there is none, and so no hit either."""
+        return np.maximum(self.num_positives_Q, 1)
+
+    def total(self, weight_H: np.ndarray, k_Q: np.ndarray) -> np.ndarray:
+        """(Q,) float64: the sum of the weights of a query's hits at ranks up to its k."""
+        within = self.rank_H <= k_Q[self.query_H]
+        return np.bincount(self.query_H[within], weight_H[within], minlength=len(k_Q)).astype(np.float64)
+
+    def count(self, k_Q: np.ndarray) -> np.ndarray:
+        """hits(k) of every query."""
+        return self.total(np.ones(len(self.rank_H)), k_Q)
+
+
+def _ndcg(hits: Hits, k_Q: np.ndarray) -> np.ndarray:
+    within = hits.ideal_rank_P <= k_Q[hits.query_P]
+    gain_P = hits.ideal_grade_P / np.log2(hits.ideal_rank_P + 1)
+    ideal_Q = np.bincount(hits.query_P[within], gain_P[within], minlength=len(k_Q))
+    return hits.total(hits.grade_H / np.log2(hits.rank_H + 1), k_Q) / np.where(hits.num_positives_Q > 0, ideal_Q, 1.0)
+
+
+# Every metric: (hits, each query's k) -> (Q,). `per_query_metrics` has their formulas; of RPrecision k is P.
+METRICS: dict[str, Callable[[Hits, np.ndarray], np.ndarray]] = {
+    "MRR": lambda hits, k_Q: hits.total((hits.nth_H == 1) / hits.rank_H, k_Q),
+    "Recall": lambda hits, k_Q: hits.count(k_Q) / hits.divisor_Q,
+    "CappedRecall": lambda hits, k_Q: hits.count(k_Q) / np.minimum(hits.divisor_Q, k_Q),
+    "nDCG": _ndcg,
+    "MAP": lambda hits, k_Q: hits.total(hits.nth_H / hits.rank_H, k_Q) / hits.divisor_Q,
+    "Precision": lambda hits, k_Q: hits.count(k_Q) / k_Q,
+    "Success": lambda hits, k_Q: hits.total(hits.nth_H == 1, k_Q),
+    "RPrecision": lambda hits, k_Q: hits.count(k_Q) / hits.divisor_Q,
+}
 
 
 def parse_metric(name: str) -> tuple[str, int | None]:
@@ -32,14 +86,15 @@ def parse_metric(name: str) -> tuple[str, int | None]:
     """
     kind, at, k = name.partition("@")
     has_k = re.fullmatch("[1-9][0-9]{0,8}", k) is not None
-    if name == "RPrecision" or (kind in KINDS and kind != "RPrecision" and has_k):
+    if name == "RPrecision" or (kind in METRICS and kind != "RPrecision" and has_k):
         return kind, int(k) if at else None
-    known = {kind.lower(): kind for kind in KINDS} | _NAMES_ELSEWHERE
+    known = {kind.lower(): kind for kind in METRICS} | _NAMES_ELSEWHERE
     nearest = known[difflib.get_close_matches(kind.lower(), known, n=1, cutoff=0)[0]]
     right = nearest if nearest == "RPrecision" else f"{nearest}@{k if has_k else 10}"
+    kinds = ", ".join(f"{kind}@k" for kind in METRICS if kind != "RPrecision")
     raise UserError(
-        f"unknown metric {name!r}; did you mean {right!r}? There are {', '.join(f'{kind}@k' for kind in KINDS[:-1])}"
-        " with a whole number k from 1, and RPrecision"
+        f"unknown metric {name!r}; did you mean {right!r}? There are {kinds} with a whole number k from 1,"
+        " and RPrecision"
     )
 
 
@@ -123,37 +178,14 @@ def per_query_metrics(
     query_P, row_P, grade_P = _list_positives(judged, lost)
     num_positives_Q = np.bincount(query_P, minlength=num_queries)
     best_first = np.lexsort((-grade_P, query_P))  # query_P[best_first] is query_P: only the grades are rearranged
-    ideal_rank_P = _count_within(query_P)
-    ideal_gain_P = grade_P[best_first] / np.log2(ideal_rank_P + 1)
-
     found, rank_H = _find(ranked, query_P, row_P)
-    query_H, nth_H = query_P[found], _count_within(query_P[found])
-    weights = {
-        "MRR": (nth_H == 1) / rank_H,
-        "Success": nth_H == 1,
-        "MAP": nth_H / rank_H,
-        "nDCG": grade_P[found] / np.log2(rank_H + 1),
-    }
+    hits = Hits(
+        num_positives_Q, query_P[found], rank_H, _count_within(query_P[found]), grade_P[found],
+        query_P, _count_within(query_P), grade_P[best_first],
+    )  # fmt: skip
     metrics = {}
     for name, (kind, k) in kinds.items():
-        cutoff_Q = num_positives_Q if k is None else np.full(num_queries, k)
-        within = rank_H <= cutoff_Q[query_H]
-        weight_H = weights.get(kind, np.ones(len(found)))
-        divisor_Q: np.ndarray | float
-        match kind:
-            case "Recall" | "MAP":
-                divisor_Q = num_positives_Q
-            case "CappedRecall":
-                divisor_Q = np.minimum(num_positives_Q, cutoff_Q)
-            case "Precision" | "RPrecision":
-                divisor_Q = cutoff_Q
-            case "nDCG":
-                ideal = ideal_rank_P <= cutoff_Q[query_P]
-                divisor_Q = np.bincount(query_P[ideal], ideal_gain_P[ideal], minlength=num_queries)
-            case _:
-                divisor_Q = 1.0
-        total_Q = np.bincount(query_H[within], weight_H[within], minlength=num_queries)
-        metrics[name] = total_Q / np.where(num_positives_Q > 0, divisor_Q, 1.0)
+        metrics[name] = METRICS[kind](hits, num_positives_Q if k is None else np.full(num_queries, k))
     return metrics
 
 

@@ -1,7 +1,7 @@
-"""What an evaluation found, as a page, pictures and a Markdown table: is it better, for which questions, how sure."""
+"""What an evaluation found, as a page and a Markdown table: is it better, for which questions, how sure."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from importlib import resources
 from pathlib import Path
@@ -11,9 +11,10 @@ import numpy as np
 import yaml
 
 from bge_core.evaluation.evaluator import EvaluationResult, is_positive
+from bge_core.evaluation.tables import interval, markdown_report
 from bge_core.files.atomic import atomic_path
 from bge_core.reports.page import Page
-from bge_core.reports.plots import Draw, draw_histograms, draw_recall, draw_training
+from bge_core.reports.plots import draw_histograms, draw_recall, draw_training
 from bge_core.runtime.log import read_metrics
 
 logger = logging.getLogger(__name__)
@@ -22,16 +23,11 @@ MOST, TOP = 10, 5  # questions that changed most, and what is shown of each rank
 MAX_LOOKUP = 50_000  # questions that can be searched for
 MAX_LETTERS = 2_000_000  # of all of them: 6 MB of Chinese
 LANGUAGES = ("en", "zh")  # in the order of report.yaml
+Words = Mapping[str, str]
 
 
 def write_evaluation_report(
-    folder: Path,
-    result: EvaluationResult,
-    *,
-    lang: str = "en",
-    costs: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
-    settings: Mapping[str, Any] | None = None,
-    models: Mapping[str, Mapping[str, Any]] | None = None,
+    folder: Path, result: EvaluationResult, *, lang: str = "en", settings: Mapping[str, Any] | None = None
 ) -> None:
     """Write report.html and report.md into a folder, each whole or not at all.
 
@@ -39,11 +35,10 @@ def write_evaluation_report(
         folder: where to.
         result: of one test set; the first model is what the others are compared with.
         lang: "en" or "zh", of the page's own words.
-        costs: for some models what `measure_costs` gave.
         settings: of the run, folded away at the end.
-        models: for each model what is known of it ("model": its folder, of which training curves are drawn).
     """
-    words = _words(lang)
+    text = resources.files("bge_core.evaluation").joinpath("report.yaml").read_text(encoding="utf-8")
+    words = {key: of[LANGUAGES.index(lang)] for key, of in yaml.safe_load(text).items()}
     task, names = result.task, list(result.rankings)
     metrics = list(result.metrics[names[0]])
     headline = HEADLINE if HEADLINE in metrics else metrics[0]
@@ -51,119 +46,127 @@ def write_evaluation_report(
         len(task.queries), len(task.corpus), names[0], ", ".join(names[1:])
     )
     page = Page(words["title"].format(task.name), lead, lang)
-    page.tiles(
-        [(name, result.metrics[name][headline], f"{headline}, {_interval(result, name, headline)}") for name in names]
-    )
+    means = {name: of[headline] for name, of in result.metrics.items()}
+    page.tiles([(name, mean, f"{headline}, {interval(result, name, headline)}") for name, mean in means.items()])
     page.section(words["mind"]).warnings(_warnings(result, headline, words))
-
-    page.section(words["results"], words["interval"])
-    header = [words["model"], *metrics]
-    means = []
-    for name in names:
-        means.append([name, *(result.metrics[name][metric] for metric in metrics)])
-        means.append(["", *(_interval(result, name, metric) for metric in metrics)])
-    page.table(header, means, best=dict.fromkeys(metrics, "max") if len(names) > 1 else None)
-    if result.comparisons:
-        page.section(words["differences"].format(names[0]), words["how"].format(result.resamples, result.seed))
-        page.table(
-            [words[key] for key in ("model", "metric", "difference")]
-            + ["95 %"]
-            + [words[key] for key in ("p", "adjusted", "wins", "losses", "ties")],
-            _difference_rows(result),
-        )
-
-    plots = _plots(result, models or {}, words)
-    page.section(words["curves"]).plot(*plots["recall"])
-    page.section(words["scores"])
-    for name in names:
-        page.plot(*plots[f"scores-{name}"])
-    if any(result.thresholds.values()):
-        page.section(words["thresholds"], words["threshold_text"])
-        page.table(
-            [words[key] for key in ("model", "target", "threshold")]
-            + ["95 %"]
-            + [words[key] for key in ("reached", "found", "moved")],
-            _threshold_rows(result, words),
-        )
-    parts = _parts(result, headline, words)
-    if parts:
-        page.section(words["parts"], headline)
-        page.table(["", "", words["questions"], *names], parts)
-    if costs:
-        keys = list(next(iter(costs.values()))[0])
-        labels = {"bytes_per_passage": "bytes", "queries_per_second": "qps"}
-        page.section(words["costs"], words["cost_text"])
-        page.table(
-            [words["model"], *(words.get(labels.get(key, key), key) for key in keys)],
-            [[name, *(line[key] for key in keys)] for name, lines in costs.items() for line in lines],
-        )
+    _add_results(page, result, words)
+    _add_scores(page, result, words)
+    if parts := _parts(result, headline, words):
+        page.section(words["parts"], headline).table(["", "", words["questions"], *names], parts)
+    _add_costs(page, result, words)
     if len(names) > 1:
         for key, cards in zip(("better", "worse"), _changed(result, headline, words), strict=True):
             page.section(words[key]).cards(cards, search=False)
-    ranks = {name: ranking.first_positive(task) for name, ranking in result.rankings.items()}
-    page.section(words["lookup"], words["lookup_text"].format(min(MAX_LOOKUP, len(task.queries)), len(task.queries)))
-    asked = task.queries[:MAX_LOOKUP]
-    longest = max(20, MAX_LETTERS // len(asked))
-    page.lookup(
-        ["", *names],
-        [[query[:longest], *(int(ranks[name][i]) or "–" for name in names)] for i, query in enumerate(asked)],
-    )
+    _add_lookup(page, result, words)
     for name in names:
-        if f"training-{name}" in plots:
-            page.section(words["training"].format(name)).plot(*plots[f"training-{name}"])
+        _add_training(page, result, name, words)
     page.section(words["details"])
-    for name, facts in (models or {}).items():
-        page.details(name, facts)
+    for name, model in result.models.items():
+        page.details(name, vars(model))
     if settings:
         page.details(words["settings"], settings)
     page.write(folder / "report.html")
-
-    markdown = ["| " + " | ".join(header) + " |", "| --- |" + " ---: |" * len(metrics)]
-    for name in names:
-        cells = [f"{result.metrics[name][metric]:.4f} {_interval(result, name, metric)}" for metric in metrics]
-        markdown.append("| " + " | ".join([name, *cells]) + " |")
-    for line in result.comparisons:
-        markdown += [""] * (line is result.comparisons[0])
-        markdown.append(
-            f"- {line['model']} - {line['baseline']}, {line['metric']}: {line['difference']:+.4f} "
-            f"[{line['low']:+.4f}, {line['high']:+.4f}], p {line['p_adjusted']:.3g}"
-        )
     with atomic_path(folder / "report.md") as temporary:
-        temporary.write_text("\n".join(markdown) + "\n", encoding="utf-8")
+        temporary.write_text(markdown_report(result), encoding="utf-8")
 
 
-def _words(lang: str) -> dict[str, str]:
-    text = resources.files("bge_core.evaluation").joinpath("report.yaml").read_text(encoding="utf-8")
-    return {key: of[LANGUAGES.index(lang)] for key, of in yaml.safe_load(text).items()}
+def _add_results(page: Page, result: EvaluationResult, words: Words) -> None:
+    """The means with their intervals, and the differences to the first model."""
+    names, metrics = list(result.rankings), list(next(iter(result.metrics.values())))
+    means: list[list[Any]] = []
+    for name in names:
+        means.append([name, *result.metrics[name].values()])
+        means.append(["", *(interval(result, name, metric) for metric in metrics)])
+    page.section(words["results"], words["interval"])
+    best = dict.fromkeys(metrics, "max") if len(names) > 1 else None
+    page.table([words["model"], *metrics], means, best=best)
+    if not result.comparisons:
+        return
+    header = [words[key] for key in ("model", "metric", "difference")] + ["95 %"]
+    header += [words[key] for key in ("p", "adjusted", "wins", "losses", "ties")]
+    rows = [
+        [line.model, line.metric, f"{line.difference:+.4f}", f"[{line.low:+.4f}, {line.high:+.4f}]", line.p_value,
+         line.p_adjusted, line.wins, line.losses, line.ties]
+        for line in result.comparisons
+    ]  # fmt: skip
+    page.section(words["differences"].format(names[0]), words["how"].format(result.resamples, result.seed))
+    page.table(header, rows)
 
 
-def _plots(
-    result: EvaluationResult, models: Mapping[str, Mapping[str, Any]], words: Mapping[str, str]
-) -> dict[str, tuple[Draw, str]]:
-    """{name: (what draws it on axes, caption)}."""
-    plots: dict[str, tuple[Draw, str]] = {"recall": (partial(_draw_recall, result), words["recall"])}
-    for name in result.rankings:
-        plots[f"scores-{name}"] = partial(_draw_scores, result, name, words), words["scored"].format(name)
-        curve = Path(str(models.get(name, {}).get("model"))) / "metrics.jsonl"
-        if curve.is_file():
-            try:
-                lines = [line for line in read_metrics(curve) if "step" in line]
-            except ValueError:
-                lines = []
-            if any(line.get("loss") is not None for line in lines):
-                draw = partial(draw_training, lines=lines, metric=HEADLINE, step=words["step"], loss=words["loss"])
-                plots[f"training-{name}"] = draw, words["loss"]
-            else:
-                logger.warning("%s: holds no curve that can be read; the report goes without", curve)
-    return plots
+def _add_scores(page: Page, result: EvaluationResult, words: Words) -> None:
+    """Recall at every depth, the scores of positives and negatives, and the thresholds that follow from them."""
+    page.section(words["curves"]).plot(partial(draw_recall, recall=_recall(result)), words["recall"])
+    page.section(words["scores"])
+    every = [scores for of in result.rankings.values() for scores in (of.positive_score, of.negative_score)]
+    edges = np.histogram_bin_edges(np.concatenate([scores[np.isfinite(scores)] for scores in every]), 40)
+    for name, ranking in result.rankings.items():
+        scores = {words["other"]: ranking.negative_score, words["positive"]: ranking.positive_score}
+        finite = {label: values[np.isfinite(values)] for label, values in scores.items()}
+        draw = partial(draw_histograms, scores=finite, edges=edges, xlabel="score", ylabel=words["questions"])
+        page.plot(draw, words["scored"].format(name))
+    if not any(result.thresholds.values()):
+        return
+    header = [words[key] for key in ("model", "target", "threshold")] + ["95 %"]
+    header += [words[key] for key in ("reached", "found", "moved")]
+    rows: list[list[Any]] = []
+    first = next(iter(result.thresholds))
+    before = {(of.target, of.value): of.threshold for of in result.thresholds[first]}
+    for name, found in result.thresholds.items():
+        for of in found:
+            known = before.get((of.target, of.value))
+            moved = None
+            if known is not None and of.threshold is not None and name != first:
+                moved = f"{of.threshold - known:+.3f}"
+            spread = None if None in (of.low, of.high) else f"[{of.low:.3f}, {of.high:.3f}]"
+            rows.append([name, words[of.target].format(of.value), of.threshold, spread, of.reached, of.recall, moved])
+    page.section(words["thresholds"], words["threshold_text"]).table(header, rows)
 
 
-def _interval(result: EvaluationResult, name: str, metric: str) -> str:
-    low, high = result.intervals[name][metric]
-    return f"[{low:.3f}, {high:.3f}]"
+def _recall(result: EvaluationResult) -> dict[str, np.ndarray]:
+    """{model: (k,) recall at every depth}; positives that the corpus lacks are not found."""
+    positives = zip(result.task.relevant, result.task.missing, strict=True)
+    total_Q = np.array([sum(grade > 0 for grade in own.values()) + len(lost) for own, lost in positives])
+    return {
+        name: (is_positive(of.rows, result.task).cumsum(axis=1) / np.maximum(total_Q, 1)[:, None]).mean(axis=0)
+        for name, of in result.rankings.items()
+    }
 
 
-def _warnings(result: EvaluationResult, headline: str, words: Mapping[str, str]) -> list[tuple[str, str, str]]:
+def _add_costs(page: Page, result: EvaluationResult, words: Words) -> None:
+    rows = [(name, cost.row()) for name, costs in result.costs.items() for cost in costs]
+    if rows:
+        labels = {"bytes_per_passage": "bytes", "queries_per_second": "qps"}
+        header = [words["model"], *(words.get(labels.get(key, key), key) for key in rows[0][1])]
+        page.section(words["costs"], words["cost_text"])
+        page.table(header, [[name, *row.values()] for name, row in rows])
+
+
+def _add_lookup(page: Page, result: EvaluationResult, words: Words) -> None:
+    """Every question with the place of its first positive, to be found by its words."""
+    queries = result.task.queries[:MAX_LOOKUP]
+    places = [ranking.first_positive(result.task).tolist() for ranking in result.rankings.values()]
+    longest = max(20, MAX_LETTERS // len(queries))
+    rows = [[query[:longest], *(of[i] or "–" for of in places)] for i, query in enumerate(queries)]
+    page.section(words["lookup"], words["lookup_text"].format(len(queries), len(result.task.queries)))
+    page.lookup(["", *result.rankings], rows)
+
+
+def _add_training(page: Page, result: EvaluationResult, name: str, words: Words) -> None:
+    """The curve of a model that was trained here."""
+    if name not in result.models or not (curve := Path(result.models[name].model, "metrics.jsonl")).is_file():
+        return
+    try:
+        lines = [line for line in read_metrics(curve) if "step" in line]
+    except ValueError:
+        lines = []
+    if any(line.get("loss") is not None for line in lines):
+        draw = partial(draw_training, lines=lines, metric=HEADLINE, step=words["step"], loss=words["loss"])
+        page.section(words["training"].format(name)).plot(draw, words["loss"])
+    else:
+        logger.warning("%s: holds no curve that can be read; the report goes without", curve)
+
+
+def _warnings(result: EvaluationResult, headline: str, words: Words) -> list[tuple[str, str, str]]:
     found = []
     first = next(iter(result.rankings))
     low, high = result.intervals[first][headline]
@@ -172,54 +175,16 @@ def _warnings(result: EvaluationResult, headline: str, words: Mapping[str, str])
     if result.task.missing_texts:
         found.append(("warning", words["missing"].format(len(result.task.missing_texts)), words["missing_do"]))
     for line in result.comparisons:
-        if line["metric"] == headline and line["low"] <= 0:
-            kind, key = ("bad", "worse") if line["high"] < 0 else ("warning", "unsure")
+        if line.metric == headline and line.low <= 0:
+            kind, key = ("bad", "worse") if line.high < 0 else ("warning", "unsure")
             text = words["worse_than" if key == "worse" else key].format(
-                line["model"], line["baseline"], headline, line["difference"], line["low"], line["high"]
+                line.model, line.baseline, headline, line.difference, line.low, line.high
             )
             found.append((kind, text, words[f"{key}_do"]))
     return found
 
 
-def _difference_rows(result: EvaluationResult) -> list[list[Any]]:
-    return [
-        [
-            line["model"],
-            line["metric"],
-            f"{line['difference']:+.4f}",
-            f"[{line['low']:+.4f}, {line['high']:+.4f}]",
-            line["p_value"],
-            line["p_adjusted"],
-            line["wins"],
-            line["losses"],
-            line["ties"],
-        ]
-        for line in result.comparisons
-    ]
-
-
-def _threshold_rows(result: EvaluationResult, words: Mapping[str, str]) -> list[list[Any]]:
-    rows, first = [], next(iter(result.thresholds))
-    before = {(line["target"], line["value"]): line["threshold"] for line in result.thresholds[first]}
-    for name, lines in result.thresholds.items():
-        for line in lines:
-            ends, known = (line["low"], line["high"]), before.get((line["target"], line["value"]))
-            moved = None if None in (known, line["threshold"]) or name == first else line["threshold"] - known
-            rows.append(
-                [
-                    name,
-                    words[line["target"]].format(line["value"]),
-                    line["threshold"],
-                    None if None in ends else "[{:.3f}, {:.3f}]".format(*ends),
-                    line["reached"],
-                    line["recall"],
-                    None if moved is None else f"{moved:+.3f}",
-                ]
-            )
-    return rows
-
-
-def _parts(result: EvaluationResult, headline: str, words: Mapping[str, str]) -> list[list[Any]]:
+def _parts(result: EvaluationResult, headline: str, words: Words) -> list[list[Any]]:
     """The headline metric by length of question and answer, and by source: kind, part, questions, each model's mean."""
     values = {name: ranking.per_query[headline] for name, ranking in result.rankings.items()}
     rows: list[list[Any]] = []
@@ -244,13 +209,13 @@ def _parts(result: EvaluationResult, headline: str, words: Mapping[str, str]) ->
     return rows
 
 
-def _changed(result: EvaluationResult, headline: str, words: Mapping[str, str]) -> list[list[Any]]:
+def _changed(result: EvaluationResult, headline: str, words: Words) -> list[list[Any]]:
     """Cards of the questions that the last model answers better than the first, and worse; the largest change first."""
     task, names = result.task, list(result.rankings)
     pair = [names[0], names[-1]]
     change = result.rankings[pair[1]].per_query[headline] - result.rankings[pair[0]].per_query[headline]
     right = {name: is_positive(result.rankings[name].rows[:, :TOP], task) for name in pair}
-    ranks = {name: result.rankings[name].first_positive(task) for name in pair}
+    first = {name: result.rankings[name].first_positive(task) for name in pair}
     found = []
     for sign in (-1, 1):
         order = np.argsort(sign * change, kind="stable")[:MOST]
@@ -258,8 +223,7 @@ def _changed(result: EvaluationResult, headline: str, words: Mapping[str, str]) 
         for i in order[sign * change[order] < 0]:
             lines: list[tuple[str, str, Any, str]] = []
             for name in pair:
-                rank = int(ranks[name][i])
-                lines.append(("", name, "", f"{words['rank']} {rank}" if rank else words["not"]))
+                lines.append(("", name, "", f"{words['rank']} {first[name][i]}" if first[name][i] else words["not"]))
                 ranking = result.rankings[name]
                 for place, (row, score) in enumerate(zip(ranking.rows[i, :TOP], ranking.scores[i], strict=False)):
                     if row < 0:
@@ -270,24 +234,3 @@ def _changed(result: EvaluationResult, headline: str, words: Mapping[str, str]) 
             cards.append((task.queries[i], lines))
         found.append(cards)
     return found
-
-
-def _draw_recall(result: EvaluationResult, axes: Any) -> None:
-    """Those that the corpus lacks count as not found."""
-    positives = zip(result.task.relevant, result.task.missing, strict=True)
-    total = np.array([sum(grade > 0 for grade in own.values()) + len(lost) for own, lost in positives])
-    recall = {}
-    for name, ranking in result.rankings.items():
-        hits = is_positive(ranking.rows, result.task).cumsum(axis=1) / np.maximum(total, 1)[:, None]
-        recall[name] = hits.mean(axis=0)
-    draw_recall(axes, recall)
-
-
-def _draw_scores(result: EvaluationResult, name: str, words: Mapping[str, str], axes: Any) -> None:
-    """On the same edges for every model."""
-    every = [s for r in result.rankings.values() for s in (r.positive_score, r.negative_score)]
-    edges = np.histogram_bin_edges(np.concatenate([scores[np.isfinite(scores)] for scores in every]), 40)
-    of = result.rankings[name]
-    scores = {words["other"]: of.negative_score, words["positive"]: of.positive_score}
-    finite = {label: values[np.isfinite(values)] for label, values in scores.items()}
-    draw_histograms(axes, finite, edges, "score", words["questions"])

@@ -7,41 +7,87 @@ same draws serve every model and every metric, so comparisons are paired, and a 
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from bge_core import UserError
 
+INTERVAL = (1 - 0.95) / 2, (1 + 0.95) / 2  # the quantiles between which a 95 % interval lies
+TARGETS = tuple(
+    [("precision", share) for share in (0.9, 0.95, 0.99)] + [("false_positive_rate", share) for share in (0.01, 0.05)]
+)
 _CELLS_AT_ONCE = 2**21  # resamples x queries in memory: some 60 MB
 _ROUNDING = 1e-12  # metrics are at most 1: a difference below this is one of the order of summation
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """A model against the baseline, in one metric.
+
+    Args:
+        difference, low, high: the model's mean less the baseline's, and its 95 % interval.
+        p_value, p_adjusted: of the permutation test; the second by Holm over the models, for this metric alone.
+        wins, losses, ties: numbers of queries; a difference up to 1e-12 is a tie.
+    """
+
+    model: str
+    baseline: str
+    metric: str
+    difference: float
+    low: float
+    high: float
+    p_value: float
+    p_adjusted: float
+    wins: int
+    losses: int
+    ties: int
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """The lowest score from which on answers may be accepted.
+
+    Args:
+        target, value: "precision" of at least `value`, or "false_positive_rate" of at most `value`.
+        threshold, low, high: the score and its 95 % interval; None: above all scores.
+        reached: the target's rate at the threshold; None: no score reaches it.
+        recall: the share of positives at or above it.
+    """
+
+    target: str
+    value: float
+    threshold: float | None
+    low: float | None
+    high: float | None
+    reached: float | None
+    recall: float
+
+
 def bootstrap_means(
-    values: np.ndarray, resamples: int = 10_000, seed: int = 0, level: float = 0.95
+    values: np.ndarray, resamples: int = 10_000, seed: int = 0
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Mean over the queries and its percentile bootstrap interval.
+    """Mean over the queries and its 95 % percentile bootstrap interval; with few queries (below 30, say) it holds less.
 
         mean*_b = 1/Q sum_i values[draw_bi],  draw_bi uniform on the Q queries,  b = 1 .. resamples
-        low, high = the (1 - level)/2 and (1 + level)/2 quantiles of mean*
+        low, high = the 0.025 and 0.975 quantiles of mean*
 
     Args:
         values: (Q,) or (Q, M) numbers; the columns share the draws.
         resamples: how many times Q queries are drawn with replacement.
         seed: of the draws, which depend on it and on Q alone.
-        level: share of such intervals that hold the true mean, for many queries; with few (below 30, say) less.
 
     Returns:
         mean, low, high: each (M,) float64, or () for values of shape (Q,).
 
     Raises:
-        UserError: no query, a value that is not finite, another number of dimensions, resamples below 1, or a level
-            outside (0, 1).
+        UserError: no query, a value that is not finite, another number of dimensions, or resamples below 1.
 
     Source: Efron & Tibshirani 1993, An Introduction to the Bootstrap, section 13.3 (the percentile interval).
     """
     values = _check_values("values", values, max_dimensions=2)
-    quantiles = _check_resampling(resamples, level)
+    _check_resamples(resamples)
     num_queries, shape = len(values), values.shape[1:]
     value_QM = values.reshape(num_queries, -1)
     rng = np.random.default_rng(seed)
@@ -52,12 +98,12 @@ def bootstrap_means(
         drawn += np.arange(len(drawn))[:, None] * num_queries
         times = np.bincount(drawn.ravel(), minlength=drawn.size).reshape(drawn.shape)
         means[block] = times.astype(np.float64) @ value_QM / num_queries
-    low, high = np.quantile(means, quantiles, axis=0)
+    low, high = np.quantile(means, INTERVAL, axis=0)
     return value_QM.mean(axis=0).reshape(shape), low.reshape(shape), high.reshape(shape)
 
 
-def permutation_p_value(differences: np.ndarray, resamples: int = 10_000, seed: int = 0) -> float:
-    """Two-sided p-value of "the two models are interchangeable", from their differences per query.
+def permutation_p_values(difference_QM: np.ndarray, resamples: int = 10_000, seed: int = 0) -> np.ndarray:
+    """Two-sided p-values of "the two models are interchangeable", from their differences per query.
 
     If they are, each query's difference might as well have had the other sign. With mean* the mean of the differences
     under random signs:
@@ -68,26 +114,17 @@ def permutation_p_value(differences: np.ndarray, resamples: int = 10_000, seed: 
     Means that differ by rounding alone are equal. Without a difference p is 1.
 
     Args:
-        differences: (Q,) numbers, one model's value less the other's.
-        resamples: how many sign patterns are drawn.
+        difference_QM: (Q, M) finite numbers, one model's value less the other's; every column sees the same signs.
+        resamples: how many sign patterns are drawn, at least 1.
         seed: of the signs, which depend on it and on Q alone.
 
     Returns:
-        p, above 0 and at most 1.
-
-    Raises:
-        UserError: no query, a difference that is not finite, another shape, or resamples below 1.
+        (M,) float64, above 0 and at most 1.
 
     Source: the paired randomization test of Smucker, Allan & Carterette 2007, A Comparison of Statistical Significance
         Tests for Information Retrieval Evaluation; Good 2005, Permutation, Parametric and Bootstrap Tests of
         Hypotheses. The added ones: Phipson & Smyth 2010, Permutation P-values Should Never Be Zero.
     """
-    _check_resampling(resamples)
-    return float(_flip_signs(_check_values("differences", differences)[:, None], resamples, seed)[0])
-
-
-def _flip_signs(difference_QM: np.ndarray, resamples: int, seed: int) -> np.ndarray:
-    """(M,) p-values; every column sees the same signs."""
     num_queries = len(difference_QM)
     total_M, size_M = difference_QM.sum(axis=0), np.abs(difference_QM).sum(axis=0)
     least_M = np.abs(total_M) - 1e-10 * size_M  # sums of the same numbers in another order count as equal
@@ -132,26 +169,17 @@ def holm(p_values: Sequence[float] | np.ndarray) -> np.ndarray:
 
 
 def compare_to_baseline(
-    per_query: Mapping[str, Mapping[str, np.ndarray]],
-    baseline: str,
-    metrics: Sequence[str] | None = None,
-    resamples: int = 10_000,
-    seed: int = 0,
-    level: float = 0.95,
-) -> list[dict[str, Any]]:
+    per_query: Mapping[str, Mapping[str, np.ndarray]], baseline: str, resamples: int = 10_000, seed: int = 0
+) -> list[Comparison]:
     """Compare every model with one of them, on the same queries.
 
     Args:
         per_query: {model: {metric: (Q,)}}, the queries of all models in the same order.
-        baseline: the model that the others are compared with.
-        metrics: which; None: those of the baseline.
-        resamples, seed, level: see `bootstrap_means` and `permutation_p_value`.
+        baseline: the model that the others are compared with, in its metrics.
+        resamples, seed: see `bootstrap_means` and `permutation_p_values`.
 
     Returns:
-        For each metric and within it each other model, in the order given: {"model", "baseline", "metric",
-        "difference": mean of the model less that of the baseline, "low", "high": its bootstrap interval, "p_value",
-        "p_adjusted": Holm's over the models, for this metric alone, "wins", "losses", "ties": numbers of queries}.
-        Differences up to 1e-12 are ties. Empty if there is no other model.
+        For each metric and within it each other model, in the order given. Empty if there is no other model.
 
     Raises:
         UserError: no such baseline or metric, models with different numbers of queries, or what `bootstrap_means`
@@ -161,52 +189,40 @@ def compare_to_baseline(
     """
     if baseline not in per_query:
         raise UserError(f"baseline {baseline!r}: there is no such model; use one of {', '.join(per_query)}")
-    names = list(per_query[baseline] if metrics is None else metrics)
     table: dict[tuple[str, str], np.ndarray] = {}
     for model, values in per_query.items():
-        for name in names:
+        for name in per_query[baseline]:
             if name not in values:
                 raise UserError(f"{model} has no metric {name!r}; it has {', '.join(values)}")
             table[name, model] = _check_values(f"{name} of {model}", values[name])
     sizes = {len(values): f"{len(values)} queries in {name} of {model}" for (name, model), values in table.items()}
     if len(sizes) > 1:
         raise UserError(f"{', '.join(sizes.values())}: compare models on the same queries")
-    pairs = [(name, model) for name in names for model in per_query if model != baseline]
+    pairs = [(name, model) for name in per_query[baseline] for model in per_query if model != baseline]
     if not pairs:
         return []
     difference_QM = np.stack([table[name, model] - table[name, baseline] for name, model in pairs], axis=1)
     difference_QM[np.abs(difference_QM) <= _ROUNDING] = 0
-    mean_M, low_M, high_M = bootstrap_means(difference_QM, resamples, seed, level)
-    p_value_M = _flip_signs(difference_QM, resamples, seed)
-    adjusted_M = np.concatenate([holm(of_metric) for of_metric in p_value_M.reshape(len(names), -1)])
-    return [
-        {
-            "model": model,
-            "baseline": baseline,
-            "metric": name,
-            "difference": float(mean_M[i]),
-            "low": float(low_M[i]),
-            "high": float(high_M[i]),
-            "p_value": float(p_value_M[i]),
-            "p_adjusted": float(adjusted_M[i]),
-            "wins": int((difference_QM[:, i] > 0).sum()),
-            "losses": int((difference_QM[:, i] < 0).sum()),
-            "ties": int((difference_QM[:, i] == 0).sum()),
-        }
-        for i, (name, model) in enumerate(pairs)
+    p_value_M = permutation_p_values(difference_QM, resamples, seed)
+    columns = [
+        *bootstrap_means(difference_QM, resamples, seed),
+        p_value_M,
+        np.concatenate([holm(of_metric) for of_metric in p_value_M.reshape(len(per_query[baseline]), -1)]),
+        (difference_QM > 0).sum(axis=0),
+        (difference_QM < 0).sum(axis=0),
+        (difference_QM == 0).sum(axis=0),
     ]
+    figures = zip(*(column.tolist() for column in columns), strict=True)
+    return [Comparison(model, baseline, name, *of) for (name, model), of in zip(pairs, figures, strict=True)]
 
 
 def thresholds(
     positive: np.ndarray,
     negative: np.ndarray,
-    *,
-    precision: Sequence[float] = (0.9, 0.95, 0.99),
-    false_positive_rate: Sequence[float] = (0.01, 0.05),
+    targets: Sequence[tuple[str, float]] = TARGETS,
     resamples: int = 1000,
     seed: int = 0,
-    level: float = 0.95,
-) -> list[dict[str, Any]]:
+) -> list[Threshold]:
     """The lowest scores from which on answers may be accepted, for targets of precision and false positive rate.
 
     An answer is accepted if its score is at least t. With P(t), N(t) the positives and negatives accepted:
@@ -225,50 +241,33 @@ def thresholds(
     Args:
         positive: (Q,) scores of right answers, one per query.
         negative: (N,) scores of wrong answers, drawn again independently of the positives.
-        precision, false_positive_rate: the targets, from 0 to 1.
-        resamples, seed, level: of the percentile bootstrap interval; positives and negatives are drawn again, each as
-            many as there are.
+        targets: ("precision" or "false_positive_rate", value from 0 to 1) each.
+        resamples, seed: of the percentile bootstrap interval; positives and negatives are drawn again, each as many as
+            there are. A resample without a threshold counts as one above all scores.
 
     Returns:
-        For each target, precision first: {"target": "precision" or "false_positive_rate", "value", "threshold", "low",
-        "high": its interval, "reached": the target's rate at the threshold, "recall": the share of positives at or
-        above it}. Where no score reaches the target, "threshold" and "reached" are None and recall is 0. A resample
-        without a threshold counts as one above all scores: an end of the interval that falls there is None.
+        One for each target, in order.
 
     Raises:
-        UserError: no positive or no negative, a score that is not finite, a target outside 0 to 1, resamples below 1,
-            or a level outside (0, 1).
+        UserError: no positive or no negative, a score that is not finite, or resamples below 1.
 
     Source: Efron & Tibshirani 1993, section 13.3, for the interval.
     """
     positive, negative = _check_values("positive", positive), _check_values("negative", negative)
-    quantiles = _check_resampling(resamples, level)
-    targets = [("precision", float(value)) for value in precision]
-    targets += [("false_positive_rate", float(value)) for value in false_positive_rate]
-    for target, value in targets:
-        if not 0 <= value <= 1:
-            raise UserError(f"{target}={value:g}: give a target from 0 to 1")
+    _check_resamples(resamples)
     score_U, place = np.unique(np.concatenate([positive, negative]), return_inverse=True)
-    positive_at, negative_at = place[: len(positive)], place[len(positive) :]
-    found = _lowest_reaching(positive_at, negative_at, len(score_U), targets)
+    samples = place[: len(positive)], place[len(positive) :]
     rng = np.random.default_rng(seed)
     drawn = np.empty((resamples, len(targets)), dtype=np.int64)
     for b in range(resamples):
-        again = [at[rng.integers(len(at), size=len(at))] for at in (positive_at, negative_at)]
+        again = [at[rng.integers(len(at), size=len(at))] for at in samples]
         drawn[b] = [at for at, _, _ in _lowest_reaching(again[0], again[1], len(score_U), targets)]
-    lows, highs = np.quantile(drawn, quantiles, axis=0, method="inverted_cdf").astype(np.int64)
+    ends = np.quantile(drawn, INTERVAL, axis=0, method="inverted_cdf").astype(np.int64)
     scores = [*score_U.tolist(), None]
+    found = _lowest_reaching(*samples, len(score_U), targets)
     return [
-        {
-            "target": target,
-            "value": value,
-            "threshold": scores[at],
-            "low": scores[low],
-            "high": scores[high],
-            "reached": reached,
-            "recall": recall,
-        }
-        for (target, value), (at, reached, recall), low, high in zip(targets, found, lows, highs, strict=True)
+        Threshold(*target, scores[at], scores[low], scores[high], reached, recall)
+        for target, (at, reached, recall), (low, high) in zip(targets, found, ends.T, strict=True)
     ]
 
 
@@ -305,13 +304,9 @@ def _check_values(name: str, values: Any, max_dimensions: int = 1) -> np.ndarray
     return array
 
 
-def _check_resampling(resamples: int, level: float = 0.95) -> tuple[float, float]:
-    """The two quantiles of an interval."""
+def _check_resamples(resamples: int) -> None:
     if resamples < 1:
         raise UserError(f"resamples={resamples}: give a whole number from 1, as 10000")
-    if not 0 < level < 1:
-        raise UserError(f"level={level}: give a share between 0 and 1, as 0.95")
-    return (1 - level) / 2, (1 + level) / 2
 
 
 def _blocks(resamples: int, num_queries: int) -> Iterator[slice]:

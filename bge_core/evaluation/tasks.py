@@ -1,4 +1,4 @@
-"""Test sets: questions, a corpus and which of its texts are right; and TREC's files, which others' tools write.
+"""Test sets: questions, a corpus and which of its texts are right.
 
 data.jsonl, data.parquet, org/name:test   rows of query and pos; a positive is found by its text, as in FlagEmbedding
 folder                                    a BEIR folder: corpus.jsonl, queries.jsonl, qrels/*.tsv; found by its id
@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from bge_core import UserError
-from bge_core.evaluation.trec import Qrels, _refuse_without_positives, read_qrels  # cross
+from bge_core.evaluation.trec import Qrels, read_qrels, refuse_without_positives
 from bge_core.files import records
 from bge_core.files.records import Check, Row
 from bge_core.files.sources import describe_source, is_hub_name, read_source
@@ -278,7 +278,7 @@ def _read_judged(queries: str, file: str) -> tuple[list[tuple[str, Row]], Qrels]
     if unknown:
         text = "%s judges %d questions that %s lacks; they are left out, as %s"
         logger.warning(text, file, len(unknown), queries, min(unknown))
-    _refuse_without_positives(file, (qrels[name] for name, _ in pairs))
+    refuse_without_positives(file, (qrels[name] for name, _ in pairs))
     return pairs, qrels
 
 

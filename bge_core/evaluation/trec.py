@@ -13,6 +13,7 @@ import numpy as np
 
 from bge_core import UserError
 from bge_core.files import records
+from bge_core.files.atomic import atomic_path
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +25,8 @@ _QRELS_COLUMNS = "question 0 document grade; or begin with the header query-id, 
 _RUN_COLUMNS = "question Q0 document rank score tag"
 
 
-def _refuse_without_positives(name: str, judged: Iterable[Mapping[str, int]]) -> None:
+def refuse_without_positives(name: str, judged: Iterable[Mapping[str, int]]) -> None:
+    """UserError where no question has a grade above 0; `name` says where they stand."""
     if not any(grade > 0 for grades in judged for grade in grades.values()):
         raise UserError(f"{name}: no question has a positive, that is a score above 0; give qrels that have some")
 
@@ -115,7 +117,7 @@ def run_as_ranking(
     Raises:
         UserError: no question of the run is judged, or none has a positive.
     """
-    _refuse_without_positives("the qrels", qrels.values())
+    refuse_without_positives("the qrels", qrels.values())
     unjudged = [question for question in run if question not in qrels]
     if len(unjudged) == len(run):
         raise UserError(f"the qrels judge none of the run's {len(run)} questions; give those of the run's test set")
@@ -174,14 +176,32 @@ def _lines(path: str | Path) -> Iterator[tuple[int, str]]:
         ) from None
 
 
-def without_space(word: str) -> str:
-    """A word for a column of a run: white space as in an address of the web, as %20."""
-    return re.sub(r"\s", lambda found: quote(found[0]), word)
+def write_run(
+    path: str | Path,
+    name: str,
+    query_ids: Sequence[str],
+    corpus_ids: Sequence[str],
+    rows: np.ndarray,
+    scores: np.ndarray,
+) -> None:
+    """Write a ranking as a TREC run of this name, whole or not at all.
+
+    Args:
+        query_ids, corpus_ids: (Q,), (N,). White space in them becomes %20, as in an address of the web.
+        rows, scores: (Q, k) of the corpus, best first; -1: the corpus has no more. Ties are written as scores that
+            fall, for trec_eval would order them by id.
+    """
+    with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        for query_id, found, of in zip(query_ids, rows, scores, strict=True):
+            for place, (row, score) in enumerate(zip(found, decreasing_scores(of), strict=True), start=1):
+                if row >= 0:
+                    columns = (query_id, "Q0", corpus_ids[row], str(place), f"{score:.9g}", name)
+                    file.write(" ".join(re.sub(r"\s", lambda space: quote(space[0]), word) for word in columns) + "\n")
 
 
-def falling(scores: np.ndarray) -> np.ndarray:
-    """The scores, each a last bit below the one before where they tie: trec_eval would order ties by id."""
-    fallen = scores.astype(np.float32)
-    for i in range(1, len(fallen)):
-        fallen[i] = min(fallen[i], np.nextafter(fallen[i - 1], np.float32(-np.inf)))
-    return fallen
+def decreasing_scores(scores: np.ndarray) -> np.ndarray:
+    """The scores in single precision, each at least a last bit below the one before."""
+    lower = scores.astype(np.float32)
+    for i in range(1, len(lower)):
+        lower[i] = min(lower[i], np.nextafter(lower[i - 1], np.float32(-np.inf)))
+    return lower

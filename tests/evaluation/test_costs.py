@@ -31,11 +31,11 @@ def made() -> tuple[np.ndarray, np.ndarray, RetrievalTask]:
 def test_all_of_the_numbers_are_exact_search(made: tuple[np.ndarray, np.ndarray, RetrievalTask]) -> None:
     queries, corpus, task = made
     (line,) = measure_costs(queries, corpus, task, k=100)
-    assert list(line) == ["dimension", "type", *METRICS, "bytes_per_passage", "queries_per_second"]
+    assert list(line.row()) == ["dimension", "type", *METRICS, "bytes_per_passage", "queries_per_second"]
     want = rank(queries, corpus, task, k=100, metrics=METRICS).means
-    assert {name: line[name] for name in METRICS} == pytest.approx(want)
-    assert (line["dimension"], line["type"], line["bytes_per_passage"]) == (32, "float32", 128)
-    assert 0.3 < line["MRR@10"] < 1 and line["queries_per_second"] > 0
+    assert line.metrics == pytest.approx(want)
+    assert (line.dimension, line.type, line.bytes_per_passage) == (32, "float32", 128)
+    assert 0.3 < line.metrics["MRR@10"] < 1 and line.queries_per_second > 0
 
 
 def test_cut_vectors_have_length_one(made: tuple[np.ndarray, np.ndarray, RetrievalTask]) -> None:
@@ -43,16 +43,16 @@ def test_cut_vectors_have_length_one(made: tuple[np.ndarray, np.ndarray, Retriev
     np.testing.assert_allclose(cut(corpus, 8), unit(corpus[:, :8]), rtol=1e-6)
     full, half = measure_costs(queries, corpus, task, dims=[32, 8], k=100)
     want = rank(unit(queries[:, :8]), unit(corpus[:, :8]), task, k=100, metrics=METRICS).means
-    assert {name: half[name] for name in METRICS} == pytest.approx(want)
-    assert half["MRR@10"] < full["MRR@10"] and half["bytes_per_passage"] == 32
+    assert half.metrics == pytest.approx(want)
+    assert half.metrics["MRR@10"] < full.metrics["MRR@10"] and half.bytes_per_passage == 32
 
 
 def test_number_types(made: tuple[np.ndarray, np.ndarray, RetrievalTask]) -> None:
     queries, corpus, task = made
     lines = measure_costs(queries, corpus, task, dtypes=["float32", "float16", "int8", "binary"], k=20,
                           metrics=["MRR@10"])  # fmt: skip
-    assert [line["bytes_per_passage"] for line in lines] == [128, 64, 32, 4]
-    scores = [line["MRR@10"] for line in lines]
+    assert [line.bytes_per_passage for line in lines] == [128, 64, 32, 4]
+    scores = [line.metrics["MRR@10"] for line in lines]
     assert scores[1] == pytest.approx(scores[0], abs=0.02) and scores[2] == pytest.approx(scores[0], abs=0.05)
     # binary: the 4 k nearest by bits, then by q . sign(c), the slow way
     ranked = []
@@ -68,8 +68,8 @@ def test_number_types(made: tuple[np.ndarray, np.ndarray, RetrievalTask]) -> Non
 def test_index_types(made: tuple[np.ndarray, np.ndarray, RetrievalTask]) -> None:
     queries, corpus, task = made
     flat, graph = measure_costs(queries, corpus, task, factories=["HNSW16"], k=20)
-    assert graph["type"] == "HNSW16" and graph["MRR@10"] == pytest.approx(flat["MRR@10"], abs=0.02)
-    assert graph["bytes_per_passage"] > 128
+    assert graph.type == "HNSW16" and graph.metrics["MRR@10"] == pytest.approx(flat.metrics["MRR@10"], abs=0.02)
+    assert graph.bytes_per_passage > 128
 
 
 def test_bad_input(made: tuple[np.ndarray, np.ndarray, RetrievalTask]) -> None:

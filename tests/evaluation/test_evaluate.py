@@ -15,7 +15,7 @@ from tiny_model import make_tiny_bert
 
 import evaluate
 from bge_core.encoder.settings import EncoderSettings, read_settings, write_settings
-from bge_core.evaluation import evaluator
+from bge_core.evaluation import evaluator, score
 from bge_core.evaluation.evaluator import BGE_QUERY_INSTRUCTION
 from bge_core.evaluation.trec import read_qrels, read_run, run_as_ranking
 
@@ -80,8 +80,8 @@ def by_hand(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
         return np.stack([np.cos(radians), np.sin(radians)], axis=1).astype(np.float32)
 
     monkeypatch.setattr(evaluator, "encode", vectors)
-    monkeypatch.setattr(evaluate, "load_encoder", lambda path, **options: Texts())
-    monkeypatch.setattr(evaluate, "fingerprint", lambda encoder: "none")
+    monkeypatch.setattr(score, "load_encoder", lambda path, **options: Texts())
+    monkeypatch.setattr(score, "fingerprint", lambda encoder: "none")
     return prompts
 
 
@@ -162,7 +162,7 @@ def test_instructions(
     name: str, stored: EncoderSettings, settings: Row, want: tuple[str, str],
 ) -> None:  # fmt: skip
     prompts = {"query_prompt": stored.query_prompt, "passage_prompt": stored.passage_prompt}
-    monkeypatch.setattr(evaluate, "load_encoder", lambda path, **options: Texts(**prompts))
+    monkeypatch.setattr(score, "load_encoder", lambda path, **options: Texts(**prompts))
     val = write_lines(tmp_path / "val.jsonl", [{"query": "问一", "pos": ["正"]}])
     assert run(Path("models") / name, val, output_dir=tmp_path / "out", **settings) == 0
     assert (by_hand["queries"], by_hand["corpus"]) == want
@@ -315,7 +315,7 @@ def test_repeated_ids_are_refused(by_hand: dict[str, str], tmp_path: Path, capsy
     ],
 )
 def test_names_are_the_last_folders_made_unique(paths: list[str], names: list[str]) -> None:
-    assert evaluate.unique_names(paths) == names
+    assert score.unique_names(paths) == names
 
 
 def test_pooling_is_the_models_own_unless_told(

@@ -13,6 +13,7 @@ from tiny_model import make_tiny_bert
 import evaluate as stage
 from bge_core import UserError
 from bge_core.encoder.load import load_encoder
+from bge_core.evaluation import score
 from bge_core.evaluation.costs import measure_costs
 from bge_core.evaluation.evaluator import BGE_QUERY_INSTRUCTION, EvaluationResult, bge_instruction, evaluate, rank
 from bge_core.evaluation.report import write_evaluation_report
@@ -58,7 +59,7 @@ def test_vectors_from_anywhere_are_scored_as_those_of_a_model(models: list[str],
     line = table[(table["model"] == "other") & (table["metric"] == "MRR@10")].iloc[0]
     want = result.metrics["other"]["MRR@10"] - result.metrics["model"]["MRR@10"]
     assert line["difference"] == pytest.approx(want) and line["low"] <= line["value"] <= line["high"]
-    assert {line["model"] for line in result.comparisons} == {"vectors", "other"}
+    assert {line.model for line in result.comparisons} == {"vectors", "other"}
     alone = evaluate(vectors, task, resamples=200)
     assert alone.comparisons == [] and alone.metrics["model"] == result.metrics["model"]
 
@@ -72,7 +73,7 @@ def test_scores_of_positives_and_negatives_by_hand() -> None:
     np.testing.assert_allclose(found.negative_score, [np.nan, 1.0, 1.0])  # both of the first question's hits are right
     assert found.first_positive(task).tolist() == [1, 0, 0]
     result = EvaluationResult(task, {"m": found}, resamples=100)
-    assert [line["target"] for line in result.thresholds["m"]][:1] == ["precision"]
+    assert [line.target for line in result.thresholds["m"]][:1] == ["precision"]
 
 
 def test_the_question_itself_is_no_hit() -> None:
@@ -86,7 +87,7 @@ def test_the_question_itself_is_no_hit() -> None:
     deep = rank(queries, corpus, replace(task, own_rows=[0, -1]), metrics=["Recall@9"])  # more than there is
     assert deep.rows.tolist() == [[1, 2, 3, -1], [2, 1, 0, 3]] and deep.per_query["Recall@9"].tolist() == [1, 1]
     whole = measure_costs(queries, corpus, replace(task, own_rows=[0, -1]), k=2, metrics=["MRR@1"])
-    assert whole[0]["MRR@1"] == 1
+    assert whole[0].metrics["MRR@1"] == 1
 
 
 @pytest.mark.parametrize(
@@ -234,7 +235,7 @@ def test_a_metric_is_searched_as_deep_as_its_name_says() -> None:
     assert rank(query, corpus, task, k=5, metrics=["Recall@300", "RPrecision"]).means == whole
     assert whole["Recall@300"] > 100 / 150
     (line,) = measure_costs(query, corpus, task, k=5, metrics=["Recall@300"])
-    assert line["Recall@300"] == pytest.approx(whole["Recall@300"], abs=0.02)  # there vectors have length 1
+    assert line.metrics["Recall@300"] == pytest.approx(whole["Recall@300"], abs=0.02)  # there vectors have length 1
 
 
 @pytest.mark.parametrize(
@@ -271,7 +272,7 @@ def test_an_overwritten_evaluation_leaves_nothing_of_the_one_before(models: list
 def test_what_can_be_refused_is_refused_before_encoding(
     models: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stage, "task_vectors", None)
+    monkeypatch.setattr(score, "task_vectors", None)
     one, corpus = write_data(tmp_path, WORDS)
     common = ["--encoder", models[0], "--val_data", one, "--corpus", corpus]
     (Path(models[0]) / "README.md").write_bytes("中文".encode("gb18030"))

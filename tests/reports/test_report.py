@@ -2,13 +2,12 @@
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
 from bge_core.reports.model_card import add_to_model_card, write_model_card
 from bge_core.reports.plots import plot_curves
-from bge_core.reports.tables import comparison_tables, text_table
+from bge_core.reports.tables import text_table
 
 
 def test_columns_of_a_table_align() -> None:
@@ -33,37 +32,15 @@ def test_a_chinese_character_is_two_wide() -> None:
     assert right == ["a     分", "----  --", "模型   1"]
 
 
-def test_models_are_compared_with_the_first() -> None:
-    means = {"base": {"MRR@1": 0.5, "nDCG@10": 0.6}, "tuned": {"MRR@1": 0.75, "nDCG@10": 0.55}}
-    line = {"model": "tuned", "baseline": "base", "metric": "MRR@1", "difference": 0.25, "low": 0.1, "high": 0.4,
-            "p_value": 0.01, "p_adjusted": 0.02, "wins": 3, "losses": 1, "ties": 6}  # fmt: skip
-    upper, lower = comparison_tables(means, [line]).split("\n\n")
-    assert [of.split() for of in upper.split("\n")] == [
-        ["model", "MRR@1", "nDCG@10"],
-        ["-----", "-------", "-------"],
-        ["base", "0.5000", "0.6000*"],
-        ["tuned", "0.7500*", "0.5500"],
-    ]
-    assert lower.split("\n")[2].split() == [
-        "tuned", "-", "base", "MRR@1", "+0.2500", "[+0.1000,", "+0.4000]", "0.02", "3", "1", "6",
-    ]  # fmt: skip
-
-
-def test_the_model_card_takes_scores_and_loses_the_earlier_ones(tmp_path: Path) -> None:
-    (tmp_path / "README.md").write_text("# Model\n\n## Use\n\ncode\n", encoding="utf-8")
-    line = {"target": "precision", "value": 0.9, "threshold": 0.61, "low": 0.5, "high": None, "reached": 0.91,
-            "recall": 0.75}  # fmt: skip
-    for value in (0.5, 0.625):
-        result = SimpleNamespace(
-            task=SimpleNamespace(name="test", queries=["q"] * 3, corpus=["c"] * 4), rankings={"base": None, "m": None},
-            metrics={"m": {"MRR@10": value}}, intervals={"m": {"MRR@10": (0.4, 0.7)}},
-            thresholds={"base": [line | {"threshold": None}], "m": [line]},
-        )  # fmt: skip
-        add_to_model_card(tmp_path, "m", [result])
-    text = (tmp_path / "README.md").read_text(encoding="utf-8")
-    assert text.startswith("# Model\n\n## Use\n\ncode\n\n<!-- evaluation -->") and text.count("## Evaluation") == 1
-    assert "| MRR@10 | 0.6250 | 0.4000 to 0.7000 |" in text and "0.5000" not in text
-    assert "| precision 90% | 0.610 |  | 75.0% |  |" in text
+def test_the_model_card_takes_a_section_in_place_of_an_earlier_one(tmp_path: Path) -> None:
+    card = tmp_path / "README.md"
+    card.write_text("# Model\n\n## Use\n\ncode\n", encoding="utf-8")
+    add_to_model_card(tmp_path, "0.5\n")
+    card.write_text(card.read_text(encoding="utf-8") + "mine\n", encoding="utf-8")
+    add_to_model_card(tmp_path, "0.625\n")
+    assert card.read_text(encoding="utf-8") == (
+        "# Model\n\n## Use\n\ncode\n\n<!-- evaluation -->\n\n0.625\n\n<!-- /evaluation -->\nmine\n"
+    )
 
 
 def test_curves_of_every_kind_of_run(tmp_path: Path) -> None:
