@@ -15,8 +15,9 @@ import sys
 import time
 from pathlib import Path
 
-from get_encoder import EncoderError, get_encoder
+from get_encoder import get_encoder
 
+from bge_core import UserError
 from bge_core.reports.tables import text_table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,7 +34,7 @@ def main() -> int:
     args = parser.parse_args()
     try:
         base = args.model or str(get_encoder(ROOT / ENCODER).relative_to(ROOT))
-    except EncoderError as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     shutil.rmtree(ROOT / OUTPUT, ignore_errors=True)
