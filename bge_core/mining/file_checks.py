@@ -1,15 +1,7 @@
 """What may be wrong with a training file, found from its texts alone, without a model: one `Finding` for each kind.
 
-Two texts are the same if their normalized forms are (`records.normalize_text`: NFKC, single spaces). Two are nearly
-the same if their letters and digits are, width, case, spaces and punctuation apart, or if
-
-    edit ratio of the letters and digits >= limit        (limit: NEAR_TEXT for passages, NEAR_QUERY for queries)
-
-and they hold the same numbers: 1997 for 1998 makes another question, and the best of all negatives.
-
-Passages are compared within a row. Queries of two files are many pairs, so for each query only those of the other file
-are compared that share one of its RAREST rarest character trigrams, the first MAX_NEAR of them: a query in which hardly
-three characters in a row have stayed is not found.
+Two texts are the same if their normalized forms are (`files.text`: NFKC, single spaces), and nearly the same as
+`near_duplicates` has it: passages of a row from NEAR_TEXT up, queries of two files from NEAR_QUERY up.
 """
 
 import functools
@@ -17,22 +9,21 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import chain, islice
 from typing import Any, Literal
+
+import numpy as np
 
 from bge_core.files.records import Row
 from bge_core.files.text import normalize_text
+from bge_core.mining.near_duplicates import nearly_same
 
 Severity = Literal["bad", "warning", "note"]
 NEAR_TEXT, NEAR_QUERY = 0.95, 0.9
-RAREST, MAX_NEAR = 6, 1000
+MAX_PAIRS = 2**22  # of queries that are compared at once
 MAX_EXAMPLES = 5
 MAX_SAMPLE = 20_000  # texts whose lengths are counted; a tokenizer takes a minute for a million
 SHORT, HUB = 5, 10  # characters of a positive; queries that it answers
 SPECIAL = 2  # tokens that an encoder puts around a text
-_LETTER = re.compile(r"[^\W_]")
-_NOT_LETTERS = re.compile(r"[\W_]+")
-_NUMBER = re.compile(r"[\d零〇一二两三四五六七八九十百千万亿]+")
 
 # UTF-8 read as Latin-1 or Windows-1252, UTF-8 read as GBK (its quotes, full stops and commas), U+FFFD read as GBK
 _AFTER = "\u0080-\u00bf" + bytes(range(0x80, 0xA0)).decode("cp1252", "ignore")
@@ -164,7 +155,7 @@ def check_rows(
             hits.add("hubs", text=positive, queries=len(queries), query=min(queries))
     for text, number in first_row.items():
         for name, found in (
-            ("empty_texts", not (_LETTER.search(text))),
+            ("empty_texts", not any(map(str.isalnum, text))),
             ("replacement_characters", "\ufffd" in text),
             ("mojibake", _MOJIBAKE.search(text)),
         ):
@@ -208,7 +199,6 @@ def _check_each_row(
 ) -> None:
     seen_rows: set[tuple[object, ...]] = set()
     seen_queries: set[str] = set()
-    letters = functools.lru_cache(maxsize=100_000)(_letters)
     for number, row in enumerate(rows, 1):
         query, texts = norm(row["query"]), row.get("neg") or []
         positives, negatives = list(map(norm, row["pos"])), list(map(norm, texts))
@@ -237,26 +227,10 @@ def _check_each_row(
         for text in positives:
             if len(text) < SHORT:
                 hits.add("short_positives", **place, text=text)
-        for negative in negatives:
-            for positive in positives if negative not in known else ():
-                gap = abs(len(positive) - len(negative))
-                # A ratio of 0.95 leaves a gap of a ninth at most; the 4 are for punctuation.
-                if 9 * (gap - 4) <= len(positive) and _near(letters(positive), letters(negative), NEAR_TEXT):
-                    hits.add("near_contradictions", **place, positive=positive, negative=negative)
-                    break
-
-
-def _letters(text: str) -> tuple[str, list[str]]:
-    """The letters and digits of a text, without case, and its numbers."""
-    return _NOT_LETTERS.sub("", text).casefold(), _NUMBER.findall(text)
-
-
-def _near(one: tuple[str, list[str]], other: tuple[str, list[str]], limit: float) -> bool:
-    from rapidfuzz import fuzz
-
-    if one[0] == other[0]:
-        return bool(one[0])
-    return one[1] == other[1] and fuzz.ratio(one[0], other[0], score_cutoff=100 * limit) > 0
+        others = [text for text in negatives if text not in known]
+        for i, is_near in enumerate(nearly_same(others, positives, NEAR_TEXT)):
+            if is_near.any():
+                hits.add("near_contradictions", **place, positive=positives[is_near.argmax()], negative=others[i])
 
 
 def _check_scores(rows: Sequence[Row], hits: _Hits) -> dict[str, int]:
@@ -287,35 +261,22 @@ def _check_leaks(
     hits: _Hits,
 ) -> None:
     """Test rows whose query, or nearly, or whose positive is in the training data."""
-    from rapidfuzz import fuzz, process
-
-    forms = [_letters(query) for query in asked]
-    tests = [_letters(norm(row["query"])) for row in against]
-    wanted = {gram for letters, _ in tests for gram in _trigrams(letters)}
-    holders: defaultdict[str, list[int]] = defaultdict(list)  # trigram -> the training queries that hold it
-    for i, (letters, _) in enumerate(forms):
-        for gram in wanted.intersection(_trigrams(letters)):
-            holders[gram].append(i)
-    names = list(asked)
-    for number, (row, test) in enumerate(zip(against, tests, strict=True), 1):
-        if norm(row["query"]) in asked:
-            hits.add("shared_queries", row=number, query=row["query"])
-        else:
-            grams = sorted((gram for gram in _trigrams(test[0]) if gram in holders), key=lambda g: (len(holders[g]), g))
-            near = list(dict.fromkeys(islice(chain.from_iterable(holders[g] for g in grams[:RAREST]), MAX_NEAR)))
-            found = process.extract_iter(
-                test[0], [forms[i][0] for i in near], scorer=fuzz.ratio, score_cutoff=100 * NEAR_QUERY
-            )
-            same = (near[j] for _, _, j in found if _near(test, forms[near[j]], NEAR_QUERY))
-            if (place := next(same, None)) is not None:
-                hits.add("near_shared_queries", row=number, query=row["query"], training_query=names[place])
+    names, near = list(asked), dict[int, str]()
+    others = [i for i, row in enumerate(against) if norm(row["query"]) not in asked]
+    tests = [against[i]["query"] for i in others]
+    step = max(1, MAX_PAIRS // max(1, len(tests)))
+    for start in range(0, len(names), step):
+        found = nearly_same(tests, names[start : start + step], NEAR_QUERY, workers=-1)
+        for i, j in np.argwhere(found).tolist():
+            near.setdefault(others[i], names[start + j])
+    for i, row in enumerate(against):
+        place = {"row": i + 1, "query": row["query"]}
+        if i in near:
+            hits.add("near_shared_queries", **place, training_query=near[i])
+        elif norm(row["query"]) in asked:
+            hits.add("shared_queries", **place)
         if shared := [text for text in row["pos"] if norm(text) in askers]:
-            hits.add("shared_positives", row=number, query=row["query"], text=shared[0])
-
-
-def _trigrams(letters: str) -> set[str]:
-    """All three characters in a row; a shorter text is its own."""
-    return {letters[i : i + 3] for i in range(max(1, len(letters) - 2))}
+            hits.add("shared_positives", **place, text=shared[0])
 
 
 def _check_lengths(

@@ -22,7 +22,6 @@ must name the same things: 退货几天 and 金卡退货几天 have two answers.
 import functools
 import random
 import re
-import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,15 +29,16 @@ from typing import Any
 
 import numpy as np
 
+from bge_core.files.text import fold, letters
+from bge_core.mining.near_duplicates import alike, holds_number, numbers, with_digits
+
 MIN_ANSWER = 2  # letters: a shorter answer stands in too many passages
 MAX_SAMPLE = 50_000  # texts to count words in
 RARE = 1 / 2000  # a word in a smaller share of the texts is rare
 MIN_PART = 0.5  # a candidate this much shorter than the positive is no duplicate, even if the positive holds it
 SUBJECT = 3  # letters that a question and its answer both begin with: of two, most are words and no names
-_NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?|[零〇一二两三四五六七八九十百千万亿]+")
 _TITLE = re.compile(r"《([^《》]+)》")
 _LATIN = re.compile(r"[a-z][a-z0-9]*")
-_DIGITS = {char: value for value, chars in enumerate(("零〇", "一", "二两", *"三四五六七八九")) for char in chars}
 _ASKS = {  # what a question asks for: its shortest form, and the others
     "何人": re.compile("谁|何人|哪位|哪个人|什么人"),
     "何时": re.compile("何时|什么时[候间]|哪一?年|何年|哪一?天|几[年月日号点]"),
@@ -50,21 +50,15 @@ _POLITE = re.compile("请问|[吗呢呀啊吧]?[？?]")
 _NEGATION = re.compile("(?:没有?|不|未|无法?|勿)(.*)")
 _OPPOSITES = "前后 上下 内外 左右 开关 退换 增减 升降 进出 买卖 借还 存取 收付 男女 高低 多少 大小 长短 早晚 日周月季年"
 _GENERIC = "时候 时间 意思 方法 办法 方式 原因 地方 名字 名称 问题 情况 东西 内容 年份 日期 多久 人 个 次"
-_UNITS = {"十": 10, "百": 100, "千": 1000}
 _NAME_TAGS = frozenset(("nr", "ns", "nt", "nz"))  # of people, places, organizations and others
 _FUNCTION = frozenset("的地得了着过在于与和及或是为则也都并而且又被把将对向从到由以其之这那该有等所就还")
-
-
-def plain(text: str) -> str:
-    """Letters and digits alone, NFKC, without case: what two texts share that differ in form only."""
-    return "".join(filter(str.isalnum, unicodedata.normalize("NFKC", text).casefold()))
 
 
 def words(text: str) -> str:
     """The words of a text that carry meaning, joined by spaces, as Chinese is segmented by jieba's dictionary."""
     import rjieba
 
-    found = (word.strip() for word in rjieba.cut(unicodedata.normalize("NFKC", text).casefold()))
+    found = (word.strip() for word in rjieba.cut(fold(text)))
     return " ".join(word for word in found if any(map(str.isalnum, word)) and not _FUNCTION.issuperset(word))
 
 
@@ -76,33 +70,9 @@ def _converter() -> Any:
 
 
 def _simplified(text: str) -> str:
-    """NFKC, in simplified characters."""
-    simplified: str = _converter().convert(unicodedata.normalize("NFKC", text))
+    """Folded, in simplified characters."""
+    simplified: str = _converter().convert(fold(text))
     return simplified
-
-
-def numbers(text: str) -> frozenset[str]:
-    """The numbers of a text, in digits: 1998年, 一九九八年 and １９９８ have the same."""
-    found = _NUMBER.findall(unicodedata.normalize("NFKC", text))
-    return frozenset(_value(number.replace(",", "")) for number in found)
-
-
-def _value(number: str) -> str:
-    if number[0].isdigit():
-        return number
-    if not set(number) & {*_UNITS, "万", "亿"}:
-        return "".join(str(_DIGITS[char]) for char in number).lstrip("0") or "0"
-    high, total, section, digit = 0, 0, 0, 0
-    for char in number:
-        if char in _DIGITS:
-            digit = _DIGITS[char]
-        elif char == "亿":
-            high, total, section, digit = high + (total + section + digit or 1) * 10**8, 0, 0, 0
-        elif char == "万":
-            total, section, digit = total + (section + digit or 1) * 10**4, 0, 0
-        else:
-            section, digit = section + (digit or 1) * _UNITS[char], 0
-    return str(high + total + section + digit)
 
 
 def asks(question: str) -> frozenset[str]:
@@ -201,9 +171,9 @@ class Guards:
             return
         asked: defaultdict[str, list[int]] = defaultdict(list)
         for number, query in enumerate(queries):
-            asked[plain(query)].append(number)
+            asked[letters(query)].append(number)
         for number, query in enumerate(queries):
-            same = set(asked[plain(query)])
+            same = set(asked[letters(query)])
             if neighbours_QK is not None:
                 near = [row for row in neighbours_QK[number].tolist() if row >= 0 and row not in same]
                 close = self._same([query], [queries[row] for row in near], settings.same_question, questions=True)
@@ -214,18 +184,18 @@ class Guards:
     @staticmethod
     def _find_forms(text: str) -> tuple[str, str]:
         """A text's letters, and its words, with numbers in digits."""
-        text = _NUMBER.sub(lambda found: _value(found[0].replace(",", "")), _simplified(text))
-        return plain(text), words(text)
+        text = with_digits(_simplified(text))
+        return letters(text), words(text)
 
     def _find_facts(self, text: str) -> tuple[str, frozenset[str], frozenset[str]]:
         """A text's letters, its numbers, and its names and rare words."""
         import rjieba
 
-        clean = _simplified(text).casefold()
+        clean = _simplified(text)
         tagged = [word.strip("".join(_FUNCTION)) for word, tag in rjieba.tag(clean) if tag[:2] in _NAME_TAGS]
-        rare = [word for word in self._forms(text)[1].split() if word not in self.common and not _NUMBER.search(word)]
-        names = [plain(name) for name in (*tagged, *rare, *_TITLE.findall(clean), *_LATIN.findall(clean))]
-        return plain(clean), numbers(clean), frozenset(filter(None, names))
+        rare = [word for word in self._forms(text)[1].split() if word not in self.common and not holds_number(word)]
+        names = [letters(name) for name in (*tagged, *rare, *_TITLE.findall(clean), *_LATIN.findall(clean))]
+        return letters(clean), numbers(clean), frozenset(filter(None, names))
 
     def _lacks_subject(self, query: str, positive: str, candidate: str) -> bool:
         """Whether the question names something that the positive holds and the candidate does not.
@@ -263,16 +233,12 @@ class Guards:
         self, texts: Sequence[str], candidates: Sequence[str], threshold: float, questions: bool = False
     ) -> np.ndarray:
         """(texts, candidates) bool: close in letters or words, and no fact differs."""
-        from rapidfuzz import fuzz, process
-
-        found = np.zeros((len(texts), len(candidates)), dtype=bool)
-        if not found.size:
-            return found
         if questions:
             texts, candidates = list(map(plain_question, texts)), list(map(plain_question, candidates))
-        for form, scorer in ((0, fuzz.ratio), (1, fuzz.token_sort_ratio if questions else fuzz.token_set_ratio)):
-            ours, theirs = ([self._forms(text)[form] for text in side] for side in (texts, candidates))
-            found |= process.cdist(ours, theirs, scorer=scorer, score_cutoff=100 * threshold) > 0
+        ours, theirs = list(map(self._forms, texts)), list(map(self._forms, candidates))
+        found = np.zeros((len(texts), len(candidates)), dtype=bool)
+        for form, by in ((0, "letters"), (1, "words" if questions else "set of words")):
+            found |= alike([one[form] for one in ours], [other[form] for other in theirs], threshold, by=by) > 0
         for i, j in np.argwhere(found).tolist():
             one, other = texts[i], candidates[j]
             if questions:
@@ -286,14 +252,14 @@ class Guards:
     def reasons(self, number: int, candidates: Sequence[str]) -> list[str | None]:
         """For each candidate the guard that says it may answer question `number`, or None."""
         own, others = self.positives[number], self.others[number]
-        letters = [self._forms(text)[0] for text in candidates]
-        barred = dict.fromkeys((self._forms(text)[0] for text in others), "same_question")
+        forms = [self._forms(text)[0] for text in candidates]
+        excluded = dict.fromkeys((self._forms(text)[0] for text in others), "same_question")
         if self.settings.identical:
-            barred |= dict.fromkeys((self._forms(text)[0] for text in own), "identical")
-        reasons = [barred.get(found) for found in letters]
+            excluded |= dict.fromkeys((self._forms(text)[0] for text in own), "identical")
+        reasons = [excluded.get(form) for form in forms]
         if self.settings.answer and self.answers[number]:
-            for i, found in enumerate(letters):
-                if reasons[i] is None and any(span in found for span in self.answers[number]):
+            for i, form in enumerate(forms):
+                if reasons[i] is None and any(span in form for span in self.answers[number]):
                     reasons[i] = "answer"
         if self.settings.near_duplicate is not None:
             left = [i for i, reason in enumerate(reasons) if reason is None]

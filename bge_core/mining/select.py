@@ -1,15 +1,18 @@
-"""Which of a query's hits become its negatives: a pure function."""
+"""Which of a query's hits become its negatives: a function of its ranking, the texts and the seed."""
 
 import math
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain, islice
 from typing import Literal, NamedTuple
 
 import numpy as np
 
 from bge_core.files.text import text_id
+from bge_core.mining.filters import CandidateFilter
+from bge_core.mining.retrieve import Embedded
+from bge_core.mining.teacher import TeacherScores
 
 COUNTS = (
     "positives_dropped", "queries_dropped", "kept_dropped",  # hits of the range that were taken out, and why
@@ -17,9 +20,6 @@ COUNTS = (
     "rows_filled_at_random", "negatives_at_random",
     "rows_short", "rows_without_negatives",  # the pool had too few; had none at all
 )  # fmt: skip
-
-Refuse = Callable[[int, Sequence[int]], Sequence[str | None]]
-Approve = Callable[[Sequence[tuple[int, int]]], Sequence[bool]]
 
 
 class Negatives(NamedTuple):
@@ -41,17 +41,17 @@ def select_negatives(
     kept: Sequence[Sequence[str]] | None = None,
     sampling: Literal["uniform", "top", "score"] = "uniform",
     temperature: float = 0.05,
-    scores: Callable[[int, Sequence[int]], np.ndarray] | None = None,
-    refuse: Refuse | None = None,
-    approve: Approve | None = None,
+    embedded: Embedded | None = None,
+    filters: CandidateFilter | None = None,
+    teacher: TeacherScores | None = None,
 ) -> tuple[list[Negatives], Counter[str]]:
     """Choose the negatives of each row from its ranking.
 
-        hits = ranked[a:b] without positives, the query, `kept` and what is refused
+        hits = ranked[a:b] without positives, the query, `kept` and what the filters exclude
         order of the hits:  uniform  each order equally likely
                             top      by rank
                             score    drawn without repeats, each with probability ~ exp(score / temperature)
-        the first n that are approved; too few: others of the pool at random, as far as the pool goes
+        the first n that the teacher accepts; too few: others of the pool at random, as far as the pool goes
 
     A row's choice is a function of its own ranking and texts, the pool, the seed and its number in the file.
 
@@ -64,10 +64,9 @@ def select_negatives(
         negative_number: n.
         seed: of the chance; any integer.
         kept: negatives that a row has already and that are not to come again.
-        sampling, temperature: see above; "score" needs `scores`.
-        scores: the encoder's scores of some rows of the pool for a query.
-        refuse: for some rows of the pool the reason why each is no negative of a query, or None; counted by reason.
-        approve: asked last, for (row, row of the pool) of many rows at once, and only for what would be taken.
+        sampling, temperature: see above; "score" needs `embedded`, which has the scores.
+        filters: may exclude hits, which is counted by reason, and what is drawn at random.
+        teacher: asked last, of many rows at once, and only of what would be taken.
 
     Returns:
         Q choices, and the COUNTS over all rows.
@@ -76,56 +75,29 @@ def select_negatives(
         repeats: Gumbel-top-k, Kool et al. 2019, eq. 4.
     """
     assert len(set(pool_ids)) == len(pool_ids), "a text of the pool comes twice"
-    start, end = sampling_range
     counts = Counter(dict.fromkeys(COUNTS, 0))
-    hits: list[list[int]] = []
+    rank_of_hit: list[dict[int, int]] = []
     orders: list[Iterator[int]] = []  # of each row, what it takes next
     for number, query in enumerate(queries):
-        barred = {text_id(text): "kept_dropped" for text in (kept[number] if kept is not None else ())}
-        barred |= {text_id(query): "queries_dropped"} | {
-            text_id(text): "positives_dropped" for text in positives[number]
-        }
-        found = []
-        for row in ranked_QK[number, start:end].tolist():
-            if row < 0:
-                break
-            if pool_ids[row] in barred:
-                counts[barred[pool_ids[row]]] += 1
-            else:
-                found.append(row)
-        if refuse is not None:
-            reasons = refuse(number, found)
-            counts.update(f"{reason}_dropped" for reason in reasons if reason)
-            found = [row for row, reason in zip(found, reasons, strict=True) if not reason]
-        counts["rows_sampled"] += len(found) > negative_number
-        hits.append(found)
-
+        known = {text_id(text): "kept_dropped" for text in (kept[number] if kept is not None else ())}
+        known[text_id(query)] = "queries_dropped"
+        known |= dict.fromkeys(map(text_id, positives[number]), "positives_dropped")
+        hits = _hits_in_range(ranked_QK[number], sampling_range, known, pool_ids, counts)
+        hits = _exclude(number, hits, filters, counts)
+        counts["rows_sampled"] += len(hits) > negative_number
         chance = random.Random(f"{seed} {number}")  # a string: seeded by its hash, so neighbours are unrelated
-        order = list(found)
+        rank_of_hit.append({row: rank for rank, row in enumerate(hits)})
+        order = list(hits)
         if sampling == "uniform":
             chance.shuffle(order)
-        elif sampling == "score" and found:
-            assert scores is not None
-            keys = [score / temperature - math.log(chance.expovariate(1)) for score in scores(number, found).tolist()]
-            order = [row for _, row in sorted(zip(keys, found, strict=True), reverse=True)]
-        spare = _fill(number, negative_number, set(found), set(barred), pool_ids, chance, refuse)
-        orders.append(chain(order, spare))
-
-    taken: list[list[int]] = [[] for _ in queries]
-    while asked := [
-        (i, row) for i in range(len(queries)) for row in islice(orders[i], negative_number - len(taken[i]))
-    ]:
-        for (i, row), good in zip(asked, approve(asked) if approve else [True] * len(asked), strict=True):
-            if good:
-                taken[i].append(row)
-            else:
-                counts["teacher_dropped"] += 1
-
+        elif sampling == "score" and hits:
+            assert embedded is not None
+            order = _draw_by_score(hits, embedded.scores(number, hits), temperature, chance)
+        orders.append(chain(order, _others(number, negative_number, {*hits}, {*known}, pool_ids, chance, filters)))
     chosen = []
-    for rows, found in zip(taken, hits, strict=True):
-        rank = {row: place for place, row in enumerate(found)}
-        filled = [row for row in rows if row not in rank]
-        chosen.append(Negatives(sorted(set(rows) & set(found), key=rank.__getitem__), filled))
+    for rows, rank in zip(_take(orders, negative_number, teacher, counts), rank_of_hit, strict=True):
+        ranked, filled = sorted(set(rows) & rank.keys(), key=rank.__getitem__), [row for row in rows if row not in rank]
+        chosen.append(Negatives(ranked, filled))
         counts["rows_filled_at_random"] += bool(filled)
         counts["negatives_at_random"] += len(filled)
         counts["rows_short"] += len(rows) < negative_number
@@ -133,20 +105,61 @@ def select_negatives(
     return chosen, counts
 
 
-def _fill(
+def _hits_in_range(
+    ranked_K: np.ndarray,
+    sampling_range: tuple[int, int],
+    known: dict[int, str],
+    pool_ids: Sequence[int],
+    counts: Counter[str],
+) -> list[int]:
+    """The hits of the range, best first, without what is known not to be a negative."""
+    hits = [row for row in ranked_K[slice(*sampling_range)].tolist() if row >= 0]
+    counts.update(known[pool_ids[row]] for row in hits if pool_ids[row] in known)
+    return [row for row in hits if pool_ids[row] not in known]
+
+
+def _exclude(number: int, hits: list[int], filters: CandidateFilter | None, counts: Counter[str]) -> list[int]:
+    if filters is None:
+        return hits
+    reasons = filters.reasons(number, hits)
+    counts.update(f"{reason}_dropped" for reason in reasons if reason)
+    return [row for row, reason in zip(hits, reasons, strict=True) if not reason]
+
+
+def _draw_by_score(hits: Sequence[int], scores: np.ndarray, temperature: float, chance: random.Random) -> list[int]:
+    keys = [score / temperature - math.log(chance.expovariate(1)) for score in scores.tolist()]
+    return [row for _, row in sorted(zip(keys, hits, strict=True), reverse=True)]
+
+
+def _others(
     number: int,
     count: int,
     hits: set[int],
-    barred: set[int],
+    known: set[int],
     pool_ids: Sequence[int],
     chance: random.Random,
-    refuse: Refuse | None,
+    filters: CandidateFilter | None,
 ) -> Iterator[int]:
-    """Different rows of the pool, each equally likely, neither hits nor barred nor refused; `count` and more."""
-    # Texts of the pool are distinct, so of these draws at most len(hits) + len(barred) are passed over.
-    num_draws = min((5 if refuse else 1) * count + len(hits) + len(barred), len(pool_ids))
-    drawn = (row for row in chance.sample(range(len(pool_ids)), num_draws))
-    spare = (row for row in drawn if row not in hits and pool_ids[row] not in barred)
-    while some := list(islice(spare, count)):
-        reasons = refuse(number, some) if refuse else [None] * len(some)
+    """Different rows of the pool, each equally likely, neither hits nor known nor excluded; `count` and more."""
+    # Texts of the pool are distinct, so of these draws at most len(hits) + len(known) are passed over.
+    num_draws = min((5 if filters else 1) * count + len(hits) + len(known), len(pool_ids))
+    drawn = chance.sample(range(len(pool_ids)), num_draws)
+    others = (row for row in drawn if row not in hits and pool_ids[row] not in known)
+    while some := list(islice(others, count)):
+        reasons = filters.reasons(number, some) if filters else [None] * len(some)
         yield from (row for row, reason in zip(some, reasons, strict=True) if not reason)
+
+
+def _take(
+    orders: Sequence[Iterator[int]], count: int, teacher: TeacherScores | None, counts: Counter[str]
+) -> list[list[int]]:
+    """The first `count` of each row that the teacher accepts, asked for all rows at once until none lacks any."""
+    taken: list[list[int]] = [[] for _ in orders]
+    while asked := [(i, row) for i, order in enumerate(orders) for row in islice(order, count - len(taken[i]))]:
+        accepted = teacher.accepts(asked) if teacher else [True] * len(asked)
+        for (i, row), is_accepted in zip(asked, accepted, strict=True):
+            if is_accepted:
+                taken[i].append(row)
+            else:
+                counts["teacher_dropped"] += 1
+    return taken

@@ -5,7 +5,6 @@ Shapes: Q queries, K places of a ranking, B queries of a block, M places of all 
 
 import logging
 import re
-import unicodedata
 from array import array
 from collections.abc import Sequence
 
@@ -13,6 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from bge_core import UserError
+from bge_core.files.text import fold
 
 BLOCK = 1024  # queries that are fused together: their places stay in the cache
 _HAN = r"\u3007\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
@@ -22,7 +22,7 @@ _RUNS = re.compile(rf"([{_HAN}]+)|[^\W_{_HAN}]+(?:\.\d+|,\d{{3}}(?!\d))*")
 
 
 def segment(text: str) -> list[str]:
-    """The words of a text in the form in which BM25 compares them: NFKC, lower case, no punctuation, no white space.
+    """The words of a text in the form in which BM25 compares them: NFKC, without case, no punctuation, no white space.
 
     Chinese is cut by jieba's dictionary in search mode: a long word comes with its parts, so that 大学 finds 北京大学.
     Words of other scripts and numbers stay whole.
@@ -36,7 +36,7 @@ def segment(text: str) -> list[str]:
     import rjieba
 
     words: list[str] = []
-    for run in _RUNS.finditer(unicodedata.normalize("NFKC", text).lower()):
+    for run in _RUNS.finditer(fold(text)):
         if run[1]:
             # hmm would join unknown characters, names above all, into words of its own: fewer of them are found
             words += rjieba.cut_for_search(run[1], hmm=False)

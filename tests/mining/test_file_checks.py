@@ -8,8 +8,10 @@ import pytest
 from rapidfuzz import fuzz
 
 from bge_core.files.records import check_training_row
+from bge_core.files.text import letters
 from bge_core.mining import file_checks
 from bge_core.mining.file_checks import KINDS, Finding, check_rows, summary_lines
+from bge_core.mining.near_duplicates import numbers
 
 CLEAN = [
     {"query": "信用卡怎么申请？", "pos": ["请在手机银行首页点击申请。"], "neg": ["贷款需要收入证明。", "密码在柜台重置。"]},
@@ -141,13 +143,6 @@ def test_leaks_are_counted_apart() -> None:
     assert findings["near_shared_queries"].examples[0]["training_query"] == "2019年的年会在哪里举行?"  # type: ignore[index]
 
 
-def test_a_rare_trigram_that_leads_elsewhere_hides_no_near_query() -> None:
-    query = "信用卡年费怎么减免申请流程说明在哪里查询"
-    train = [{"query": text, "pos": ["见首页公告。"]} for text in (query, query[::-1] + query, "甲乙丙")]
-    test = [{"query": query + "甲乙丙", "pos": ["无可奉告。"]}]
-    assert found(train, against=test)["near_shared_queries"].count == 1
-
-
 def noisy(rng: random.Random, text: str, edits: int) -> str:
     for _ in range(edits):
         place = rng.randrange(len(text))
@@ -156,8 +151,8 @@ def noisy(rng: random.Random, text: str, edits: int) -> str:
 
 
 def slow_near(one: str, other: str, limit: float) -> bool:
-    (one, numbers), (other, other_numbers) = file_checks._letters(one), file_checks._letters(other)
-    return one == other or (numbers == other_numbers and fuzz.ratio(one, other) >= 100 * limit)
+    ratio = fuzz.ratio(letters(one), letters(other))
+    return ratio == 100 or (numbers(one) == numbers(other) and ratio >= 100 * limit)
 
 
 def test_near_queries_are_those_that_comparing_all_pairs_finds() -> None:

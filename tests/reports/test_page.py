@@ -1,4 +1,4 @@
-"""Pages: nothing of a text becomes markup, nothing comes from outside, the same bytes each time; the mining report."""
+"""Pages: nothing of a text becomes markup, nothing comes from outside, the same bytes each time."""
 
 import base64
 import hashlib
@@ -15,8 +15,6 @@ import pytest
 from conftest import ROOT
 from matplotlib.figure import Figure
 
-from bge_core.mining.file_checks import Finding
-from bge_core.mining.report import _draw_ranks, auc, mining_warnings, write_mining_report
 from bge_core.reports.page import Page
 from bge_core.reports.plots import COLORS
 
@@ -180,102 +178,3 @@ def test_a_page_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(ZeroDivisionError):
         Page("new").write(file)
     assert "半" in file.read_text(encoding="utf-8") and list(file.parent.iterdir()) == [file]
-
-
-# --- the mining report
-
-
-def mining_facts(**change: Any) -> dict[str, Any]:
-    rng = np.random.default_rng(0)
-    facts = {
-        "title": "Mined", "settings": {"seed": 2024, "model_name_or_path": "bge"}, "index": {"recall": 0.95},
-        "counts": {"rows": 100, "pool": 1000, "negatives_min": 3, "negatives_mean": 4.9, "negatives_max": 5},
-        "pos_scores": rng.normal(0.8, 0.05, 100), "neg_scores": rng.normal(0.5, 0.05, 500),
-        "neg_above": 0, "neg_total": 500, "positive_ranks": np.array([0] * 60 + [1] * 20 + [7] * 20), "depth": 50,
-        "removed": {"identical": {"count": 20, "examples": [{"query": "问", "positive": "答", "candidate": EVIL, "score": 0.9}]}},
-        "lengths": {"query": np.array([5, 6]), "positive": np.array([20, 40]), "negative": np.array([30])},
-        "limits": {"query": 64, "positive": 64, "negative": 64},
-        "inspect": [{"query": "酒店几点退房", "pos": [["中午", 0.7], ["十二点", 0.6]], "neg": [["早餐", 0.6], ["晚上", 0.65]]}],
-    }  # fmt: skip
-    return facts | change
-
-
-def test_a_good_run_has_nothing_to_warn_of() -> None:
-    assert mining_warnings(mining_facts()) == mining_warnings({}) == []
-
-
-COUNTS = mining_facts()["counts"]
-LIMITS = {  # name: facts just below the limit, at it, and at the one above which it is bad
-    "positives_not_found": [{"positive_ranks": np.array([0] * (100 - n) + [-1] * n)} for n in (4, 5, 20)],
-    "negatives_above_positive": [{"neg_above": n} for n in (24, 25, 100)],
-    "rows_short": [{"counts": {**COUNTS, "rows": 1000, "rows_short": n}} for n in (9, 10, 500)],
-    "negatives_at_random": [{"counts": {**COUNTS, "negatives_at_random": n}} for n in (24, 25, 250)],
-    "guard_near_duplicate": [{"removed": {"near_duplicate": {"count": n, "examples": []}}} for n in (999, 1000, 2500)],
-    "positive_cut": [{"lengths": {"positive": np.array([64] * (100 - n) + [65] * n)}} for n in (4, 5, 50)],
-    "overlap": [{"pos_scores": np.full(100, 0.5), "neg_scores": np.array([0.4] * (100 - n) + [0.6] * n)} for n in (14, 15, 35)],
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", LIMITS)
-def test_when_mining_warns(name: str) -> None:
-    below, at, bad = (mining_warnings(mining_facts(**change)) for change in LIMITS[name])
-    assert below == []
-    assert [(f.name, f.severity) for f in at] == [(name, "warning")]
-    assert [(f.name, f.severity) for f in bad] == [(name, "bad")]
-    assert re.match(r"\d+\.\d% of the ", at[0].message) and at[0].message.endswith(").") and at[0].remedy.endswith(".")
-    assert f"{at[0].count / at[0].total:.1%}" in at[0].message and at[0].share == at[0].count / at[0].total
-
-
-def test_the_pool_bounds_the_candidates_and_the_facts_may_say_them() -> None:
-    removed = {"removed": {"identical": {"count": 200, "examples": []}}}
-    assert mining_warnings(mining_facts(**removed)) == []  # 200 of 100 rows x 50
-    covered, guard = mining_warnings(mining_facts(**removed, counts={**COUNTS, "pool": 10}))
-    assert covered.name == "range_covers_pool" and "10 candidates" in covered.message and guard.total == 1000
-    assert mining_warnings(mining_facts(**removed, candidates=800))[0].total == 800
-
-
-def test_auc_is_that_of_all_pairs() -> None:
-    rng = np.random.default_rng(1)
-    pos, neg = rng.integers(0, 9, 40) / 8, rng.integers(-2, 7, 70) / 8  # many ties
-    slow = np.mean([(p > n) + (p == n) / 2 for p in pos for n in neg])
-    assert auc(pos, neg) == pytest.approx(slow, abs=1e-12)
-
-
-@pytest.mark.parametrize("ranks, shares, last", [
-    ([0, 1, 2, 3, 6, 7, -1, -1], [1 / 8, 2 / 8, 2 / 8, 1 / 8, 2 / 8], "not found"),
-    ([-1, -1], [0, 1], "not found"), ([0], [1, 0], "not found"),
-])  # fmt: skip
-def test_ranks_fall_into_their_bins(ranks: list[int], shares: list[float], last: str) -> None:
-    axes = Figure().subplots()
-    _draw_ranks(axes, np.array(ranks))
-    assert [bar.get_height() for bar in axes.patches] == pytest.approx(shares)
-    labels = [label.get_text() for label in axes.get_xticklabels()]
-    assert labels == ["1", "2-3", "4-7", "8-15"][: len(shares) - 1] + [last]
-
-
-def test_the_report_shows_what_it_is_given(tmp_path: Path) -> None:
-    finding = Finding("hubs", "note", 1, 2, "1 of 2 hub.", "Look.", [{"row": 7, "text": EVIL}])
-    above = Finding("shared", "bad", 1, 2, "1 of 2 shared.", "Remove.", [])
-    write_mining_report(tmp_path / "r.html", mining_facts(neg_above=30, findings=[finding, above]))
-    html = (tmp_path / "r.html").read_text(encoding="utf-8")
-    text = "\n".join(Reader(html).texts)
-    places = [text.index(part) for part in ("1 of 2 shared.", "6.0% of the negatives", "1 of 2 hub.", "Scores and ranks",
-              "has the letters and digits of a positive", "Lengths", "酒店几点退房", "model_name_or_path")]  # fmt: skip
-    assert places == sorted(places)  # the worst first, settings last
-    assert EVIL in text and html.count("<svg ") == 2 and "2024" in text and "row: 7" in text
-    card = re.search(r'<section class="card item">(.*?)</section>', html, re.DOTALL)
-    assert card and [t for t in re.findall(r"<td[^>]*>([^<]*)</td>", card[1])] == [
-        "positive", "0.700", "中午", "positive", "0.600", "十二点", "above", "0.650", "晚上", "negative", "0.600", "早餐",
-    ]  # fmt: skip
-
-
-@pytest.mark.parametrize("facts", [
-    {}, {"title": "Check", "findings": []}, {"counts": {"rows": 0}, "positive_ranks": np.array([], dtype=int)},
-    {"pos_scores": np.array([0.5]), "neg_scores": np.array([])},
-    {"pos_scores": np.array([0.5, np.nan]), "neg_scores": np.array([0.5])}, {"positive_ranks": np.array([-1])},
-    {"lengths": {"query": np.array([3])}}, {"removed": {"mine": {"count": 3, "examples": []}}},
-    {"inspect": [{"query": "q", "pos": [["a", None]], "neg": [["b", None], ["c", 0.5]]}]},
-])  # fmt: skip
-def test_whatever_is_missing_is_left_out(tmp_path: Path, facts: dict[str, Any]) -> None:
-    write_mining_report(tmp_path / "r.html", facts)
-    Reader((tmp_path / "r.html").read_text(encoding="utf-8"))

@@ -136,7 +136,7 @@ def test_k_must_be_positive() -> None:
 
 
 SEARCH = """
-from bge_core.lexical import bm25_search
+from bge_core.search.words import bm25_search
 corpus = [f"北京大学 第{i % 7}年 w{i % 11} {'猫' * (i % 3)}" for i in range(300)]
 scores, rows = bm25_search(["第3年的猫 w5", "大学 w7 w8"], corpus, 50, show_progress=SHOW)
 open(OUT, "w").write(repr((scores.tolist(), rows.tolist())))
