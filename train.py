@@ -58,8 +58,9 @@ from bge_core.runtime.log import append_metrics
 from bge_core.training import build, checkpoint, plan, preflight, run_folder
 from bge_core.training.batch import Batch
 from bge_core.training.data import TrainingData, start_worker
-from bge_core.training.optim import ExponentialMovingAverage, build_optimizer, interval, learning_rate_schedule
+from bge_core.training.optim import ExponentialMovingAverage, build_optimizer, learning_rate_schedule
 from bge_core.training.progress import Meter, Progress, catch_stop_signals
+from bge_core.training.random_state import restore_random_state, seed_random_state
 from bge_core.training.step import StepSettings, forward_backward, warm_up_ddp
 
 logger = logging.getLogger(__name__)
@@ -108,11 +109,11 @@ def train(config: TrainConfig, at_end: ExitStack) -> int:
     num_steps = data.num_steps
     num_warmup = config.warmup_steps or math.ceil(config.warmup_ratio * num_steps)
     lr_at = learning_rate_schedule(config.lr_scheduler_type, config.learning_rate, num_warmup, num_steps)
-    save_every = interval(config.save_steps, num_steps)
-    eval_every = save_every if config.eval_steps is None else interval(config.eval_steps, num_steps)
+    save_every = plan.steps_between(config.save_steps, num_steps)
+    eval_every = save_every if config.eval_steps is None else plan.steps_between(config.eval_steps, num_steps)
     if config.show_batch:
         if rank == 0:
-            print(preflight.describe_batch(data, config))
+            print(preflight.describe_batch(data))
         return 0
 
     # ---- 2. the run folder: begin, or go on where a checkpoint left off
@@ -133,9 +134,9 @@ def train(config: TrainConfig, at_end: ExitStack) -> int:
     warm_up_ddp(model)
     torch.manual_seed(config.seed + rank)
     first_step, progress = restore(resume, config.seed, optimizer, scaler, ema) if resume else (0, Progress())
-    facts = preflight.run_facts(
-        config, data, encoder, accelerator.mixed_precision, accumulation, world_size, num_warmup
-    ) | {"sharding": "FSDP2" if shard else "none"}
+    facts = preflight.run_facts(data, encoder.settings, accelerator.mixed_precision, num_warmup) | {
+        "sharding": "FSDP2" if shard else "none"
+    }
     if opening is None:
         return show_plan(config, data, model, optimizer, settings, facts, save_every, eval_every)
     on_main(lambda: run_folder.begin(opening))
@@ -245,9 +246,9 @@ def restore(
     if ema and "ema" in state:
         ema.load_state_dict(state["ema"])
     if len(state["random_states"]) == world_size:
-        checkpoint.restore_random_state(state["random_states"][rank])
+        restore_random_state(state["random_states"][rank])
     else:
-        checkpoint.seed_random_state(seed, state["step"], rank)
+        seed_random_state(seed, state["step"], rank)
     logger.info("resumed from %s", resume)
     return state["step"], Progress(**state["progress"])
 
@@ -263,7 +264,7 @@ def open_log(
     """Say what the run is, begin metrics.jsonl and the tracker; returns what adds a line to both."""
     output_dir, is_main = Path(config.output_dir), world()[0] == 0
     if is_main:
-        for line in preflight.preflight(config, data, encoder, manifest["facts"]):
+        for line in preflight.describe_run(data, manifest["facts"]):
             logger.info(line)
         write_json(output_dir / "manifest.json", manifest | {"status": "running"})
         run_folder.cut_metrics(output_dir / "metrics.jsonl", first_step)
@@ -324,7 +325,6 @@ def show_plan(
 ) -> int:
     """--plan: tell what the run will take; the exit code."""
     told = plan.plan_run(
-        config,
         data,
         model,
         optimizer,

@@ -50,8 +50,8 @@ from bge_core.encoder.model import Encoder
 from bge_core.loss import LossConfig
 from bge_core.runtime.distributed import unwrap, wrap
 from bge_core.training.batch import Batch
+from bge_core.training.build import load_loss
 from bge_core.training.step import StepSettings, forward_backward, loss_input
-from train import load_loss
 
 ROOT = Path(__file__).resolve().parent.parent
 WORLDS = (1, 2, 4)

@@ -21,7 +21,6 @@ import threading
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,6 +28,7 @@ from bge_core import UserError
 from bge_core.encoder.model import Encoder
 from bge_core.files import atomic
 from bge_core.runtime.distributed import gather_objects, on_main, whole_copy, world
+from bge_core.training.random_state import random_state
 
 logger = logging.getLogger(__name__)
 STATE_FILE = "training_state.pt"
@@ -189,26 +189,6 @@ def load_checkpoint(folder: str | Path) -> dict[str, Any]:
     except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
         what = f"{type(error).__name__}: {error}".splitlines()[0]
         raise UserError(f"{folder}/{STATE_FILE}: is damaged ({what}); resume from an older one") from None
-
-
-def seed_random_state(seed: int, step: int, rank: int) -> None:
-    """A random state for a rank that the checkpoint of `step` has none for: other dropout than in any step before."""
-    torch.manual_seed(int(np.random.default_rng((seed, step, rank)).integers(1 << 63)))
-
-
-def random_state() -> dict[str, Any]:
-    """The random state of this process, from which dropout comes."""
-    state = {"torch": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
-
-
-def restore_random_state(state: dict[str, Any]) -> None:
-    """The inverse of `random_state`."""
-    torch.set_rng_state(state["torch"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
 
 
 def prune(output_dir: str | Path, limit: int | None, keep: str | None) -> None:

@@ -1,6 +1,5 @@
 """AdamW's parameter groups, the learning rate as a pure function of the step, a moving average of the weights."""
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -99,8 +98,3 @@ class ExponentialMovingAverage:
         self.num_updates = state["num_updates"]
         for name, average in self.average.items():
             average.copy_(state["average"][name])
-
-
-def interval(steps: float, num_steps: int) -> int:
-    """transformers' rule: below 1 a share of all steps, rounded up; 0 never."""
-    return math.ceil(steps * num_steps) if 0 < steps < 1 else int(steps)

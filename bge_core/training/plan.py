@@ -4,10 +4,10 @@ Two lines in the number of tokens are fitted to steps that are really computed, 
 `forward_backward` and its optimizer at learning rate 0:
 
     peak memory     = fixed + a * tokens held at once          (a whole micro-batch, or one GradCache chunk)
-    time of a step  = overhead + sum over its micro-batches of (b + c * tokens)
+    time of a step  = b + c * tokens of its micro-batches
 
-and read at the tokens of the run's own steps, a sample of which is tokenized. Sizes rise from one row to the whole
-micro-batch, which is computed only if the line of the smaller ones says that it fits.
+and read at the run's own steps, a sample of which is tokenized. Sizes rise from one row a micro-batch to whole steps,
+which are computed only if the line of the smaller ones says that they fit.
 """
 
 import math
@@ -22,7 +22,6 @@ import torch
 from torch import nn
 
 from bge_core import UserError
-from bge_core.runtime.config import TrainConfig
 from bge_core.runtime.log import available_memory_mb, memory_mb, reset_peak_memory
 from bge_core.training.batch import Batch
 from bge_core.training.data import TrainingData
@@ -30,7 +29,7 @@ from bge_core.training.step import StepSettings, forward_backward
 
 Gather = Callable[[Any], list[Any]]
 SAMPLED_ROWS, SAMPLED_STEPS = 4096, 64  # at most so many are tokenized; at least 8 steps are
-TIMED_STEPS = 6
+WHOLE_STEPS = 5
 
 
 @dataclass(frozen=True)
@@ -82,130 +81,118 @@ def largest_batch(memory: Line, limit: float) -> int | None:
     return math.floor((limit - memory.fixed) / memory.slope) if memory.slope else None
 
 
+def steps_between(setting: float, num_steps: int) -> int:
+    """Steps from one save, or evaluation, to the next by transformers' rule: below 1 a share, rounded up; 0: none."""
+    return math.ceil(setting * num_steps) if 0 < setting < 1 else int(setting)
+
+
 def checkpoint_steps(num_steps: int, save_every: int, limit: int | None) -> tuple[list[int], list[int]]:
     """(steps at which a checkpoint is written, those that are left at the end); `save_every` 0: none."""
     written = list(range(save_every, num_steps + 1, save_every)) if save_every else []
     return written, written[-limit:] if limit else written
 
 
-@dataclass(frozen=True)
-class MicroBatch:
-    """Where a micro-batch is in the run, and its tokens (of the rank that has most): all, and those held at once."""
-
-    step: int
-    index: int
-    tokens: int
-    held: int
+def checkpoint_mb(model: nn.Module, optimizer: torch.optim.Optimizer, has_average: bool) -> float:
+    """Weights, what the optimizer keeps of them, and their moving average."""
+    tensors = [*model.parameters(), *(value for state in optimizer.state.values() for value in state.values())]
+    tensors += [weight for weight in model.parameters() if has_average and weight.requires_grad]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors if torch.is_tensor(tensor)) / 2**20
 
 
 @dataclass(frozen=True)
-class Measurement:
-    """One computed step: the rows and tokens of its micro-batch, seconds of the slowest rank, the highest peak."""
+class Step:
+    """A step of the run: the tokens of all its micro-batches, and those whose activations exist together.
 
-    rows: int
+    Of the rank that has most; `seconds` of the slowest one and the highest `peak_mb`, where it was computed.
+    """
+
+    number: int
     tokens: int
     held: int
-    seconds: float
-    peak_mb: float
+    seconds: float = 0.0
+    peak_mb: float = 0.0
 
 
-def held_at_once(batch: Batch, settings: StepSettings) -> int:
-    """Tokens whose activations exist together: of the whole micro-batch, or of the largest GradCache chunk."""
-    return max(sum(part.lengths) for part in batch.tokens.split(settings.chunk_size, settings.max_tokens))
+def count_tokens(batches: Sequence[Batch], settings: StepSettings) -> tuple[int, int]:
+    """(tokens of a step, those held at once: of its largest micro-batch or GradCache chunk)."""
+    parts = [part for batch in batches for part in batch.tokens.split(settings.chunk_size, settings.max_tokens)]
+    return sum(sum(batch.tokens.lengths) for batch in batches), max(sum(part.lengths) for part in parts)
 
 
-def scan(data: TrainingData, settings: StepSettings, gather: Gather) -> tuple[list[list[MicroBatch]], float]:
-    """The micro-batches of a sample of the run's steps, spread evenly over it, and the mean seconds to load a step."""
+def largest_of_ranks(values: tuple[float, ...], gather: Gather) -> tuple[Any, ...]:
+    """The largest of each value over all ranks."""
+    return tuple(max(of_ranks) for of_ranks in zip(*gather(values), strict=True))
+
+
+def scan(data: TrainingData, settings: StepSettings, gather: Gather) -> tuple[list[Step], float]:
+    """A sample of the run's steps, spread evenly over it, and the mean seconds to load one."""
     rows_per_step = data.config.per_device_train_batch_size * data.plan.accumulation
     count = max(8, min(SAMPLED_STEPS, SAMPLED_ROWS // rows_per_step))
-    steps = sorted({round(step) for step in np.linspace(0, data.num_steps - 1, count)})
+    numbers = sorted({round(number) for number in np.linspace(0, data.num_steps - 1, count)})
     begin = time.perf_counter()
-    sizes = [[(sum(batch.tokens.lengths), held_at_once(batch, settings)) for batch in data[step]] for step in steps]
-    seconds = (time.perf_counter() - begin) / len(steps)
-    sample = [
-        [
-            MicroBatch(step, index, *(max(size) for size in zip(*of_ranks, strict=True)))
-            for index, of_ranks in enumerate(zip(*ranks, strict=True))
-        ]
-        for step, *ranks in zip(steps, *gather(sizes), strict=True)
-    ]
-    return sample, max(gather(seconds))
+    counts = [count_tokens(data[number], settings) for number in numbers]
+    seconds = (time.perf_counter() - begin) / len(numbers)
+    steps = [Step(number, *largest_of_ranks(of_step, gather)) for number, of_step in zip(numbers, counts, strict=True)]
+    return steps, max(gather(seconds))
 
 
-@dataclass(frozen=True)
-class Trial:
-    """Computes steps as the run would; all ranks take part, and all see the same figures. Its weights change not."""
+def compute_step(
+    number: int,
+    share: float,
+    data: TrainingData,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    settings: StepSettings,
+    gather: Gather,
+) -> Step:
+    """Compute a share of each micro-batch of a step, one row at least; the weights stay as they are.
 
-    data: TrainingData
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    settings: StepSettings
-    gather: Gather
-
-    def part_of(self, micro: MicroBatch, share: float) -> Batch:
-        """A share of this rank's rows of a micro-batch, one at least."""
-        examples = list(self.data.examples(micro.step))[micro.index][0]
-        part = examples[: max(1, round(share * len(examples)))]
-        return self.data.collate(part, self.gather((len(part), sum(len(example.passages) for example in part))))
-
-    def compute(self, micro: MicroBatch, share: float, before: Sequence[Batch] = ()) -> Measurement:
-        """A step of `before` and a share of a micro-batch. UserError: the accelerator's memory did not hold it."""
-        batch = self.part_of(micro, share)
-        for group in self.optimizer.param_groups:
-            group["lr"] = 0.0
-        reset_peak_memory()
-        begin = time.perf_counter()
-        try:
-            forward_backward(self.model, [*before, batch], self.settings)
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), math.inf)
-            self.optimizer.step()
-        except torch.OutOfMemoryError:
-            raise UserError(
-                f"--per_device_train_batch_size {self.data.config.per_device_train_batch_size}: not even a step of "
-                f"{batch.num_queries} queries fits; use --sub_batch_size, --gradient_checkpointing or shorter texts"
-            ) from None
-        self.optimizer.zero_grad(set_to_none=True)
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        sizes = batch.num_queries, sum(batch.tokens.lengths), held_at_once(batch, self.settings)
-        own = (*sizes, time.perf_counter() - begin, memory_mb())
-        return Measurement(*map(max, zip(*self.gather(own), strict=True)))
-
-
-def measure_steps(
-    trial: Trial, sample: Sequence[Sequence[MicroBatch]], limit_mb: float
-) -> tuple[list[Measurement], list[Measurement]]:
-    """Compute steps of rising size.
-
-    With accumulation a micro-batch is measured behind one of one row, so that gradients exist while it is computed, as
-    in the run; `seconds` then are without the one-row step, which is the overhead of a step: update and average of
-    gradients over the ranks.
-
-    Returns:
-        (three steps of one row, of which the first warms up; steps of a quarter and half of the largest micro-batch
-        and, if the line through these fits into `limit_mb`, of whole micro-batches: small to large).
+    Raises:
+        UserError: the accelerator's memory did not hold it.
     """
-    micro_batches = sorted((micro for of_step in sample for micro in of_step), key=lambda micro: micro.tokens)
-    largest = max(micro_batches, key=lambda micro: (micro.held, micro.tokens))
-    single = [trial.compute(largest, 0.0) for _ in range(3)]
-    accumulates = trial.data.plan.accumulation > 1
-    overhead = statistics.fmean(m.seconds for m in single[1:]) if accumulates else 0.0
-    before = [trial.part_of(largest, 0.0)] if accumulates else []
+    batches = []
+    for examples, _ in data.examples(number):
+        part = examples[: max(1, round(share * len(examples)))]
+        batches.append(data.collate(part, gather((len(part), sum(len(example.passages) for example in part)))))
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    reset_peak_memory()
+    begin = time.perf_counter()
+    try:
+        # no loss scaling: a step that it skips would be no measurement
+        forward_backward(model, batches, replace(settings, scaler=torch.amp.GradScaler(enabled=False)))
+        torch.nn.utils.clip_grad_norm_(model.parameters(), math.inf)
+        optimizer.step()
+    except torch.OutOfMemoryError:
+        raise UserError(
+            f"--per_device_train_batch_size {data.config.per_device_train_batch_size}: not even a step of "
+            f"{batches[0].num_queries} queries fits; use --sub_batch_size, --gradient_checkpointing or shorter texts"
+        ) from None
+    optimizer.zero_grad(set_to_none=True)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    own = (*count_tokens(batches, settings), time.perf_counter() - begin, memory_mb())
+    return Step(number, *largest_of_ranks(own, gather))
 
-    def compute(micro: MicroBatch, share: float = 1.0) -> Measurement:
-        measured = trial.compute(micro, share, before)
-        return replace(measured, seconds=max(0.0, measured.seconds - overhead))
 
-    parts = [compute(largest, 0.25), compute(largest, 0.5)]
-    if memory_line([(m.held, m.peak_mb) for m in parts]).at(largest.held) > limit_mb:
-        return single, parts
-    places = sorted({round(place) for place in np.linspace(0, len(micro_batches) - 1, TIMED_STEPS)})
-    chosen = [micro_batches[place] for place in places if micro_batches[place] != largest]
-    return single, [*parts, *map(compute, [*chosen, largest])]
+def compute_steps(sample: Sequence[Step], limit_mb: float, compute: Callable[[int, float], Step]) -> list[Step]:
+    """Steps of rising size: two of one row, of which the first warms up, a quarter, half and, if these fit, whole ones.
+
+    Args:
+        sample: of the run.
+        limit_mb: whole steps are computed if the line through the smaller ones says that the largest needs no more.
+        compute: the number of a step and the share of its rows -> the step, computed.
+    """
+    largest = max(sample, key=lambda step: (step.held, step.tokens))
+    parts = [compute(largest.number, share) for share in (0.0, 0.0, 0.25, 0.5)]
+    if memory_line([(step.held, step.peak_mb) for step in parts[2:]]).at(largest.held) > limit_mb:
+        return parts
+    by_size = sorted(sample, key=lambda step: step.tokens)
+    chosen = [by_size[place] for place in sorted({*np.linspace(0, len(by_size) - 1, WHOLE_STEPS).round().astype(int)})]
+    return [*parts, *(compute(step.number, 1.0) for step in [*(s for s in chosen if s != largest), largest])]
 
 
 def plan_run(
-    config: TrainConfig,
     data: TrainingData,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -219,7 +206,7 @@ def plan_run(
     """Measure a few steps and say what the run will take.
 
     Args:
-        config, data, model, optimizer, settings: of the run that would follow; the model in training mode.
+        data, model, optimizer, settings: of the run that would follow; the model in training mode.
         num_candidates: candidates of a query, N.
         save_every, eval_every: steps between two checkpoints and two evaluations; 0: none.
         gather: a value of this rank -> the values of all ranks, on every rank.
@@ -227,114 +214,69 @@ def plan_run(
     Returns:
         What `train.py --plan` prints; memory in MB (2**20 bytes) of one process, time in seconds.
     """
+    config, num_steps = data.config, data.num_steps
     floor_mb, limit_mb = max(gather(memory_mb())), min(gather(available_memory_mb()))
     sample, load_seconds = scan(data, settings, gather)
-    # no loss scaling: a step that it skips would be no measurement
-    plain = replace(settings, scaler=torch.amp.GradScaler(enabled=False))
-    single, measured = measure_steps(Trial(data, model, optimizer, plain, gather), sample, limit_mb)
-    tensors = [*model.parameters(), *(value for state in optimizer.state.values() for value in state.values())]
-    tensors += [weight for weight in model.parameters() if config.ema_decay and weight.requires_grad]
-    written, kept = checkpoint_steps(data.num_steps, save_every, config.save_total_limit)
-    evaluations = {*checkpoint_steps(data.num_steps, eval_every, None)[0], data.num_steps} if config.val_data else ()
+    computed = compute_steps(
+        sample, limit_mb, lambda number, share: compute_step(number, share, data, model, optimizer, settings, gather)
+    )
+
+    memory = memory_line([(step.held, step.peak_mb) for step in computed[1:]])
+    held = expected_largest([step.held for step in sample], num_steps)
+    peak_mb = max(floor_mb, memory.at(held), *(step.peak_mb for step in computed))
+    held_per_row = held / config.per_device_train_batch_size if settings.plain else 0.0
+    of_rows = Line(memory.at(0.0 if settings.plain else held), memory.slope * held_per_row)
+
+    line = fit_line([(step.tokens, step.seconds) for step in computed[4:] or computed[1:]])
+    seconds = statistics.fmean(line.at(step.tokens) for step in sample)
+    workers = config.dataloader_num_workers  # they load while steps are computed
+    seconds = max(seconds, load_seconds / workers) if workers else seconds + load_seconds
+
+    written, kept = checkpoint_steps(num_steps, save_every, config.save_total_limit)
+    evaluations = {*checkpoint_steps(num_steps, eval_every, None)[0], num_steps} if config.val_data else ()
     return {
-        "steps": data.num_steps,
+        "steps": num_steps,
         "steps_per_epoch": data.plan.steps_per_epoch,
         "global_batch": data.plan.batch_size * data.plan.accumulation,
         "candidates": num_candidates,
         "ln_n": round(math.log(num_candidates), 4),
-        **predict_memory(data, sample, [*single, *measured], floor_mb, limit_mb, cached=not settings.plain),
-        **predict_time(data, sample, single, measured, load_seconds),
-        "checkpoints": kept,
-        "checkpoints_written": written,
-        "checkpoint_mb": round(sum(t.numel() * t.element_size() for t in tensors if torch.is_tensor(t)) / 2**20, 3),
-        "evaluations": sorted(evaluations),
-        "measured": [
-            vars(m) | {"seconds": round(m.seconds, 4), "peak_mb": round(m.peak_mb, 3)} for m in [*single, *measured]
-        ],
-    }
-
-
-def predict_memory(
-    data: TrainingData,
-    sample: Sequence[Sequence[MicroBatch]],
-    measured: Sequence[Measurement],
-    floor_mb: float,
-    limit_mb: float,
-    cached: bool,
-) -> dict[str, Any]:
-    """The peak of the run's largest micro-batch, and the most rows whose peak is within the limit.
-
-    With GradCache (`cached`) activations do not grow with the batch.
-    """
-    micro_batches = [micro for of_step in sample for micro in of_step]
-    num_all = round(data.num_steps * len(micro_batches) / len(sample))
-    line = memory_line([(m.held, m.peak_mb) for m in measured[1:]])
-    held = expected_largest([micro.held for micro in micro_batches], num_all)
-    peak_mb = max(floor_mb, line.at(held), *(m.peak_mb for m in measured))
-    row = 0.0 if cached else held / data.config.per_device_train_batch_size
-    return {
         "memory_mb": round(peak_mb, 3),
-        "fixed_mb": round(line.fixed, 3),
-        "activation_mb": round(line.slope * held, 3),
         "available_mb": round(limit_mb, 3),
         "fits": peak_mb <= limit_mb,
-        "largest_batch": largest_batch(Line(line.at(held if cached else 0.0), line.slope * row), limit_mb),
-    }
-
-
-def predict_time(
-    data: TrainingData,
-    sample: Sequence[Sequence[MicroBatch]],
-    single: Sequence[Measurement],
-    measured: Sequence[Measurement],
-    load_seconds: float,
-) -> dict[str, Any]:
-    """Steps are computed and loaded in turn, or at the same time where other processes read ahead."""
-    overhead = statistics.fmean(m.seconds for m in single[1:]) if data.plan.accumulation > 1 else 0.0
-    line = fit_line([(m.tokens, m.seconds) for m in measured[2:] or measured])
-    seconds = overhead + statistics.fmean(sum(line.at(micro.tokens) for micro in of_step) for of_step in sample)
-    workers = data.config.dataloader_num_workers
-    seconds = max(seconds, load_seconds / workers) if workers else seconds + load_seconds
-    warm_up = max(0.0, single[0].seconds - single[-1].seconds)
-    return {
-        "seconds": round(data.num_steps * seconds + warm_up, 2),
-        "seconds_cover": "the steps alone: no start, no evaluation, no saving",
+        "largest_batch": largest_batch(of_rows, limit_mb),
+        "seconds": round(num_steps * seconds, 2),
         "seconds_per_step": round(seconds, 4),
-        "tokens_per_step": round(statistics.fmean(sum(m.tokens for m in of_step) for of_step in sample), 1),
+        "tokens_per_step": round(statistics.fmean(step.tokens for step in sample), 1),
+        "checkpoints": kept,
+        "checkpoints_written": written,
+        "checkpoint_mb": round(checkpoint_mb(model, optimizer, bool(config.ema_decay)), 3),
+        "evaluations": sorted(evaluations),
+        "measured": [vars(step) for step in computed],
     }
 
 
 def describe(told: dict[str, Any]) -> list[tuple[str, str]]:
     """(name, text) of each line of the table that people read."""
-    batch = told["largest_batch"]
-    lines = [
+    batch, fits = told["largest_batch"], "fits" if told["fits"] else "DOES NOT FIT"
+    any_size = "any: memory does not grow with it" if batch is None else None
+    return [
         ("steps", f"{told['steps']:,}, {told['steps_per_epoch']:,} an epoch"),
         ("queries per update", f"{told['global_batch']:,}"),
         ("candidates per query", f"{told['candidates']:,}; a random guess has the loss ln(N) = {told['ln_n']:.3f}"),
-        (
-            "memory of a process",
-            f"{told['memory_mb']:,.0f} MB of {told['available_mb']:,.0f}: {'fits' if told['fits'] else 'DOES NOT FIT'}",
-        ),
-        ("  activations", f"{told['activation_mb']:,.0f} MB at the largest batch"),
-        (
-            "largest batch that fits",
-            "any: activations do not grow with it"
-            if batch is None
-            else f"--per_device_train_batch_size {batch:,} (predicted)",
-        ),
+        ("memory of a process", f"{told['memory_mb']:,.0f} MB of {told['available_mb']:,.0f}: {fits}"),
+        ("largest batch that fits", any_size or f"--per_device_train_batch_size {batch:,} (predicted)"),
         (
             "time",
-            f"{told['seconds']:,.1f} s ({told['seconds'] / 60:,.1f} min), {told['seconds_per_step']:.3f} s a step of "
-            f"{told['tokens_per_step']:,.0f} tokens; {told['seconds_cover']}",
+            f"{told['seconds']:,.1f} s ({told['seconds'] / 60:,.1f} min) for the steps alone, without evaluations",
         ),
-        ("checkpoints", f"{_steps(told['checkpoints_written'])}, {told['checkpoint_mb']:,.0f} MB each"),
-        ("  left at the end", _steps(told["checkpoints"])),
-        ("evaluations", _steps(told["evaluations"])),
+        ("  a step", f"{told['seconds_per_step']:.3f} s, {told['tokens_per_step']:,.0f} tokens"),
+        ("checkpoints", f"{_listed(told['checkpoints_written'])}, {told['checkpoint_mb']:,.0f} MB each"),
+        ("  left at the end", _listed(told["checkpoints"])),
+        ("evaluations", _listed(told["evaluations"])),
     ]
-    return lines
 
 
-def _steps(steps: Sequence[int]) -> str:
+def _listed(steps: Sequence[int]) -> str:
     shown = [f"{step:,}" for step in steps]
     if len(steps) > 8:
         shown = [*shown[:3], f"... {shown[-1]} ({len(steps)} in all)"]

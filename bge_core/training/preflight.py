@@ -2,28 +2,23 @@
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from bge_core import UserError
-from bge_core.encoder.model import Encoder
+from bge_core.encoder.settings import EncoderSettings
 from bge_core.encoder.tokens import tokenize
 from bge_core.files import atomic
-from bge_core.runtime.config import TrainConfig
-from bge_core.training.data import TrainingData
+from bge_core.training.batch import Batch
+from bge_core.training.data import Example, TrainingData
+
+SAMPLED_ROWS = 500
 
 
-def run_facts(
-    config: TrainConfig,
-    data: TrainingData,
-    encoder: Encoder,
-    precision: str,
-    accumulation: int,
-    world_size: int,
-    num_warmup: int,
-) -> dict[str, Any]:
-    """What the run really is, for the preflight, the manifest and the model card."""
+def run_facts(data: TrainingData, settings: EncoderSettings, precision: str, num_warmup: int) -> dict[str, Any]:
+    """What the run really is, for the preflight, the manifest and the model card; `settings` are the saved model's."""
+    config, world_size = data.config, data.world_size
     cross_device = config.negatives_cross_device and world_size > 1
     rows_together = config.per_device_train_batch_size * (world_size if cross_device else 1)
     candidates = rows_together * config.train_group_size if config.use_inbatch_neg else config.train_group_size
@@ -33,76 +28,79 @@ def run_facts(
         "steps per epoch": data.plan.steps_per_epoch,
         "warm-up steps": num_warmup,
         "processes": world_size,
-        "queries per update": data.plan.batch_size * accumulation,
+        "queries per update": data.plan.batch_size * data.plan.accumulation,
         "candidates per query": candidates,
         "random guess ln(N)": round(math.log(candidates), 3),
         "cross-device negatives": cross_device,
         "precision": {"no": "float32"}.get(precision, precision),
-        "pooling": encoder.settings.pooling,
-        "normalize": encoder.settings.normalize,
-        "query instruction": encoder.settings.query_prompt,
-        "passage instruction": encoder.settings.passage_prompt,
+        "pooling": settings.pooling,
+        "normalize": settings.normalize,
+        "query instruction": settings.query_prompt,
+        "passage instruction": settings.passage_prompt,
     }
 
 
-def preflight(config: TrainConfig, data: TrainingData, encoder: Encoder, facts: Mapping[str, Any]) -> list[str]:
+def describe_run(data: TrainingData, facts: Mapping[str, Any]) -> list[str]:
     """The lines before step 1: the facts, the share of texts cut, and a warning for what cannot learn."""
-    lines = [
-        f"{name + ':':<24}{value!r}" if isinstance(value, str) else f"{name + ':':<24}{value}"
-        for name, value in facts.items()
+    shown = {name: repr(value) if isinstance(value, str) else value for name, value in facts.items()}
+    lines = [f"{name + ':':<24}{value}" for name, value in (shown | shares_cut(data, facts)).items()]
+    return lines + [
+        f"WARNING: {warning}" for warning in [*warnings_of_settings(data, facts), *warnings_of_mining(data, facts)]
     ]
-    sample = data.rows[: min(len(data.rows), 500)]
-    few = sum(len(negatives) < config.train_group_size - 1 for negatives in sample["neg"])
-    for kind, texts, prompt, limit, flag in (
-        ("queries", sample["query"], encoder.settings.query_prompt, data.query_max_len, "query_max_len"),
-        (
-            "passages",
-            [t for pos, neg in zip(sample["pos"], sample["neg"], strict=True) for t in (pos[0], *neg[:1])],
-            encoder.settings.passage_prompt,
-            data.passage_max_len,
-            "passage_max_len",
-        ),
+
+
+def shares_cut(data: TrainingData, facts: Mapping[str, Any]) -> dict[str, str]:
+    """How many texts of a sample are longer than the limit: of queries, and of a positive and a negative of each."""
+    sample = data.rows[: min(len(data.rows), SAMPLED_ROWS)]
+    passages = [text for pos, neg in zip(sample["pos"], sample["neg"], strict=True) for text in (pos[0], *neg[:1])]
+    found = {}
+    for kind, texts, limit in (
+        ("query", sample["query"], data.query_max_len),
+        ("passage", passages, data.passage_max_len),
     ):
-        lengths = [len(ids) for ids in tokenize(data.tokenizer, [(prompt or "") + text for text in texts], limit + 1)]
-        cut = sum(length > limit for length in lengths) / len(lengths)
-        lines.append(f"{kind + ' cut:':<24}{cut:.1%} of a sample of {len(lengths)} are longer than --{flag} {limit}")
-    warnings = []
+        prompt = facts[f"{kind} instruction"] or ""
+        token_lists = tokenize(data.tokenizer, [prompt + text for text in texts], limit + 1)
+        cut = sum(len(ids) > limit for ids in token_lists) / len(token_lists)
+        name = {"query": "queries", "passage": "passages"}[kind]
+        found[f"{name} cut"] = f"{cut:.1%} of a sample of {len(texts)} are longer than --{kind}_max_len {limit}"
+    return found
+
+
+def warnings_of_settings(data: TrainingData, facts: Mapping[str, Any]) -> Iterator[str]:
+    """Settings that cannot learn, or hardly."""
+    config, negatives = data.config, data.rows[: min(len(data.rows), SAMPLED_ROWS)]["neg"]
+    wanted = config.train_group_size - 1
+    share = sum(len(of_row) < wanted for of_row in negatives) / len(negatives)
     if facts["candidates per query"] == 1:
-        warnings.append(
-            "every query has its positive as only candidate, so the loss is 0: raise --train_group_size or the batch"
-        )
-    if few and config.train_group_size > 1:
-        share = few / len(sample["neg"])
-        warnings.append(
-            f"{share:.0%} of a sample of rows have fewer than {config.train_group_size - 1} negatives; they train "
-            "with those they have (mine.py finds more)"
+        yield "every query has its positive as only candidate, so the loss is 0: raise --train_group_size or the batch"
+    if share:
+        yield (
+            f"{share:.0%} of a sample of rows have fewer than {wanted} negatives; they train with those they have "
+            "(mine.py finds more)"
         )
     if not 1e-7 <= config.learning_rate <= 3e-4:
-        warnings.append(
-            f"--learning_rate {config.learning_rate:g} is far from what fine-tunes an encoder (1e-6 to 1e-4)"
-        )
+        yield f"--learning_rate {config.learning_rate:g} is far from what fine-tunes an encoder (1e-6 to 1e-4)"
     if config.normalize_embeddings and config.temperature > 0.5:
-        warnings.append(
-            f"--temperature {config.temperature:g} with cosines leaves almost no gradient; 0.01 to 0.1 is usual"
-        )
+        yield f"--temperature {config.temperature:g} with cosines leaves almost no gradient; 0.01 to 0.1 is usual"
     if not config.normalize_embeddings and config.temperature < 0.5:
-        warnings.append(
+        yield (
             f"--temperature {config.temperature:g} divides inner products that are not normalized; use "
             "--temperature 1.0 (FlagEmbedding 1.2 set it silently)"
         )
     if config.negatives_cross_device and not facts["cross-device negatives"]:
-        warnings.append("--negatives_cross_device has no effect with one process")
+        yield "--negatives_cross_device has no effect with one process"
+
+
+def warnings_of_mining(data: TrainingData, facts: Mapping[str, Any]) -> Iterator[str]:
+    """Negatives that were mined with other instructions or another pooling than this run trains with."""
     for file in data.files:
         mined = (atomic.read_json(f"{file}.manifest.json") or {}).get("encoder") or {}
         for what in ("query_instruction", "passage_instruction"):
             ours = facts[what.replace("_", " ")]
             if what in mined and mined[what] != ours:
-                warnings.append(f"{file} was mined with {what} {mined[what]!r}, this run trains with {ours!r}")
+                yield f"{file} was mined with {what} {mined[what]!r}, this run trains with {ours!r}"
         if mined.get("pooling") not in (None, facts["pooling"]):
-            warnings.append(
-                f"{file} was mined with {mined['pooling']} pooling, this run trains with {facts['pooling']}"
-            )
-    return lines + [f"WARNING: {warning}" for warning in warnings]
+            yield f"{file} was mined with {mined['pooling']} pooling, this run trains with {facts['pooling']}"
 
 
 def one_line(values: Mapping[str, Any]) -> str:
@@ -113,7 +111,7 @@ def one_line(values: Mapping[str, Any]) -> str:
     )
 
 
-def describe_batch(data: TrainingData, config: TrainConfig) -> str:
+def describe_batch(data: TrainingData) -> str:
     """The first micro-batch of this process, decoded: what the model reads, what is cut, what is masked and why."""
     examples, rank_counts = next(data.examples(0))
     decode = functools.partial(data.tokenizer.decode, skip_special_tokens=False)
@@ -124,25 +122,28 @@ def describe_batch(data: TrainingData, config: TrainConfig) -> str:
         (ids,) = tokenize(data.tokenizer, [text], limit)
         (whole,) = tokenize(data.tokenizer, [text], 1_000_000)
         cut = f", CUT from {len(whole)}" if len(whole) > len(ids) else ""
-        return f"{kind:<9}[{len(ids)} tokens{cut}] {decode(ids)}"
+        return f"  {kind:<9}[{len(ids)} tokens{cut}] {decode(ids)}"
 
     for example in examples:
-        lines += ["", f"row {example.row}", "  " + shown("query", example.query, data.query_max_len)]
+        lines += ["", f"row {example.row}", shown("query", example.query, data.query_max_len)]
         for i, passage in enumerate(example.passages):
-            lines.append("  " + shown("negative" if i else "positive", passage, data.passage_max_len))
-        for other in examples:
-            if other is example or not config.use_inbatch_neg or not config.exclude_positives:
-                continue
-            for passage, passage_id in zip(other.passages, other.passage_ids, strict=True):
-                if passage_id in example.known_ids:
-                    why = (
-                        "is this query" if passage_id == example.known_ids[-1] else "is a known positive of this query"
-                    )
-                    lines.append(f"  masked   passage of row {other.row} {why}: {passage}")
+            lines.append(shown("negative" if i else "positive", passage, data.passage_max_len))
+        if data.config.use_inbatch_neg and data.config.exclude_positives:
+            lines += _masked(example, [other for other in examples if other is not example])
     return "\n".join(lines)
 
 
-def not_finite(output_dir: Path, step: int, rank: int, data: TrainingData, micro_batches: Sequence[Any]) -> UserError:
+def _masked(example: Example, others: Sequence[Example]) -> Iterator[str]:
+    """Passages of other rows that are not a negative of this one."""
+    for other in others:
+        for passage, passage_id in zip(other.passages, other.passage_ids, strict=True):
+            if passage_id in example.known_ids:
+                is_query = passage_id == example.known_ids[-1]
+                why = "is this query" if is_query else "is a known positive of this query"
+                yield f"  masked   passage of row {other.row} {why}: {passage}"
+
+
+def not_finite(output_dir: Path, step: int, rank: int, data: TrainingData, micro_batches: Sequence[Batch]) -> UserError:
     """Write the rows of a batch whose loss or gradient is NaN or infinite; say what to try."""
     file = output_dir / f"not_finite-step{step}-rank{rank}.jsonl"
     atomic.write_jsonl(file, ({"row": row} | data.rows[row] for batch in micro_batches for row in batch.rows))

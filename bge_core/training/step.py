@@ -29,6 +29,7 @@ from bge_core.encoder.tokens import Tokens
 from bge_core.loss import LossConfig, LossInput, LossOutput, training_loss
 from bge_core.runtime.distributed import gather_counts, gather_rows, is_sharded, sync_only_if, unwrap, world
 from bge_core.training.batch import Batch
+from bge_core.training.random_state import random_state, restore_random_state
 
 LossFunction = Callable[[LossInput, LossConfig], LossOutput]
 
@@ -122,7 +123,7 @@ def _cached(
 ) -> LossOutput:
     states, parts = [], []
     for chunk in chunks:  # 1. represent
-        states.append(_random_state())
+        states.append(random_state())
         with torch.no_grad(), settings.autocast():
             parts.append(unwrap(model)(chunk))
     vector_SD = torch.cat(parts).requires_grad_()
@@ -131,7 +132,7 @@ def _cached(
     gradients = vector_SD.grad.split([len(chunk) for chunk in chunks])
     for i, (chunk, gradient, state) in enumerate(zip(chunks, gradients, states, strict=True)):
         with sync_only_if(is_last and i == len(chunks) - 1, model):
-            _restore_random_state(state)
+            restore_random_state(state)
             with settings.autocast():
                 vector_sD = model(chunk)  # 3. replay
             (vector_sD * gradient).sum().backward()  # 4. backward
@@ -190,13 +191,3 @@ def loss_input(vector_SD: Tensor, batch: Batch, cross_device: bool, guide_SE: Te
         guide_query_BE=guide_query_BE,
         guide_candidate_NE=guide_candidate_NE,
     )
-
-
-def _random_state() -> tuple[Tensor, Tensor | None]:
-    return torch.get_rng_state(), torch.cuda.get_rng_state() if torch.cuda.is_available() else None
-
-
-def _restore_random_state(state: tuple[Tensor, Tensor | None]) -> None:
-    torch.set_rng_state(state[0])
-    if state[1] is not None:
-        torch.cuda.set_rng_state(state[1])

@@ -27,6 +27,7 @@ from bge_core.files import atomic
 from bge_core.runtime.cli import as_dict
 from bge_core.runtime.config import TrainConfig
 from bge_core.training import checkpoint, run_folder
+from bge_core.training.random_state import restore_random_state, seed_random_state
 
 # All that could make a resumed run another one: dropout, accumulation with a short last step of an epoch, GradCache,
 # workers, a mean over steps that a checkpoint cuts in two, evaluations, a schedule.
@@ -827,7 +828,7 @@ def test_the_random_state_comes_back(tmp_path: Path, tiny_bert: Path) -> None:
     want = torch.rand(5)
     saver.wait()
     torch.manual_seed(2)
-    checkpoint.restore_random_state(checkpoint.load_checkpoint(tmp_path / "checkpoint-1")["random_states"][0])
+    restore_random_state(checkpoint.load_checkpoint(tmp_path / "checkpoint-1")["random_states"][0])
     assert torch.equal(torch.rand(5), want)
 
 
@@ -835,7 +836,7 @@ def test_the_random_state_of_another_number_of_processes() -> None:
     """A function of seed, step and rank, none of which may be forgotten."""
 
     def draw(*key: int) -> float:
-        checkpoint.seed_random_state(*key)
+        seed_random_state(*key)
         return float(torch.rand(()))
 
     keys = list(itertools.product((42, 43), (0, 3, 4), (0, 1, 2)))

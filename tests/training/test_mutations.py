@@ -39,7 +39,7 @@ MUTATIONS = [
     Mutation("own columns not shifted", "own_BG + sum(passage_counts[:rank])", "own_BG"),
     Mutation("own query's row not shifted", "row_offset = sum(query_counts[:rank])", "row_offset = 0"),
     Mutation("own rows instead of reduce_scatter", "dist.reduce_scatter(summed, parts)", "summed = parts[ctx.rank]"),
-    Mutation("random state not replayed", "_restore_random_state(state)", "pass"),
+    Mutation("random state not replayed", "restore_random_state(state)", "pass"),
     Mutation("zero_grad inside accumulation", "share = batch.num_queries / num_total_rows", "share = batch.num_queries / num_total_rows; model.zero_grad()"),
     Mutation("ranks never averaged with GradCache", "is_last and i == len(chunks) - 1", "False"),
     Mutation("ranks averaged on the first chunk", "is_last and i == len(chunks) - 1", "is_last and i == 0"),

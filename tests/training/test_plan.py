@@ -94,11 +94,12 @@ def test_the_largest_of_many() -> None:
 
 def test_tokens_held_at_once() -> None:
     nothing = torch.empty(0)
-    tokens = Tokens(torch.zeros(14, dtype=torch.int64), [2, 3, 1, 7, 1])
-    batch = Batch(tokens, nothing, nothing, nothing, None, [(2, 3)], [0, 1])
-    held = [plan.held_at_once(batch, StepSettings(chunk_size=size)) for size in (None, 1, 2, 3)]
-    assert held == [14, 7, 8, 8]
-    assert [plan.held_at_once(batch, StepSettings(max_tokens=budget)) for budget in (1, 5, 8)] == [7, 7, 8]
+    one, two = (
+        Batch(Tokens(torch.zeros(sum(n), dtype=torch.int64), n), nothing, nothing, nothing, None, [(2, 3)], [0, 1])
+        for n in ([2, 3, 1, 7, 1], [4, 4])
+    )
+    for settings, held in (({}, 14), ({"chunk_size": 1}, 7), ({"chunk_size": 2}, 8), ({"max_tokens": 5}, 7)):
+        assert plan.count_tokens([one, two], StepSettings(**settings)) == (22, held)
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux can")
@@ -129,13 +130,13 @@ def test_a_plan_is_one_object_on_stdout_and_writes_nothing(
     }  # fmt: skip
     assert {name: told[name] for name in want} == want
     assert 2.8 < told["checkpoint_mb"] / model_mb(tiny_bert) < 3  # Adam keeps two numbers for each; the pooler has none
-    assert told["memory_mb"] >= max(point["peak_mb"] for point in told["measured"])
+    assert told["memory_mb"] >= max(step["peak_mb"] for step in told["measured"]) - 0.001
     assert told["memory_mb"] <= told["available_mb"]
-    # one row three times, a quarter, a half, and whole micro-batches; the smallest are the epochs' last ones
-    rows = [point["rows"] for point in told["measured"]]
-    assert rows[:5] == [1, 1, 1, 1, 2] and rows[-1] == 4 and set(rows[5:]) == {2, 4}
-    sizes = [point["tokens"] for point in told["measured"]]
-    assert sizes[5:] == sorted(sizes[5:]) and sizes[-1] == max(sizes)
+    # one row a micro-batch twice, a quarter, a half, and whole steps; the smallest are the epochs' last ones
+    tokens, held = ([step[name] for step in told["measured"]] for name in ("tokens", "held"))
+    assert tokens[0] == tokens[1] <= tokens[2] < tokens[3] < min(tokens[-2:]) and tokens[4:-1] == sorted(tokens[4:-1])
+    assert held[-1] == max(held)
+    assert len(tokens) in (9, 10)
     for line in ("8, 4 an epoch", "12; a random guess has the loss ln(N) = 2.485", "at step 3, 6", "the steps alone"):
         assert line in caplog.text
 
@@ -145,36 +146,32 @@ def test_a_plan_adds_up(
     chunk: int | None, tiny_bert: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """On made-up measurements: 3 s for a step of one row, and 0.01 s and 0.5 MB a token beyond 1,000 MB."""
-    seen: list[Any] = []
+    """On made-up measurements: 3 s a step and 0.01 s a token, 1,000 MB and 0.5 MB a token held at once."""
+    seen: list[plan.Step] = []
 
     def scan(*args: Any) -> Any:
-        seen.append(real_scan(*args)[0])
-        return seen[0], 0.25
+        seen.extend(real_scan(*args)[0])
+        return seen, 0.25
 
-    def measure_steps(*args: Any) -> Any:
-        single = [plan.Measurement(1, 30, 30, seconds, 1100.0) for seconds in (5.0, 3.0, 3.0)]
-        points = [plan.Measurement(4, t, t, 0.01 * t, 1000 + 0.5 * t) for t in (100, 200, 400, 390)]
-        return single, points
+    def compute_steps(*_: Any) -> list[plan.Step]:
+        parts = [plan.Step(0, 30, 30, seconds, 1100.0) for seconds in (5.0, 3.0, 3.0, 3.0)]
+        return parts + [plan.Step(0, t, t, 3 + 0.01 * t, 1000 + 0.5 * t) for t in (100, 200, 400, 390)]
 
     real_scan = plan.scan
     monkeypatch.setattr(plan, "scan", scan)
-    monkeypatch.setattr(plan, "measure_steps", measure_steps)
+    monkeypatch.setattr(plan, "compute_steps", compute_steps)
     monkeypatch.setattr(plan, "memory_mb", lambda: 900.0)
     monkeypatch.setattr(plan, "available_memory_mb", lambda: 2000.0)
     words = {"sub_batch_size": chunk, "dataloader_num_workers": 0, "ema_decay": 0.9}
     assert run(tiny_bert, data, tmp_path / "out", **SETTINGS, **words) == 0
     told = told_by(capsys)
-    micro_batches = [micro for of_step in seen[0] for micro in of_step]
-    tokens, held = [micro.tokens for micro in micro_batches], [micro.held for micro in micro_batches]
-    assert len(seen[0]) == 8 and len(tokens) == 14  # all of the run: two epochs of seven
-    # eight updates and loads, all tokens, and what the first step took longer
-    assert told["seconds"] == pytest.approx(8 * (3 + 0.25) + 0.01 * sum(tokens) + 2, abs=0.05)
+    tokens, held = [step.tokens for step in seen], max(step.held for step in seen)
+    assert len(seen) == 8 and held < max(tokens)  # all of the run: two epochs of four
+    assert told["seconds"] == pytest.approx(8 * (3 + 0.25) + 0.01 * sum(tokens), abs=0.05)
     assert told["tokens_per_step"] == pytest.approx(sum(tokens) / 8, abs=0.1)
     assert 1.9 < told["checkpoint_mb"] / model_mb(tiny_bert) < 2  # no optimizer yet, but a moving average
-    assert told["fixed_mb"] == 1000 and told["activation_mb"] == pytest.approx(0.5 * max(held), abs=0.01)
-    assert told["memory_mb"] == 1200  # the highest that was seen
-    assert told["largest_batch"] == (None if chunk else int(1000 / (0.5 * max(tokens) / 4)))
+    assert told["memory_mb"] == 1200 and told["fits"]  # the highest that was seen
+    assert told["largest_batch"] == (None if chunk else int(1000 / (0.5 * held / 4)))
 
 
 def test_what_does_not_fit_is_not_tried(
@@ -184,7 +181,7 @@ def test_what_does_not_fit_is_not_tried(
     assert run(tiny_bert, data, tmp_path / "out", max_steps=3, plan=True) == 0
     told = told_by(capsys)
     assert told["fits"] is False and told["largest_batch"] == 0
-    assert [point["rows"] for point in told["measured"]] == [1, 1, 1, 1, 2]
+    assert len(told["measured"]) == 4
 
 
 def test_gradcache_holds_one_chunk(
@@ -193,7 +190,7 @@ def test_gradcache_holds_one_chunk(
     assert run(tiny_bert, data, tmp_path / "out", max_steps=3, sub_batch_size=2, plan=True) == 0
     told = told_by(capsys)
     whole = told["measured"][-1]
-    assert whole["rows"] == 4 and whole["held"] < whole["tokens"] / 3
+    assert whole["held"] < whole["tokens"] / 3
     assert told["largest_batch"] is None  # activations no longer grow with the batch
 
 
