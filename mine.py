@@ -19,7 +19,6 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from bge_core.encoder.load import load_encoder
 from bge_core.files.records import Row
@@ -125,10 +124,9 @@ def print_rows(rows: Sequence[Row], mined: Mined, count: int) -> None:
 
 def print_cache(config: MineConfig, cache: EmbeddingCache) -> None:
     """Print what the cache holds, after cleaning it if that was asked for."""
-    folder = Path(str(config.embedding_cache_dir))
+    folder = cache.folder
     if config.clean_cache:
-        num_files, num_bytes = clean_cache(folder, keep=cache.used)
-        print(f"cache {folder}: removed {num_files} files, {num_bytes / 1e6:,.1f} MB")
+        print(f"cache {folder}: removed {clean_cache(folder, keep=cache.used) / 1e6:,.1f} MB")
     print(f"cache {folder}: {cache.num_reused:,} vectors read, {cache.num_encoded:,} encoded")
     for entry in cache_summary(folder):
         print(f"cache {folder}: {entry['texts']:,} vectors of {entry['model']}, {entry['bytes'] / 1e6:,.1f} MB")

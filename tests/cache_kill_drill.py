@@ -23,7 +23,7 @@ from bge_core import UserError
 from bge_core.encoder.load import load_encoder
 from bge_core.runtime.distributed import world
 from bge_core.runtime.launch import start
-from bge_core.search.cache import EmbeddingCache, clean_cache
+from bge_core.search.cache import EmbeddingCache
 
 ROOT = Path(__file__).resolve().parent.parent
 PRELOAD = ["cache_kill_drill", "transformers.models.bert.modeling_bert", "transformers.models.bert.tokenization_bert"]
@@ -139,7 +139,4 @@ def kill_and_start_again(model: Path, root: Path, num_kills: int, seed: int) -> 
         again = np.load(root / "again.0.npz")
         assert again["reused"] == num_kept and again["encoded"] == len(TEXTS) - num_kept
         assert again["vectors"].tobytes() == vectors.tobytes()
-        num_left = len(list(cache.rglob(".*")))
-        assert clean_cache(cache, keep={path.name for path in cache.iterdir()})[0] == num_left
-        assert {str(path.relative_to(cache)) for path in cache.rglob("*") if path.is_file()} == set(want)
     return counts

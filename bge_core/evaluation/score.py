@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from bge_core import UserError
+from bge_core.encoder.fingerprint import fingerprint
 from bge_core.encoder.load import load_encoder
 from bge_core.encoder.settings import EncoderSettings
 from bge_core.evaluation.costs import COST_METRICS, Cost, measure_costs, refuse_costs
@@ -17,7 +18,7 @@ from bge_core.evaluation.tasks import RetrievalTask, make_unique
 from bge_core.evaluation.trec import read_qrels, read_run, run_as_ranking, run_name
 from bge_core.reports.model_card import read_model_card
 from bge_core.runtime.config import EvaluateConfig
-from bge_core.search.cache import EmbeddingCache, fingerprint
+from bge_core.search.cache import EmbeddingCache
 
 
 @dataclass(frozen=True)

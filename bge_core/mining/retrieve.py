@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 
 from bge_core.encoder.encode import encode
+from bge_core.encoder.fingerprint import fingerprint
 from bge_core.encoder.model import Encoder
 from bge_core.files.records import Row, distinct_texts
 from bge_core.files.text import text_id
 from bge_core.runtime.config import MineConfig
 from bge_core.search.approximate import approximate_search, measure_recall
-from bge_core.search.cache import EmbeddingCache, fingerprint
+from bge_core.search.cache import EmbeddingCache
 from bge_core.search.exact import EXTRA, GPU_MAX_K, exact_search, gpu_available, score_pairs
 from bge_core.search.words import bm25_search, reciprocal_rank_fusion
 

@@ -1,1 +1,6 @@
-"""Nearest neighbours: exact and approximate by faiss, words by BM25, and vectors kept on disk."""
+"""Nearest neighbours, and the vectors among which they are looked for.
+
+exact: by faiss, the same everywhere. approximate: an index nominates. words: BM25. cache: vectors kept on disk.
+"""
+
+from bge_core.search.exact import exact_search as exact_search

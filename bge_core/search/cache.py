@@ -15,13 +15,11 @@ Shapes: N texts, M distinct texts, n texts of a shard, D embedding size.
 
 import json
 import logging
-import os
 import re
+import shutil
 from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from fnmatch import fnmatch
 from functools import partial
 from hashlib import blake2b
 from pathlib import Path
@@ -34,6 +32,7 @@ from safetensors.numpy import save
 
 from bge_core import UserError
 from bge_core.encoder.encode import encode
+from bge_core.encoder.fingerprint import fingerprint
 from bge_core.files import atomic
 from bge_core.runtime.distributed import gather_objects, on_main, world
 
@@ -41,60 +40,10 @@ logger = logging.getLogger(__name__)
 
 VERSION = 1  # to be raised when `encode` makes other vectors of the same model and text
 KEY = "S16"
+DESCRIPTION = "collection.json"
 File = tuple[str, str]  # name and checksum
 _COLLECTION = re.compile(r"[0-9a-f]{16}")
-_OWN = re.compile(r"collection\.json|[0-9a-f]{32}\.safetensors")
-_LEFTOVER = re.compile(rf"\.(?:(?:{_OWN.pattern})\.tmp|probe)-(\d{{1,9}})")  # of records.atomic_path, refuse_unwritable
-
-# Where a config came from and how it is run. Fields that begin with "_" or name a dropout do not change a vector, too.
-_NO_INFLUENCE = {"transformers_version", "architectures", "auto_map", "dtype", "torch_dtype", "use_cache"}
 _DAMAGE = (OSError, ValueError, KeyError, TypeError, RuntimeError)  # what reading bytes that are no shard may raise
-
-
-def fingerprint(encoder: Any) -> str:
-    """Hash of what determines a vector: weights, config, tokenizer, pooling, normalization; not where they came from.
-
-    Device and attention kernel are left out: they change last bits. So is dropout, which encoding switches off.
-
-    Args:
-        encoder: a model.Encoder on any device, its weights whole (not FSDP). At most one tensor is copied at a time,
-            and none that lies on the CPU.
-
-    Returns:
-        32 hexadecimal digits.
-    """
-    config = [type(encoder.backbone).__name__, _influential(encoder.backbone.config.to_dict())]
-    settings = [encoder.tokenizer.truncation_side, encoder.settings.pooling, encoder.settings.normalize]
-    digest = xxhash.xxh3_128(_json([config, settings, _tokenizer_text(encoder.tokenizer.backend_tokenizer)]))
-    for name, tensor in encoder.backbone.state_dict().items():
-        digest.update(_json([name, str(tensor.dtype), list(tensor.shape)]))
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def _tokenizer_text(tokenizer: Any) -> str:
-    """The tokenizer as JSON, without what its last call left behind in it; that is put back."""
-    truncation, padding = tokenizer.truncation, tokenizer.padding
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    text: str = tokenizer.to_str()
-    if truncation:
-        tokenizer.enable_truncation(**truncation)
-    if padding:
-        tokenizer.enable_padding(**padding)
-    return text
-
-
-def _json(value: Any) -> bytes:
-    return json.dumps(value, sort_keys=True, default=str).encode()
-
-
-def _influential(value: Any) -> Any:
-    """A config, and each part of it, without the fields that do not change a vector."""
-    if isinstance(value, dict):
-        names = [n for n in value if n not in _NO_INFLUENCE and not str(n).startswith("_") and "drop" not in str(n)]
-        return {str(name): _influential(value[name]) for name in names}
-    return [_influential(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def text_keys(texts: Sequence[str]) -> np.ndarray:
@@ -208,7 +157,6 @@ class EmbeddingCache:
             raise UserError(f"shard_size={shard_size}, dtype={dtype!r}: use 1 or more, and float32 or float16")
         self.folder, self.shard_size, self.dtype = Path(folder), shard_size, dtype
         self.num_encoded, self.num_reused, self.used = 0, 0, set[str]()
-        on_main(lambda: _refuse_file(self.folder))
         on_main(lambda: atomic.refuse_unwritable(self.folder))
 
     def vectors(
@@ -282,11 +230,9 @@ class EmbeddingCache:
             "fingerprint": fingerprint(encoder),
             "version": VERSION,
         }
-        name = blake2b(_json(settings), digest_size=8).hexdigest()
-        if not _describe(self.folder / name):
-            model = getattr(encoder.backbone.config, "_name_or_path", None) or None
-            atomic.write_json(self.folder / name / "collection.json", {"model": model, **settings})
-        os.utime(self.folder / name / "collection.json")  # the time of its last use
+        name = blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=8).hexdigest()
+        model = getattr(encoder.backbone.config, "_name_or_path", None) or None
+        atomic.write_json(self.folder / name / DESCRIPTION, {"model": model, **settings})
         return name
 
     def _find(self, folder: Path, wanted_M: np.ndarray, dim: int) -> list[File]:
@@ -342,94 +288,37 @@ class EmbeddingCache:
         return shards
 
 
-def _refuse_file(folder: Path) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"--embedding_cache_dir {folder}: is a file; name a folder")
-
-
-def _collections(folder: Path) -> list[Path]:
-    """The folders of a cache; UserError where there is no such cache."""
-    _refuse_file(folder)
-    if not folder.exists():
-        raise UserError(f"--embedding_cache_dir {folder}: no such folder")
-    return sorted(p for p in folder.iterdir() if _COLLECTION.fullmatch(p.name) and p.is_dir() and not p.is_symlink())
-
-
-def _describe(collection: Path) -> dict[str, Any]:
-    """What stands in collection.json; nothing where it is missing or damaged."""
-    with suppress(ValueError, TypeError):
-        return dict(atomic.read_json(collection / "collection.json") or {})
-    return {}
+def _collections(folder: str | Path) -> list[Path]:
+    """The collections of a cache, and nothing else that lies there; no symbolic link."""
+    found = [path.parent for path in sorted(Path(folder).glob(f"*/{DESCRIPTION}"))]
+    return [path for path in found if _COLLECTION.fullmatch(path.name) and not path.is_symlink()]
 
 
 def cache_summary(folder: str | Path) -> list[dict[str, Any]]:
-    """What a cache holds: a collection's name, model, settings, number of texts, bytes, and last use (UTC).
-
-    Raises:
-        UserError: no such folder.
-    """
+    """Of each collection of a cache its name, the model, the number of texts and the bytes."""
     entries = []
-    for collection in _collections(Path(folder)):
-        files = [path for path in collection.iterdir() if _OWN.fullmatch(path.name)]
-        described, num_texts = _describe(collection), 0
+    for collection in _collections(folder):
+        described, num_texts = atomic.read_json(collection / DESCRIPTION), 0
+        files = list(collection.glob("*.safetensors"))
         for file in files:
-            with suppress(*_DAMAGE):  # the description, and what is damaged, hold none
+            with suppress(*_DAMAGE):  # what is damaged holds none
                 num_texts += len(_Shard.open(file, described["dimension"], described["dtype"]).key_n)
-        used = max(path.stat().st_mtime for path in (collection, *files))
+        num_bytes = sum(file.stat().st_size for file in files)
         entries.append(
-            {
-                "collection": collection.name,
-                **{name: described.get(name) for name in ("model", "prompt", "max_length", "precision", "dtype")},
-                "texts": num_texts,
-                "bytes": sum(file.stat().st_size for file in files),
-                "last_used": datetime.fromtimestamp(used, UTC).isoformat(timespec="seconds"),
-            }
+            {"collection": collection.name, "model": described["model"], "texts": num_texts, "bytes": num_bytes}
         )
     return entries
 
 
-def clean_cache(
-    folder: str | Path, keep: Collection[str] = (), *, ignore: Sequence[str] = (".*", "*.faiss")
-) -> tuple[int, int]:
-    """Remove the collections of a cache, and what killed writers left; not while another machine writes there.
-
-    Symbolic links are not followed, and what is not of the cache is never removed.
-
-    Args:
-        folder: of the cache.
-        keep: names of collections that stay; of them only what killed writers left is removed.
-        ignore: patterns of names that may lie there, too.
+def clean_cache(folder: str | Path, keep: Collection[str] = ()) -> int:
+    """Remove the collections of a cache but those that are named; not while another run uses them.
 
     Returns:
-        Number of files removed, and their bytes.
-
-    Raises:
-        UserError: no such folder, or it holds something else, which is named; nothing is removed then.
+        The number of bytes that were removed.
     """
-    collections, doomed = _collections(Path(folder)), []
-    for path in sorted(path for place in (Path(folder), *collections) for path in place.iterdir()):
-        own = path.parent in collections and _OWN.fullmatch(path.name)
-        leftover = _LEFTOVER.fullmatch(path.name)
-        if path.is_symlink() or not (path in collections or (path.is_file() and (own or leftover))):
-            if not any(fnmatch(path.name, pattern) for pattern in ignore):
-                raise UserError(
-                    f"--embedding_cache_dir {folder}: nothing removed, for {path} is not of the cache; move it"
-                )
-        elif (own and path.parent.name not in keep) or (leftover and not _is_alive(int(leftover[1]))):
-            doomed.append(path)
-    num_bytes = sum(path.stat().st_size for path in doomed)
-    for path in doomed:
-        path.unlink(missing_ok=True)
-    for collection in collections:
-        with suppress(OSError):  # not empty
-            collection.rmdir()
-    return len(doomed), num_bytes
-
-
-def _is_alive(number: int) -> bool:
-    """Whether a process of this number runs on this machine."""
-    try:
-        os.kill(number, 0)
-    except OSError as error:
-        return isinstance(error, PermissionError)  # another user's
-    return True
+    num_bytes = 0
+    for collection in _collections(folder):
+        if collection.name not in keep:
+            num_bytes += sum(file.lstat().st_size for file in collection.iterdir())
+            shutil.rmtree(collection)
+    return num_bytes
