@@ -119,6 +119,10 @@ def _found(value: object) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
+def _missing(row: Row, name: str, remedy: str) -> str:
+    return f"field '{name}' is missing; {remedy} (its fields: {', '.join(row)[:200]})"
+
+
 def _check_text(value: object, name: str, if_empty: str | None) -> str | None:
     """`if_empty`: the remedy where the text is empty; None: it may be."""
     if not isinstance(value, str):
@@ -134,7 +138,7 @@ def _check_text(value: object, name: str, if_empty: str | None) -> str | None:
 
 def _check_field(row: Row, name: str, *, required: bool, may_be_empty: bool = False) -> str | None:
     if required and name not in row:
-        return f"field '{name}' is missing; add it"
+        return _missing(row, name, "add it")
     if not required and row.get(name) is None:
         return None
     return _check_text(row[name], name, "remove the line or fill it" if required and not may_be_empty else None)
@@ -143,7 +147,7 @@ def _check_field(row: Row, name: str, *, required: bool, may_be_empty: bool = Fa
 def _check_list(row: Row, name: str, *, required: bool) -> str | None:
     values = row.get(name)
     if values is None:
-        return f"""field '{name}' is missing; add a list, as "{name}": ["text"]""" if required else None
+        return _missing(row, name, f'add a list, as "{name}": ["text"]') if required else None
     if not isinstance(values, list):
         return f"field '{name}' is {_found(values)}; it must be a list of strings, as [{_found(values)}]"
     if required and not values:

@@ -106,9 +106,9 @@ def read_source(path: str | Path, check: Check, *, streaming: bool = True) -> It
     num_rows = 0
     for name in [str(path)] if is_hub_name(path) else map(str, list_files([path])):
         if is_hub_name(path):
-            rows = records.checked(name, _hub_rows(name, streaming), _naming_fields(check), max_bad=1)
+            rows = records.checked(name, _hub_rows(name, streaming), check, max_bad=1)
         elif name.lower().endswith(".parquet"):
-            rows = records.checked(name, _parquet_rows(name), _naming_fields(check))
+            rows = records.checked(name, _parquet_rows(name), check)
         else:
             rows = records.read_jsonl(name, check)
         for number, row in rows:
@@ -116,14 +116,6 @@ def read_source(path: str | Path, check: Check, *, streaming: bool = True) -> It
             yield (name, number), row
     if not num_rows:
         raise UserError(f"{path}: holds no row")
-
-
-def _naming_fields(check: Check) -> Check:
-    def problem_and_fields(row: Row) -> str | None:
-        problem = check(row)
-        return f"{problem} (its fields: {', '.join(row)})" if problem else None
-
-    return problem_and_fields
 
 
 @contextmanager
@@ -138,9 +130,8 @@ def _parquet_rows(file: str) -> Iterator[tuple[int, Row]]:
     from pyarrow import parquet
 
     with _as_user_error(f"{file}: not readable as Parquet"), parquet.ParquetFile(file) as table:
-        yield from enumerate(
-            (row for batch in table.iter_batches(batch_size=1024) for row in batch.to_pylist()), start=1
-        )
+        batches = table.iter_batches(batch_size=1024)
+        yield from enumerate((row for batch in batches for row in batch.to_pylist()), start=1)
 
 
 def _hub_rows(name: str, streaming: bool) -> Iterator[tuple[int, Row]]:
@@ -148,9 +139,8 @@ def _hub_rows(name: str, streaming: bool) -> Iterator[tuple[int, Row]]:
 
     path, *more = name.split(":")
     split = more.pop() if more else "train"
-    with _as_user_error(
-        f"{name}: no such file, nor does the hub give it (offline? name files, or set HF_ENDPOINT to a mirror)"
-    ):
+    remedy = "no such file, nor does the hub give it (offline? name files, or set HF_ENDPOINT to a mirror)"
+    with _as_user_error(f"{name}: {remedy}"):
         yield from enumerate(datasets.load_dataset(path, *more, split=split, streaming=streaming), start=1)
 
 

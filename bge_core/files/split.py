@@ -86,13 +86,9 @@ def _warn_of_large_groups(pairs: Pairs, groups: Sequence[int], sizes: Counter[in
         members = [question for question, its_group in enumerate(groups) if its_group == group]
         answer, times = Counter(chain.from_iterable(pairs.positives[q] for q in members)).most_common(1)[0]
         logger.warning(
-            "%d of the %d questions form one group, since they share answers, and stay together: as '%s'; the most "
-            "frequent of the answers (%d times) is '%s'. --split_by question would divide the group",
-            size,
-            len(groups),
-            pairs.questions.spellings[members[0]],
-            times,
-            pairs.answers.spellings[answer],
+            f"{size} of the {len(groups)} questions form one group, since they share answers, and stay together: as "
+            f"'{pairs.questions.spellings[members[0]]}'; the most frequent of the answers ({times} times) is "
+            f"'{pairs.answers.spellings[answer]}'. --split_by question would divide the group"
         )
 
 
