@@ -1,11 +1,9 @@
-"""Merged checkpoints, read and written tensor by tensor: weighted averages, and the other ways of merge_methods.py.
+"""Models merged tensor by tensor and written as a folder: weighted averages, and the other ways of methods.py.
 
     theta = sum_m w_m theta_m,   sum_m w_m = 1,   in float32
 
 Averaging a fine-tuned model with its base keeps much of what fine-tuning forgets. A few tensors are in memory at a
 time, whatever the number of models. Source: Xiao et al. 2023, "LM-Cocktail", and its package LM_Cocktail 0.0.4.
-
-Shapes: B examples, N passages of all examples, b and n those of one batch, D embedding size.
 """
 
 import functools
@@ -26,14 +24,8 @@ from bge_core import UserError
 from bge_core.encoder.settings import save_tokenizer, write_settings
 from bge_core.files import atomic
 from bge_core.files.records import Row
-from bge_core.merging.checkpoints import (  # cross
-    ModelFolder,
-    _joined,
-    merged_names,
-    merged_settings,
-    open_model_folders,
-)
 from bge_core.merging.methods import DENSITY, Merged, check_arguments, linear, slerp, task_arithmetic, ties
+from bge_core.merging.model_folders import ModelFolder, joined, merged_names, merged_settings, open_model_folders
 from bge_core.runtime.config import MergeMethod, MergeType
 
 logger = logging.getLogger(__name__)
@@ -74,7 +66,7 @@ def merge_folders(
         weights: one a model, used as they are, summing to 1 within 1e-3 (of task_arithmetic: any finite numbers); below
             0 is allowed (not of ties).
         output_path: where the result goes.
-        method: "linear", "slerp" (of two models), "task_arithmetic" or "ties", see merge_methods.py.
+        method: "linear", "slerp" (of two models), "task_arithmetic" or "ties", see methods.py.
         base_model: of the last two: what the models were fine-tuned from.
         density: of ties; None: 0.2.
         dtype: of the result, computed in float32; "keep": the first model's.
@@ -91,8 +83,8 @@ def merge_folders(
     """
     check_arguments(method, len(models), base_model, density)
     refuse_output(output_path, [*models, *filter(None, [base_model])], overwrite)
-    checkpoints = open_model_folders(models, weights, method=method, base_model=base_model, **hub)
-    settings, names, first = merged_settings(checkpoints), merged_names(checkpoints), checkpoints[0]
+    folders = open_model_folders(models, weights, method=method, base_model=base_model, **hub)
+    settings, names, first = merged_settings(folders), merged_names(folders), folders[0]
     density = DENSITY if density is None else density
     combine, result_type = _combine(method, density), _result_type(dtype, first)
     facts = {
@@ -107,18 +99,18 @@ def merge_folders(
     }
     try:
         with _model_folder(Path(output_path)) as temporary, ThreadPoolExecutor() as hashing:
-            hashes = {file: hashing.submit(atomic.sha256, file) for c in checkpoints for file in c.files}
+            hashes = {file: hashing.submit(atomic.sha256, file) for of in folders for file in of.files}
             temporary.mkdir()
             like = {name: torch.empty_like(first.tensors[name](), device="meta") for name in names}
             like = {name: t.to(result_type) if t.is_floating_point() else t for name, t in like.items()}
-            merged = average(checkpoints, weights, names, combine, result_type)
+            merged = average(folders, weights, names, combine, result_type)
             _write_safetensors(temporary / "model.safetensors", like, merged)
             _save_config_and_tokenizer(temporary, first, result_type)
             write_settings(temporary, settings, first.backbone.config.hidden_size)
             files = [
-                {"path": str(file), "sha256": hashes[file].result(), "model": c.name}
-                for c in checkpoints
-                for file in c.files
+                {"path": str(file), "sha256": hashes[file].result(), "model": of.name}
+                for of in folders
+                for file in of.files
             ]
             manifest = atomic.make_manifest("merge", config or facts, [*files, *inputs], **facts)
             atomic.write_json(temporary / "manifest.json", manifest)
@@ -139,7 +131,7 @@ def refuse_output(output_path: str | Path, models: Sequence[str], overwrite: boo
 
 
 def average(
-    checkpoints: Sequence[ModelFolder],
+    folders: Sequence[ModelFolder],
     weights: Sequence[float],
     names: Iterable[str],
     combine: Combine = linear,
@@ -150,19 +142,19 @@ def average(
     A tensor of more than PIECE entries comes in several pieces: its whole size is never held.
 
     Args:
-        checkpoints: the models, and behind them the base where `combine` wants one.
+        folders: the models, and behind them the base where `combine` wants one.
         weights: one a model.
         names: the tensors, in the order in which they come.
-        combine: a way of merge_methods.py, which computes in float32.
+        combine: a way of methods.py, which computes in float32.
         dtype: to which the result is rounded.
 
     Raises:
         UserError: an integer tensor that differs between models, or a result that is not finite.
     """
-    models = _joined(c.name for c in checkpoints)
+    models = joined(of.name for of in folders)
     remedy = " in float16; try --dtype bfloat16" if dtype == torch.float16 else "; is one of them broken?"
     for name in names:
-        readers = [c.tensors[name] for c in checkpoints if name in c.tensors]
+        readers = [of.tensors[name] for of in folders if name in of.tensors]
         first = readers[0]()
         if not first.is_floating_point():
             if not all(torch.equal(first, read()) for read in readers[1:]):
@@ -218,7 +210,7 @@ def _write_safetensors(path: Path, like: dict[str, Tensor], pieces: Averages) ->
 
 
 def _combine(method: str, density: float) -> Combine:
-    """The function of merge_methods.py; a soup is no way to merge, but a choice of models."""
+    """The function of methods.py; a soup is no way to merge, but a choice of models."""
     ways: dict[str, Combine] = {
         "linear": linear,
         "slerp": slerp,
@@ -226,7 +218,7 @@ def _combine(method: str, density: float) -> Combine:
         "ties": functools.partial(ties, density=density),
     }
     if method not in ways:
-        raise UserError(f"method {method!r}: use one of {_joined(ways)}")
+        raise UserError(f"method {method!r}: use one of {joined(ways)}")
     return ways[method]
 
 

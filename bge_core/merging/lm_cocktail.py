@@ -14,8 +14,8 @@ from bge_core.encoder.load import load_encoder
 from bge_core.files import records
 from bge_core.files.records import Row
 from bge_core.loss import info_nce
-from bge_core.merging.checkpoints import merged_names, merged_settings, open_model_folders  # cross
-from bge_core.merging.folders import average, merge_folders, refuse_output  # cross
+from bge_core.merging.folders import average, merge_folders, refuse_output
+from bge_core.merging.model_folders import merged_names, merged_settings, open_model_folders
 
 logger = logging.getLogger(__name__)
 
@@ -46,14 +46,14 @@ def mix_models(
     if output_path is not None:
         merge_folders(model_names_or_paths, weights, output_path, overwrite=overwrite, **hub)
         return load_encoder(output_path, attention="padded", **hub).backbone
-    checkpoints = open_model_folders(model_names_or_paths, weights, **hub)
+    folders = open_model_folders(model_names_or_paths, weights, **hub)
     backbone = load_encoder(model_names_or_paths[0], attention="padded", **hub).backbone
-    names = merged_names(checkpoints)
+    names = merged_names(folders)
     if not any(name.startswith("pooler.") for name in names):
         backbone.pooler = None
     state = backbone.state_dict()
     filled = dict.fromkeys(state, 0)
-    for name, piece in average(checkpoints, weights, [name for name in names if name in state]):
+    for name, piece in average(folders, weights, [name for name in names if name in state]):
         state[name].view(-1)[filled[name] :][: len(piece)] = piece
         filled[name] += len(piece)
     return backbone

@@ -9,6 +9,7 @@ import logging
 import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,12 +18,70 @@ from bge_core import UserError
 from bge_core.evaluation.significance import bootstrap_means
 from bge_core.files import atomic
 from bge_core.files.records import Row
+from bge_core.reports.tables import text_table
 
 logger = logging.getLogger(__name__)
 MAX_POINTS = 101
 UNSEEN = 0.02  # a general loss that should be seen
 Score = Callable[[str], Mapping[str, np.ndarray]]
 Merge = Callable[[float, str], object]
+PerQuestion = Mapping[str, np.ndarray]  # "domain" and, if there are such questions, "general" -> (Q,)
+
+
+@dataclass(frozen=True)
+class Point:
+    """A mean over questions, and its difference to the base's with the 95 % interval."""
+
+    mean: float
+    difference: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What a sweep measured and chose.
+
+    Args:
+        metric: its name.
+        rule: how the weight was chosen.
+        chosen: this weight.
+        questions: {"domain": Q, "general": Q}; general may be absent, here and below.
+        resamples, seed: of the intervals.
+        points: {weight: {"domain": Point, "general": Point}}, the weights rising.
+    """
+
+    metric: str
+    rule: str
+    chosen: float
+    questions: dict[str, int]
+    resamples: int
+    seed: int
+    points: dict[float, dict[str, Point]]
+
+    def row(self) -> Row:
+        """What sweep.json and the manifest hold."""
+        lines = []
+        for weight, of in self.points.items():
+            line = {"weight": weight}
+            for name, point in of.items():
+                line |= {name: point.mean, f"{name}_difference": point.difference}
+                line |= {f"{name}_low": point.low, f"{name}_high": point.high}
+            lines.append(line)
+        facts = asdict(self)
+        del facts["points"]
+        return facts | {"weights": lines}
+
+    def table(self) -> str:
+        """Each weight with its scores and the differences to the base, for a terminal."""
+        header = ["weight", *(column for name in self.questions for column in (name, "to the base", "95 %")), ""]
+        rows = []
+        for weight, of in self.points.items():
+            cells = [f"{weight:g}"]
+            for point in of.values():
+                cells += [f"{point.mean:.4f}", f"{point.difference:+.4f}", f"[{point.low:+.4f}, {point.high:+.4f}]"]
+            rows.append([*cells, "chosen" if weight == self.chosen else ""])
+        return text_table(header, rows)
 
 
 def parse_sweep(text: str) -> list[float]:
@@ -52,7 +111,7 @@ def sweep(
     general_weight: float | None = None,
     resamples: int = 10_000,
     seed: int = 0,
-) -> Row:
+) -> Sweep:
     """Measure every weight, and choose one.
 
     The rule: of the weights whose general score is not significantly below the base's (the 95 % interval of the paired
@@ -71,16 +130,33 @@ def sweep(
         metric: its name, for the table.
         general_weight: a; None: the rule.
         resamples, seed: of the bootstrap.
-
-    Returns:
-        {"metric", "rule", "chosen": w, "weights": [{"weight", "domain", "domain_difference", "domain_low",
-        "domain_high", and the same of general}]}, differences to the base.
     """
+    known = _measure(sorted({0.0, *weights}), merge, score, file, key, metric)
+    points: dict[float, dict[str, Point]] = {}
+    for weight, of in known.items():
+        points[weight] = {}
+        for name, value_Q in of.items():
+            change_Q = value_Q - known[0.0][name]
+            _, low, high = bootstrap_means(change_Q, resamples, seed)
+            points[weight][name] = Point(float(value_Q.mean()), float(change_Q.mean()), float(low), float(high))
+    questions = {name: len(value_Q) for name, value_Q in known[0.0].items()}
+    unseen = max((of["general"].difference - of["general"].low for of in points.values() if "general" in of), default=0)
+    if unseen > UNSEEN and general_weight is None:
+        text = "%d general questions are few: of the weights here, a loss of %.3f could go unseen; give more"
+        logger.warning(text, questions["general"], unseen)
+    rule, chosen = _choose(points, general_weight)
+    return Sweep(metric, rule, chosen, questions, resamples, seed, points)
+
+
+def _measure(
+    weights: Sequence[float], merge: Merge, score: Score, file: Path, key: str, metric: str
+) -> dict[float, PerQuestion]:
+    """The scores of every weight: those that `file` keeps, and what is measured now, kept at once."""
     kept = atomic.read_json(file) or {}
     if kept.get("key") != key:
         kept = {"key": key, "scores": {}}
-    known: dict[float, dict[str, np.ndarray]] = {}
-    for weight in dict.fromkeys((0.0, *weights)):
+    known: dict[float, PerQuestion] = {}
+    for weight in weights:
         if str(weight) not in kept["scores"]:
             model = file.with_name(f".{file.name}.model")
             shutil.rmtree(model, ignore_errors=True)  # of a run that was killed
@@ -93,85 +169,20 @@ def sweep(
         known[weight] = {name: np.array(values) for name, values in kept["scores"][str(weight)].items()}
         means = ", ".join(f"{name} {values.mean():.4f}" for name, values in known[weight].items())
         logger.info("weight %g: %s %s", weight, metric, means)
-    base, lines = known[0.0], []
-    for weight in sorted({0.0, *weights}):
-        line = {"weight": weight}
-        for name, values in known[weight].items():
-            _, low, high = bootstrap_means(values - base[name], resamples, seed)
-            line |= {
-                name: float(values.mean()),
-                f"{name}_difference": float((values - base[name]).mean()),
-                f"{name}_low": float(low),
-                f"{name}_high": float(high),
-            }
-        lines.append(line)
-    rule, chosen = _choose(lines, general_weight)
-    unseen = max((line["general_difference"] - line["general_low"] for line in lines if "general" in line), default=0)
-    if unseen > UNSEEN and general_weight is None:
-        text = "%d general questions are few: of the weights here, a loss of %.3f could go unseen; give more"
-        logger.warning(text, len(base["general"]), unseen)
-    return {
-        "metric": metric,
-        "rule": rule,
-        "chosen": chosen,
-        "questions": {n: len(v) for n, v in base.items()},
-        "resamples": resamples,
-        "seed": seed,
-        "weights": lines,
-    }
+    return known
 
 
-def _choose(lines: Sequence[Mapping[str, float]], general_weight: float | None) -> tuple[str, float]:
-    if "general" not in lines[0]:
-        best = max(lines, key=lambda line: (line["domain"], -line["weight"]))
-        return "best domain score", best["weight"]
-    if general_weight is not None:
-        share = general_weight
-        best = max(lines, key=lambda line: ((1 - share) * line["domain"] + share * line["general"], -line["weight"]))
-        return f"largest {1 - share:g} domain + {share:g} general", best["weight"]
-    fine = [line for line in lines if line["general_high"] >= 0]
-    best = max(fine, key=lambda line: (line["domain"], -line["weight"]))
-    return "best domain score whose general loss is not significant (95 %)", best["weight"]
+def _choose(points: Mapping[float, Mapping[str, Point]], general_weight: float | None) -> tuple[str, float]:
+    """The rule in words, and the weight; of equal ones the smallest."""
+    if "general" not in points[0.0]:
+        return "best domain score", max(points, key=lambda w: (points[w]["domain"].mean, -w))
+    if general_weight is None:
+        fine = [w for w, of in points.items() if of["general"].high >= 0]
+        rule = "best domain score whose general loss is not significant (95 %)"
+        return rule, max(fine, key=lambda w: (points[w]["domain"].mean, -w))
+    a = general_weight
 
+    def both(w: float) -> tuple[float, float]:
+        return (1 - a) * points[w]["domain"].mean + a * points[w]["general"].mean, -w
 
-def sweep_rows(found: Row) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the table: each weight with its scores and the differences to the base."""
-    sets = [name for name in ("domain", "general") if name in found["weights"][0]]
-    header = ["weight", *(column for name in sets for column in (name, "to the base", "95 %")), ""]
-    rows = []
-    for line in found["weights"]:
-        cells = [f"{line['weight']:g}"]
-        for name in sets:
-            cells += [
-                f"{line[name]:.4f}",
-                f"{line[f'{name}_difference']:+.4f}",
-                f"[{line[f'{name}_low']:+.4f}, {line[f'{name}_high']:+.4f}]",
-            ]
-        rows.append([*cells, "chosen" if line["weight"] == found["chosen"] else ""])
-    return header, rows
-
-
-def plot_sweep(found: Row, picture: Path) -> None:
-    """Gain in the domain, and loss outside, against the weight; the chosen one marked. A PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 3.8), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    xs = [line["weight"] for line in found["weights"]]
-    for name, color in (("domain", "tab:blue"), ("general", "tab:orange")):
-        if f"{name}_low" not in found["weights"][0]:
-            continue
-        low, middle, high = (
-            [line[f"{name}_{part}"] for line in found["weights"]] for part in ("low", "difference", "high")
-        )
-        axes.plot(xs, middle, marker="o", color=color, label=name)
-        axes.fill_between(xs, low, high, color=color, alpha=0.15, linewidth=0)
-    axes.axhline(0, color="black", linewidth=0.8)
-    axes.axvline(found["chosen"], color="gray", linestyle=":", label=f"chosen: {found['chosen']:g}")
-    axes.set(xlabel="weight of the fine-tuned model", ylabel=f"{found['metric']}, difference to the base")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    with atomic.atomic_path(picture) as temporary:
-        figure.savefig(temporary, format="png", dpi=130)
+    return f"largest {1 - a:g} domain + {a:g} general", max(points, key=both)

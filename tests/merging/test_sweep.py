@@ -16,7 +16,8 @@ import merge
 from bge_core import UserError
 from bge_core.encoder.load import load_encoder
 from bge_core.files import atomic
-from bge_core.merging.sweep import parse_sweep, sweep, sweep_rows
+from bge_core.merging import choose
+from bge_core.merging.sweep import Sweep, parse_sweep, sweep
 from bge_core.search import cache
 
 Scores = dict[float, dict[str, list[float]]]
@@ -43,7 +44,7 @@ def test_no_sweep(text: str) -> None:
         parse_sweep(text)
 
 
-def run(scores: Scores, tmp_path: Path, key: str = "k", **options: Any) -> tuple[dict[str, Any], list[float]]:
+def run(scores: Scores, tmp_path: Path, key: str = "k", **options: Any) -> tuple[Sweep, list[float]]:
     """The result, and the weights that were merged and measured."""
     merged: list[float] = []
 
@@ -73,26 +74,24 @@ def test_the_best_domain_score_without_a_significant_general_loss(tmp_path: Path
         1.0: {"domain": [0.9] * 40, "general": BAD},
     }  # fmt: skip
     result, merged = run(scores, tmp_path)
-    assert result["chosen"] == 0.5 and merged == [0.0, 0.5, 1.0]  # the base is measured unasked
-    lines = {line["weight"]: line for line in result["weights"]}
-    assert lines[1.0]["domain_difference"] == pytest.approx(0.6) and lines[1.0]["general_high"] < 0
-    assert lines[0.5]["general_low"] < 0 < lines[0.5]["general_high"]
-    header, rows = sweep_rows(result)
-    assert all(len(row) == len(header) for row in rows) and [row[-1] for row in rows] == ["", "chosen", ""]
+    assert result.chosen == 0.5 and merged == [0.0, 0.5, 1.0]  # the base is measured unasked
+    assert result.points[1.0]["domain"].difference == pytest.approx(0.6) and result.points[1.0]["general"].high < 0
+    assert result.points[0.5]["general"].low < 0 < result.points[0.5]["general"].high
+    assert [line.endswith("chosen") for line in result.table().splitlines()[2:]] == [False, True, False]
 
 
 def test_a_weighted_mean_chooses_otherwise(tmp_path: Path) -> None:
     scores: Scores = {
         0.0: {"domain": [0.3] * 40, "general": GOOD}, 1.0: {"domain": [0.9] * 40, "general": BAD},
     }  # fmt: skip
-    assert run(scores, tmp_path, general_weight=0.5)[0]["chosen"] == 1.0  # 0.675 against 0.525
-    assert run(scores, tmp_path, general_weight=0.9)[0]["chosen"] == 0.0  # 0.495 against 0.705
+    assert run(scores, tmp_path, general_weight=0.5)[0].chosen == 1.0  # 0.675 against 0.525
+    assert run(scores, tmp_path, general_weight=0.9)[0].chosen == 0.0  # 0.495 against 0.705
 
 
 def test_without_general_questions_and_of_equal_ones_the_smallest(tmp_path: Path) -> None:
     scores: Scores = {0.0: {"domain": [0.5]}, 0.5: {"domain": [0.8]}, 1.0: {"domain": [0.8]}}
     result, _ = run(scores, tmp_path)
-    assert result["chosen"] == 0.5 and result["rule"] == "best domain score"
+    assert result.chosen == 0.5 and result.rule == "best domain score"
 
 
 def test_what_was_measured_is_not_measured_again(tmp_path: Path) -> None:
@@ -101,7 +100,7 @@ def test_what_was_measured_is_not_measured_again(tmp_path: Path) -> None:
     assert merged == [0.0, 0.5]
     more = scores | {1.0: {"domain": [0.9, 0.9]}}
     second, merged = run(more, tmp_path)
-    assert merged == [1.0] and second["weights"][:2] == first["weights"] and second["chosen"] == 1.0
+    assert merged == [1.0] and second.points.items() > first.points.items() and second.chosen == 1.0
     _, merged = run(more, tmp_path, key="other data")
     assert merged == [0.0, 0.5, 1.0]
 
@@ -195,14 +194,14 @@ def test_scores_are_measured_again_where_they_may_differ(
     models: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     measured: list[str] = []
-    score = merge.score_model
+    score = choose.score_model
 
     def score_model(config: object, name: str, *rest: object, **loading: object) -> list[np.ndarray]:
         assert loading["trust_remote_code"] is False
         measured.append(name)
         return score(config, name, *rest, **loading)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(merge, "score_model", score_model)
+    monkeypatch.setattr(choose, "score_model", score_model)
     words = ["--models", *models, "--sweep", "0:1:1", "--output_path", str(tmp_path / "out"), "--val_data",
              questions(tmp_path / "d.jsonl", "天地玄黄"), "--overwrite_output_dir"]  # fmt: skip
 

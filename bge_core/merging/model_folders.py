@@ -23,10 +23,7 @@ from bge_core.encoder.settings import EncoderSettings, read_settings
 from bge_core.runtime.config import MergeMethod
 
 logger = logging.getLogger(__name__)
-
-
 _QUIET: Any = {f"_raise_exceptions_for_{x}": False for x in ("missing_entries", "gated_repo", "connection_errors")}
-
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
@@ -56,14 +53,14 @@ def open_model_folders(
     """Open all models, then the base; UserError where they, or the weights (None: not known yet), do not fit."""
     if weights is not None:
         _refuse_weights(models, weights, method)
-    checkpoints = [open_model_folder(str(name), **hub) for name in [*models, *filter(None, [base_model])]]
-    for one, other in combinations(checkpoints, 2):
+    folders = [open_model_folder(str(name), **hub) for name in [*models, *filter(None, [base_model])]]
+    for one, other in combinations(folders, 2):
         _refuse_difference(one, other)
-    return checkpoints
+    return folders
 
 
 def _refuse_weights(models: Sequence[str], weights: Sequence[float], method: MergeMethod) -> None:
-    what = f"weights {_joined(weights)} for the models {_joined(models)}"
+    what = f"weights {joined(weights)} for the models {joined(models)}"
     if len(weights) != len(models):
         raise UserError(f"{what}: give one a model ({len(models)})")
     total = math.fsum(weights) if all(map(math.isfinite, weights)) else math.nan
@@ -81,7 +78,7 @@ def open_model_folder(name: str, **hub: Any) -> ModelFolder:
     """Open a hub model or a folder without reading its weights.
 
     They are read later, tensor by tensor, from safetensors files with the backbone's names (or those of a model with a
-    head: a prefix more). Any other checkpoint (pytorch_model.bin, names of old versions) transformers loads whole.
+    head: a prefix more). Any other model (pytorch_model.bin, names of old versions) transformers loads whole.
 
     Raises:
         UserError: not a model, not reachable, damaged, weights missing, a LoRA adapter.
@@ -149,7 +146,7 @@ def _weight_files(name: str, **hub: Any) -> list[Path]:
     index = json.loads(Path(present).read_text(encoding="utf-8"))
     found = {shard: find(shard) for shard in sorted(set(index["weight_map"].values()))}
     if absent := [shard for shard, path in found.items() if path is None]:
-        raise UserError(f"{name}: lacks {_joined(absent)}, which {Path(present).name} lists; fetch it again")
+        raise UserError(f"{name}: lacks {joined(absent)}, which {Path(present).name} lists; fetch it again")
     return [Path(path) for path in found.values() if path]
 
 
@@ -173,27 +170,28 @@ def _refuse_difference(one: ModelFolder, other: ModelFolder) -> None:
         same("pooling", one.settings.pooling, other.settings.pooling)
 
 
-def _joined(values: Iterable[Any]) -> str:
+def joined(values: Iterable[Any]) -> str:
+    """The first five, with commas."""
     shown = [str(value) for value in values]
     return ", ".join(shown[:5]) + ", ..." * (len(shown) > 5)
 
 
-def merged_settings(checkpoints: Sequence[ModelFolder]) -> EncoderSettings:
+def merged_settings(folders: Sequence[ModelFolder]) -> EncoderSettings:
     """Each setting as the first model that states it has it (else cls, normalized); a contradiction is warned of."""
     stated: dict[str, Any] = {}
     for name in (field.name for field in fields(EncoderSettings)):
-        for checkpoint in checkpoints:
-            value = getattr(checkpoint.settings, name)
+        for folder in folders:
+            value = getattr(folder.settings, name)
             if value is not None and stated.setdefault(name, value) != value:
-                logger.warning("%s: has %s %r; the result has %r", checkpoint.name, name, value, stated[name])
+                logger.warning("%s: has %s %r; the result has %r", folder.name, name, value, stated[name])
     return replace(EncoderSettings(pooling="cls", normalize=True), **stated)
 
 
-def merged_names(checkpoints: Sequence[ModelFolder]) -> list[str]:
+def merged_names(folders: Sequence[ModelFolder]) -> list[str]:
     """The tensors of the merged model: the first model's, without its pooler unless every model has one."""
-    names = set(checkpoints[0].tensors)
+    names = set(folders[0].tensors)
     poolers = {name for name in names if name.startswith("pooler.")}
-    if lacking := [c.name for c in checkpoints if poolers - c.tensors.keys()]:
-        logger.info("%s: no pooler, which no embedding uses; the result has none either", _joined(lacking))
+    if lacking := [of.name for of in folders if poolers - of.tensors.keys()]:
+        logger.info("%s: no pooler, which no embedding uses; the result has none either", joined(lacking))
         names -= poolers
     return sorted(names)
