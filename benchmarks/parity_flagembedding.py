@@ -196,10 +196,10 @@ def train_ours(
     from bge_core.files.text import text_id
     from bge_core.runtime.config import TrainConfig
     from bge_core.runtime.distributed import sum_over_ranks, world, wrap
+    from bge_core.training.build import loss_config
     from bge_core.training.data import Example, TrainingData
     from bge_core.training.optim import build_optimizer
     from bge_core.training.step import StepSettings, forward_backward
-    from train import loss_config
 
     rank, world_size = world()
     per_rank, group = options.batch_size // world_size, options.group_size

@@ -94,22 +94,27 @@ def data_order(config: TrainConfig, data: TrainingData, accumulation: int, world
     }
 
 
+def loss_config(config: TrainConfig) -> LossConfig:
+    """The loss's part of the settings."""
+    return LossConfig(
+        temperature=config.temperature,
+        in_batch_negatives=config.use_inbatch_neg,
+        distillation=config.kd_loss_type if config.knowledge_distillation else None,
+        mrl_dims=tuple(config.mrl_dims),
+        normalize=config.normalize_embeddings,
+        exclude_positives=config.exclude_positives,
+        block_size=config.loss_block_size,
+        args=config.parsed_loss_args,
+    )
+
+
 def step_settings(
     config: TrainConfig, loss: LossFunction, accelerator: Accelerator, scaler: Any, guide: Encoder | None
 ) -> StepSettings:
     """How a step is computed."""
     return StepSettings(
         loss=loss,
-        loss_config=LossConfig(
-            temperature=config.temperature,
-            in_batch_negatives=config.use_inbatch_neg,
-            distillation=config.kd_loss_type if config.knowledge_distillation else None,
-            mrl_dims=tuple(config.mrl_dims),
-            normalize=config.normalize_embeddings,
-            exclude_positives=config.exclude_positives,
-            block_size=config.loss_block_size,
-            args=config.parsed_loss_args,
-        ),
+        loss_config=loss_config(config),
         cross_device=config.negatives_cross_device,
         chunk_size=config.sub_batch_size,
         max_tokens=config.max_tokens,

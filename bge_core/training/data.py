@@ -1,6 +1,6 @@
 """Training data as a pure function of (seed, step): which rows, which passages, which rank.
 
-    rows (memory-mapped) -> BatchPlan: rows of each global micro-batch -> choose passages -> deal to ranks -> tokens
+    rows (memory-mapped) -> BatchPlan: rows of each global micro-batch -> choose passages -> assign to ranks -> tokens
 
 Nothing here depends on the number of workers, on where a run was resumed or, at an equal global batch, on the number of
 ranks. One item of `TrainingData` is one optimizer step of one rank.
@@ -24,7 +24,6 @@ from torch import Tensor
 from bge_core import UserError
 from bge_core.encoder.tokens import Tokens, tokenize
 from bge_core.files.sources import YAML_SUFFIXES, Source, describe_source, load_sources, read_training_source
-from bge_core.files.sources import list_files as list_files  # its users know it from here
 from bge_core.files.text import text_id
 from bge_core.runtime.config import TrainConfig
 from bge_core.training.batch import Batch
@@ -132,16 +131,16 @@ class BatchPlan:
 
 
 def assign_to_ranks(costs: Sequence[float], num_ranks: int) -> list[list[int]]:
-    """Deal positions 0..n-1 to ranks, by falling cost to and fro: counts differ by at most one, costs little.
+    """Positions 0..n-1 for each rank, by decreasing cost to and fro: counts differ by at most one, costs little.
 
     Returns:
-        A rising list of positions for each rank.
+        An increasing list of positions for each rank.
     """
-    hands: list[list[int]] = [[] for _ in range(num_ranks)]
+    of_ranks: list[list[int]] = [[] for _ in range(num_ranks)]
     for turn, position in enumerate(sorted(range(len(costs)), key=lambda i: -costs[i])):
-        lap, seat = divmod(turn, num_ranks)
-        hands[seat if lap % 2 == 0 else num_ranks - 1 - seat].append(position)
-    return [sorted(hand) for hand in hands]
+        lap, place = divmod(turn, num_ranks)
+        of_ranks[place if lap % 2 == 0 else num_ranks - 1 - place].append(position)
+    return [sorted(positions) for positions in of_ranks]
 
 
 def choose_example(row: int, record: dict[str, Any], rng: np.random.Generator, config: TrainConfig) -> Example:
@@ -210,20 +209,7 @@ class TrainingData(torch.utils.data.Dataset[list[Batch]]):
         self.passage_max_len = min(config.passage_max_len, max_positions)
         sources = load_sources(config.train_data)
         self.files = [Path(source.path) for source in sources]
-        parts, self.inputs = [], []
-        for source in sources:
-            entry = describe_source(source.path, 0)
-            entry = {"path": source.path, "sha256": entry.get("revision")} | entry
-            parts.append(_load_rows(replace(source, weight=1.0), entry["sha256"], config.knowledge_distillation))
-            self.inputs.append(entry | {"rows": len(parts[-1])})
-        # A list of sources decides, by its prompts and weights, about the order of the data as its files do.
-        self.inputs += [describe_source(path, 0) for path in config.train_data if path.endswith(YAML_SUFFIXES)]
-        for i, part in enumerate(parts):
-            if len(part) > config.max_example_num_per_dataset:
-                kept = np.random.default_rng((config.seed, i)).permutation(len(part))[
-                    : config.max_example_num_per_dataset
-                ]
-                parts[i] = part.select(np.sort(kept))
+        parts, self.inputs = _read_sources(sources, config)
         self.rows = datasets.concatenate_datasets(parts)
         self.plan = BatchPlan(
             tuple(len(part) for part in parts),
@@ -266,9 +252,9 @@ class TrainingData(torch.utils.data.Dataset[list[Batch]]):
                 choose_example(row, record, np.random.default_rng((self.config.seed, epoch, draw)), self.config)
                 for draw, row, record in zip(draws.tolist(), rows.tolist(), self._records(rows), strict=True)
             ]
-            hands = assign_to_ranks([self._cost(example) for example in chosen], self.world_size)
-            counts = [(len(hand), sum(len(chosen[i].passages) for i in hand)) for hand in hands]
-            yield [chosen[i] for i in hands[self.rank]], counts
+            of_ranks = assign_to_ranks([self._cost(example) for example in chosen], self.world_size)
+            counts = [(len(positions), sum(len(chosen[i].passages) for i in positions)) for positions in of_ranks]
+            yield [chosen[i] for i in of_ranks[self.rank]], counts
 
     def _records(self, row_numbers: np.ndarray) -> list[dict[str, Any]]:
         columns = self.rows[row_numbers]
@@ -324,6 +310,25 @@ def _read_rows(source: Source, content: str, with_scores: bool) -> Iterator[dict
     """The rows of a source, reduced to known fields. `content` makes the cache of `datasets` follow the content."""
     for row in read_training_source(source, with_scores=with_scores, streaming=False):
         yield {name: row.get(name) for name in _FEATURES} | {"neg": row.get("neg") or []}
+
+
+def _read_sources(
+    sources: Sequence[Source], config: TrainConfig
+) -> tuple[list[datasets.Dataset], list[dict[str, Any]]]:
+    """The rows of each source, at most `max_example_num_per_dataset` drawn with the seed, and the manifest's inputs."""
+    parts, inputs = [], []
+    for i, source in enumerate(sources):
+        entry = describe_source(source.path, 0)
+        entry = {"path": source.path, "sha256": entry.get("revision")} | entry
+        rows = _load_rows(replace(source, weight=1.0), entry["sha256"], config.knowledge_distillation)
+        inputs.append(entry | {"rows": len(rows)})
+        if len(rows) > config.max_example_num_per_dataset:
+            order = np.random.default_rng((config.seed, i)).permutation(len(rows))
+            rows = rows.select(np.sort(order[: config.max_example_num_per_dataset]))
+        parts.append(rows)
+    # A list of sources decides, by its prompts and weights, about the order of the data as its files do.
+    inputs += [describe_source(path, 0) for path in config.train_data if path.endswith(YAML_SUFFIXES)]
+    return parts, inputs
 
 
 def _load_rows(source: Source, content: str, with_scores: bool) -> datasets.Dataset:

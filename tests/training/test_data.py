@@ -22,6 +22,7 @@ from transformers import AutoTokenizer
 from bge_core import UserError
 from bge_core.files import atomic
 from bge_core.files.atomic import write_jsonl
+from bge_core.files.sources import list_files
 from bge_core.files.text import text_id
 from bge_core.runtime.config import TrainConfig
 from bge_core.training.batch import Batch
@@ -32,7 +33,6 @@ from bge_core.training.data import (
     assign_to_ranks,
     choose_example,
     instructed,
-    list_files,
 )
 
 
@@ -189,18 +189,18 @@ def test_with_same_file_no_batch_mixes_files_and_batches_of_files_are_shuffled()
 
 
 @given(st.lists(st.integers(0, 500), max_size=40), st.integers(1, 8))
-def test_deal_gives_every_position_once_and_about_as_many_to_each(costs: list[int], num_ranks: int) -> None:
-    hands = assign_to_ranks(costs, num_ranks)
-    assert len(hands) == num_ranks
-    assert sorted(position for hand in hands for position in hand) == list(range(len(costs)))
-    assert all(hand == sorted(hand) for hand in hands)
-    sizes = [len(hand) for hand in hands]
+def test_every_position_is_given_once_and_about_as_many_to_each_rank(costs: list[int], num_ranks: int) -> None:
+    of_ranks = assign_to_ranks(costs, num_ranks)
+    assert len(of_ranks) == num_ranks
+    assert sorted(position for positions in of_ranks for position in positions) == list(range(len(costs)))
+    assert all(positions == sorted(positions) for positions in of_ranks)
+    sizes = [len(positions) for positions in of_ranks]
     assert max(sizes) - min(sizes) <= 1
-    sums = [sum(costs[i] for i in hand) for hand in hands]
+    sums = [sum(costs[i] for i in positions) for positions in of_ranks]
     assert max(sums) - min(sums) <= max(costs, default=0)
 
 
-def test_deal_goes_to_and_fro() -> None:
+def test_ranks_are_gone_through_to_and_fro() -> None:
     assert assign_to_ranks([1, 9, 5, 7], 2) == [[0, 1], [2, 3]]  # 9 and 1 | 7 and 5
     assert assign_to_ranks([3, 3, 3], 2) == [[0], [1, 2]]
     assert assign_to_ranks([5], 3) == [[0], [], []]
@@ -438,17 +438,12 @@ def test_a_worker_does_not_wait_for_the_tokenizers_threads(
 ROW = {"query": "问", "pos": ["答"], "neg": ["错"]}
 
 
-def test_files_are_sorted_and_named_once(tmp_path: Path) -> None:
+def test_a_folder_is_its_data_files_in_sorted_order(tmp_path: Path) -> None:
     for name in ("b.jsonl", "a.jsonl", "sub/c.json", "manifest.json", "x.jsonl.manifest.json", "notes.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         write(tmp_path / name, ROW)
     found = list_files([str(tmp_path / "b.jsonl"), str(tmp_path)])
     assert [file.relative_to(tmp_path).as_posix() for file in found] == ["a.jsonl", "b.jsonl", "sub/c.json"]
-    with pytest.raises(UserError, match="no such file or folder"):
-        list_files([str(tmp_path / "absent")])
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="holds no .jsonl"):
-        list_files([str(tmp_path / "empty")])
 
 
 def test_the_order_of_the_named_files_changes_nothing(tmp_path: Path, tiny_bert: Path) -> None:
@@ -568,36 +563,12 @@ def test_batches_of_one_source_and_what_is_described(tiny_bert: Path, tmp_path: 
     assert make_data([str(file), str(more)], tiny_bert).inputs[-1]["sha256"] != before
 
 
-@pytest.mark.parametrize(
-    "line, problem",
-    [
-        ('{"query": "问", "pos": "答"}', "field 'pos' is \"答\"; it must be a list"),
-        ('{"query": "问", "pos": []}', "'pos' is an empty list"),
-        ('{"pos": ["答"]}', "'query' is missing"),
-        ('{"query": 3, "pos": ["答"]}', "'query' is 3; it must be a string"),
-        ('{"query": "问", "pos": ["答"', "not JSON"),
-        ('["问"]', "is a JSON list"),
-        ('{"query": "问", "pos": ["答"], "neg": ["错"], "neg_scores": [1, 2]}', "'neg_scores' is [1, 2]"),
-        ('{"query": "问", "pos": ["答"], "pos_scores": [NaN]}', "finite"),
-        ('{"query": "问", "pos": ["答", " "]}', "'pos[1]' is empty"),
-        ('{"query": "问", "pos": ["答"], "prompt": 1}', "'prompt' is 1"),
-    ],
-)
-def test_a_bad_line_is_named(line: str, problem: str, tmp_path: Path, tiny_bert: Path) -> None:
+def test_a_bad_line_is_named(tmp_path: Path, tiny_bert: Path) -> None:
+    """By the place in its file, though it is read into a cache. What is bad: tests/files/test_records.py."""
     file = tmp_path / "train.jsonl"
-    file.write_text(json.dumps(ROW, ensure_ascii=False) + "\n\n" + line + "\n", encoding="utf-8")
-    with pytest.raises(UserError) as caught:
+    file.write_text(json.dumps(ROW, ensure_ascii=False) + '\n\n{"query": "问", "pos": "答"}\n', encoding="utf-8")
+    with pytest.raises(UserError, match="1 bad line: .*\n.*train.jsonl:3: field 'pos' is \"答\"; it must be a list"):
         make_data(file, tiny_bert)
-    assert f"{file}:3: " in str(caught.value) and problem in str(caught.value) and "1 bad line:" in str(caught.value)
-
-
-def test_all_bad_lines_are_counted_and_ten_shown(tmp_path: Path, tiny_bert: Path) -> None:
-    file = tmp_path / "train.jsonl"
-    file.write_bytes(b'{"query": "\xff"}\n' + b"{}\n" * 12)
-    with pytest.raises(UserError, match="13 bad lines") as caught:
-        make_data(file, tiny_bert)
-    assert str(caught.value).count(f"{file}:") == 10 and "... and 3 more" in str(caught.value)
-    assert f"{file}:1: not UTF-8" in str(caught.value)
 
 
 def test_distillation_needs_scores_on_every_row(tmp_path: Path, tiny_bert: Path) -> None:
@@ -605,10 +576,3 @@ def test_distillation_needs_scores_on_every_row(tmp_path: Path, tiny_bert: Path)
     make_data(file, tiny_bert)
     with pytest.raises(UserError, match="train.jsonl:1: field 'pos_scores' is missing; --knowledge_distillation"):
         make_data(file, tiny_bert, knowledge_distillation=True)
-
-
-@pytest.mark.parametrize("content", ["", "\n\n"])
-def test_an_empty_file_is_the_users_error(content: str, tmp_path: Path, tiny_bert: Path) -> None:
-    (tmp_path / "empty.jsonl").write_text(content)
-    with pytest.raises(UserError, match="empty.jsonl: holds no row"):
-        make_data(tmp_path / "empty.jsonl", tiny_bert)
