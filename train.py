@@ -103,8 +103,8 @@ def train(config: TrainConfig, at_end: ExitStack) -> int:
         raise UserError(f"--metric_for_best_model {config.metric_for_best_model!r}: {use}")
     encoder, guide = build.build_encoder(config, config.model_name_or_path), build.build_guide(config)
     config = build.resolve(config, encoder.settings, encoder.embedding_size)
-    guide_reads = (guide.tokenizer, guide.max_positions) if guide else None
-    data = TrainingData(config, encoder.tokenizer, encoder.max_positions, rank, world_size, accumulation, guide_reads)
+    guide_reads = (guide.tokenizer, guide.max_length) if guide else None
+    data = TrainingData(config, encoder.tokenizer, encoder.max_length, rank, world_size, accumulation, guide_reads)
     task = load_task(config.val_data, config.val_corpus) if config.val_data else None
     num_steps = data.num_steps
     num_warmup = config.warmup_steps or math.ceil(config.warmup_ratio * num_steps)

@@ -73,7 +73,7 @@ def training_data(encoder: Encoder, file: str, batch_size: int, **lengths: int) 
     settings = {"train_group_size": 2, "per_device_train_batch_size": batch_size, "num_train_epochs": 100}
     names = {"model_name_or_path": "unused", "output_dir": "unused", "train_data": [file]}
     config = TrainConfig(**names, **settings, **NO_INSTRUCTION, **(LENGTHS | lengths))
-    return TrainingData(config, encoder.tokenizer, encoder.max_positions, 0, 1, 1)
+    return TrainingData(config, encoder.tokenizer, encoder.max_length, 0, 1, 1)
 
 
 def make_step(model: nn.Module, settings: StepSettings, clip: bool = False) -> Step:

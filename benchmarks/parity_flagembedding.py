@@ -213,7 +213,7 @@ def train_ours(
     config = TrainConfig(**names, **sizes, **modes, learning_rate=options.learning_rate)
     encoder = load_encoder(model_folder, pooling="cls", normalize=True, dtype=getattr(torch, dtype)).train()
     encoder.freeze()
-    data = TrainingData(config, encoder.tokenizer, encoder.max_positions, rank, world_size, accumulation=1)
+    data = TrainingData(config, encoder.tokenizer, encoder.max_length, rank, world_size, accumulation=1)
     model = wrap(encoder)
     betas = (config.adam_beta1, config.adam_beta2)
     optimizer = build_optimizer(encoder, config.learning_rate, 0.0, betas, config.adam_epsilon)

@@ -72,7 +72,7 @@ def export(model: str, output: str | Path) -> EncoderSettings:
     settings = encoder.settings
     padded = Padded(AutoModel.from_pretrained(model, dtype=torch.float32), settings.pooling, settings.normalize).eval()
     example: Any = tokenizer(["什么是向量检索？", "信用卡在境外取现怎么收费"], padding=True, return_tensors="pt")
-    shape = {0: torch.export.Dim("texts"), 1: torch.export.Dim("tokens", max=encoder.max_positions)}
+    shape = {0: torch.export.Dim("texts"), 1: torch.export.Dim("tokens", max=encoder.max_length)}
     Path(output).mkdir(parents=True, exist_ok=True)
     torch.onnx.export(
         padded, tuple(example[name] for name in INPUTS), f"{output}/model.onnx", dynamo=True, input_names=INPUTS,

@@ -6,7 +6,6 @@ A kernel maps queries, keys and values (H, T, d) of all tokens to (T, H, d). The
     varlen  torch's variable-length attention: CUDA, half precision, no dropout
     flash   the same of the package flash-attn, with dropout
     sdpa    torch's scaled_dot_product_attention on rectangles of texts: everywhere, everything
-    flex    torch's flex_attention with a block mask: on request; no dropout
 
 Shapes: T tokens of all texts, S texts, t tokens of the n texts of one rectangle, L the longest of them, H heads, d size
 of a head.
@@ -18,12 +17,12 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+from bge_core.encoder.dropout import dropout
 from bge_core.encoder.tokens import bucket_texts
 from bge_core.runtime.config import Attention
 
@@ -51,11 +50,6 @@ class Packed:
         device = self.cu_seqlens.device
         buckets = bucket_texts(self.lengths, MAX_WASTE.get(device.type, 0.125))
         return [Rectangle.of([self.lengths[i] for i in bucket], device) for bucket in buckets]
-
-    @functools.cached_property
-    def block_masks(self) -> dict["Rule", Any]:
-        """What flex_attention makes of the texts' ends and a rule."""
-        return {}
 
     @functools.cached_property
     def text_T(self) -> Tensor:
@@ -205,41 +199,11 @@ def _flash(query: Tensor, key: Tensor, value: Tensor, packed: Packed, rule: Rule
     return out
 
 
-def _flex(query: Tensor, key: Tensor, value: Tensor, packed: Packed, rule: Rule) -> Tensor:
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    text_T, num_tokens, masks = packed.text_T, query.shape[1], packed.block_masks
-
-    def sees(batch: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        seen = text_T[i] == text_T[j]
-        if rule.causal:
-            seen = seen & (j <= i)
-        return seen if rule.window is None else seen & ((i - j).abs() <= rule.window)
-
-    if rule not in masks:  # one for all layers of a kind
-        masks[rule] = create_block_mask(sees, None, None, num_tokens, num_tokens, device=str(query.device))
-    out: Tensor = _flex_attention(query.device.type)(
-        query[None],
-        key[None],
-        value[None],
-        block_mask=masks[rule],
-        scale=rule.scale,
-        enable_gqa=key.shape[0] != query.shape[0],
-    )
-    return out[0].transpose(0, 1)
-
-
-@functools.cache
-def _flex_attention(device_type: str) -> Callable[..., Tensor]:
-    """Compiled on a GPU; on a CPU, where its backward cannot be compiled, as written."""
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return torch.compile(flex_attention, dynamic=True) if device_type == "cuda" else flex_attention  # type: ignore[return-value]
-
-
 KERNELS: dict[str, Callable[[Tensor, Tensor, Tensor, Packed, Rule], Tensor]] = {
-    "sdpa": _sdpa, "varlen": _varlen, "flash": _flash, "flex": _flex,
-}  # fmt: skip
+    "sdpa": _sdpa,
+    "varlen": _varlen,
+    "flash": _flash,
+}
 
 
 def usable_kernels(attention: Attention, device_type: str, dtype: torch.dtype, rule: Rule) -> list[str]:
@@ -248,7 +212,6 @@ def usable_kernels(attention: Attention, device_type: str, dtype: torch.dtype, r
     can = {
         "varlen": half and not rule.dropout and importlib.util.find_spec("torch.nn.attention.varlen") is not None,
         "flash": half and importlib.util.find_spec("flash_attn") is not None,
-        "flex": attention == "flex" and not rule.dropout,
         "sdpa": True,
     }
     found = [kernel for kernel, possible in can.items() if possible]
@@ -257,7 +220,7 @@ def usable_kernels(attention: Attention, device_type: str, dtype: torch.dtype, r
 
 def choose_kernel(attention: Attention, query: Tensor, key: Tensor, rule: Rule) -> str:
     """The name of the kernel for these tensors."""
-    if query.device.type == "cpu" and attention != "flex":
+    if query.device.type == "cpu":
         return "sdpa"
     return _checked_kernel(attention, query.device, query.dtype, query.shape[-3], key.shape[-3], query.shape[-1], rule)
 
@@ -326,37 +289,3 @@ def relative_error(got: Tensor, want: Tensor) -> float:
     """Largest difference / largest entry."""
     got, want = got.detach().double(), want.detach().double()
     return float((got - want).abs().max() / want.abs().max().clamp(min=1e-30))
-
-
-def dropout(x: Tensor, p: float) -> Tensor:
-    """Set entries of x to 0 with probability p, independently, and scale the others so that the expectation stays.
-
-    Args:
-        x: any shape, floating point.
-        p: 0 to below 1.
-
-    Returns:
-        A new tensor like x. Its randomness comes from torch's generator: the same state, the same entries.
-    """
-    if x.device.type != "cpu":
-        return F.dropout(x, p)
-    bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
-    threshold = max(1, round((1 - p) * 2**16))
-    keep = bits.view(torch.int16)[: x.numel()].view(x.shape) <= threshold - 1 - 2**15  # within int16 for any p
-    return x * keep.to(x.dtype).mul_(2**16 / threshold)
-
-
-class Dropout(nn.Dropout):
-    """nn.Dropout by `dropout`."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """As nn.Dropout."""
-        return dropout(x, self.p) if self.training and self.p else x
-
-
-def replace_dropout(model: nn.Module) -> None:
-    """Put a `Dropout` in the place of every nn.Dropout; there are no weights in it."""
-    for module in model.modules():
-        for name, child in module.named_children():
-            if type(child) is nn.Dropout:
-                setattr(module, name, Dropout(child.p).train(child.training))

@@ -10,10 +10,10 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from bge_core import UserError
-from bge_core.encoder.model import Encoder  # cross
-from bge_core.encoder.selfcheck import packed_or_padded  # cross
-from bge_core.encoder.settings import Pooling, read_settings  # cross
-from bge_core.runtime.config import Attention
+from bge_core.encoder.model import Encoder
+from bge_core.encoder.selfcheck import packed_or_padded
+from bge_core.encoder.settings import read_settings
+from bge_core.runtime.config import Attention, Pooling
 
 logger = logging.getLogger(__name__)
 

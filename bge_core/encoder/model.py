@@ -8,7 +8,6 @@ that state otherwise) and in FlagEmbedding, and gives the same vectors.
 Shapes: T tokens of all texts, S texts, L longest text of a padded rectangle, D embedding size.
 """
 
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,15 +20,11 @@ from torch import Tensor, nn
 
 from bge_core import UserError
 from bge_core.encoder import packing
+from bge_core.encoder.dropout import replace_dropout
 from bge_core.encoder.encode import encode
-from bge_core.encoder.kernels import replace_dropout
-from bge_core.encoder.packing import first_position  # cross
-from bge_core.encoder.selfcheck import _layers  # cross
-from bge_core.encoder.settings import POOLINGS, EncoderSettings, Pooling, save_tokenizer, write_settings  # cross
+from bge_core.encoder.settings import EncoderSettings, save_tokenizer, write_settings
 from bge_core.encoder.tokens import Tokens, pad_buckets
-from bge_core.runtime.config import Attention
-
-logger = logging.getLogger(__name__)
+from bge_core.runtime.config import POOLINGS, Attention, Pooling
 
 
 class Encoder(nn.Module):
@@ -67,10 +62,9 @@ class Encoder(nn.Module):
         return int(self.backbone.config.hidden_size)
 
     @property
-    def max_positions(self) -> int:
+    def max_length(self) -> int:
         """Longest text in tokens that the backbone takes."""
-        limit = getattr(self.backbone.config, "max_position_embeddings", None) or 1 << 30
-        return int(limit - first_position(self.backbone))
+        return packing.max_length(self.backbone)
 
     def freeze(self, *, position_embeddings: bool = False) -> None:
         """Switch off the gradient of what gets none (BERT's pooler) and, on request, of the position embeddings."""
@@ -102,7 +96,6 @@ class Encoder(nn.Module):
         return packing.packed_hidden(
             self.backbone,
             tokens,
-            first_position=first_position(self.backbone),
             attention=self.attention,
             first_only=self.settings.pooling == "cls",
         )
@@ -167,6 +160,5 @@ def compile_layers(backbone: Any) -> None:
 
     Each layer is compiled by itself, around `packed_attention`. The last one is not: it may work on first tokens alone.
     """
-    _, _, layers = _layers(backbone) or (None, None, nn.ModuleList())
-    for layer in layers[:-1]:
+    for layer in packing.layers_of(backbone)[:-1]:
         layer.compile(dynamic=True)

@@ -32,13 +32,24 @@ from bge_core.encoder.kernels import KERNELS, Packed, Rule, choose_kernel, int32
 from bge_core.encoder.tokens import Tokens
 from bge_core.runtime.config import Attention
 
+IMPLEMENTATION = "bge_packed"  # the name by which transformers finds `packed_attention`
+
 
 def first_position(backbone: Any) -> int:
     """The number of a text's first position: RoBERTa and its kin keep the first ones for padding."""
     return int(backbone.config.pad_token_id + 1) if "roberta" in backbone.config.model_type else 0
 
 
-IMPLEMENTATION = "bge_packed"  # the name by which transformers finds `packed_attention`
+def max_length(backbone: Any) -> int:
+    """Longest text in tokens that the backbone takes."""
+    limit = getattr(backbone.config, "max_position_embeddings", None) or 1 << 30
+    return int(limit - first_position(backbone))
+
+
+def layers_of(backbone: Any) -> nn.ModuleList:
+    """The model's list of layers: of its lists of modules the one with most weights, or an empty one."""
+    lists = [module for module in backbone.modules() if isinstance(module, nn.ModuleList)]
+    return max(lists, key=lambda layers: sum(p.numel() for p in layers.parameters()), default=nn.ModuleList())
 
 
 def enable(backbone: Any) -> None:
@@ -52,7 +63,6 @@ def packed_hidden(
     backbone: Any,
     tokens: Tokens,
     *,
-    first_position: int = 0,
     attention: Attention = "auto",
     first_only: bool = False,
     token_type_id_T: Tensor | None = None,
@@ -62,7 +72,6 @@ def packed_hidden(
     Args:
         backbone: a transformers model after `enable`.
         tokens: at least one text.
-        first_position: number of a text's first position (RoBERTa's is not 0).
         attention: the kernel that is wished for.
         first_only: only the first token's vector of each text is needed; others may be left out.
         token_type_id_T: the token types of texts that are pairs; None: the model's default.
@@ -76,7 +85,7 @@ def packed_hidden(
     lengths = [tokens.lengths[i] for i in order]
     packed = Packed(lengths, int32([0, *accumulate(lengths)], device), attention)
     start_T = packed.cu_seqlens[:-1].to(torch.int64)[packed.text_T]
-    position_T = torch.arange(len(start_T), device=device) - start_T + first_position
+    position_T = torch.arange(len(start_T), device=device) - start_T + first_position(backbone)
     first_only = first_only and has_bert_layers(backbone)
     more: dict[str, Any] = {"use_cache": False} if hasattr(backbone.config, "use_cache") else {}
     if token_type_id_T is not None:

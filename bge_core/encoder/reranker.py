@@ -10,8 +10,7 @@ Shapes: T tokens of all pairs, S pairs, D hidden size; s pairs of one padded rec
 """
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -30,18 +28,26 @@ from transformers import (
 
 from bge_core import UserError
 from bge_core.encoder import packing
-from bge_core.encoder.encode import BLOCK, MAX_TOKENS, plan_batches
-from bge_core.encoder.packing import first_position
+from bge_core.encoder.encode import run_batches
 from bge_core.encoder.selfcheck import packed_or_padded
 from bge_core.encoder.tokens import Tokens, pad_buckets
 from bge_core.runtime.config import Attention
-from bge_core.runtime.distributed import sum_over_ranks, world
-from bge_core.runtime.watchdog import heartbeat
 
 FLAG = "--reranker_name_or_path"
 
 # Models whose head is known to read the first token's vector alone.
 PACKABLE = (BertForSequenceClassification, RobertaForSequenceClassification, XLMRobertaForSequenceClassification)
+
+
+@dataclass(frozen=True, slots=True)
+class PairTokens:
+    """A pair's token ids, special ones included, and their types: none where the model has none."""
+
+    ids: list[int]
+    types: list[int]
+
+    def __len__(self) -> int:
+        return len(self.ids)
 
 
 class Reranker(nn.Module):
@@ -57,8 +63,7 @@ class Reranker(nn.Module):
     def __init__(self, model: Any, tokenizer: Any, max_length: int, attention: Attention = "padded") -> None:
         super().__init__()
         self.model, self.tokenizer, self.attention = model, tokenizer, attention
-        limit = getattr(model.config, "max_position_embeddings", None) or 1 << 30
-        self.max_length = min(max_length, limit - first_position(model))
+        self.max_length = min(max_length, packing.max_length(model))
         names = tokenizer.model_input_names
         self.uses_types = getattr(model.config, "type_vocab_size", 0) > 1 and "token_type_ids" in names
         num_special = tokenizer.num_special_tokens_to_add(pair=True)
@@ -79,19 +84,17 @@ class Reranker(nn.Module):
         self,
         pairs: Sequence[tuple[str, str]],
         *,
-        batch_size: int | None = None,
-        max_tokens: int | None = None,
         precision: str = "no",
         description: str = "rerank",
+        **options: Any,
     ) -> np.ndarray:
         """The logit of each (query, passage), higher where the passage answers better; on every rank.
 
         Args:
             pairs: n pairs. Of one that is too long the passage is cut; the longer text, where the query alone is.
-            batch_size: at most so many pairs in a batch; None: any number.
-            max_tokens: at most so many tokens in a batch (one pair may be longer); None: 8192, on a CPU 2048.
             precision: "fp16" or "bf16" autocast, or "no".
             description: of the progress bar.
+            options: batch_size and max_tokens of `run_batches`.
 
         Returns:
             (n,) float32, in input order, as the model gives them: no sigmoid.
@@ -99,23 +102,9 @@ class Reranker(nn.Module):
         Raises:
             UserError: a logit is not finite; the pair is named.
         """
-        max_tokens = max_tokens or MAX_TOKENS.get(self.device.type, 8192)
-        blocks = [pairs[start : start + BLOCK] for start in range(0, len(pairs), BLOCK)]
-        half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision)
-        autocast = torch.autocast(self.device.type, half) if half else nullcontext()
-        quiet = True if world()[0] or len(pairs) <= 1000 else None  # None: no bar where stderr is not a terminal
-        bar = tqdm(total=len(pairs), desc=description, unit="pair", disable=quiet)
-        parts = [np.empty(0, dtype=np.float32)]
-        self.eval()
-        with ThreadPoolExecutor(1) as pool, torch.inference_mode(), autocast, bar:
-            ahead = [pool.submit(self._tokenize, block) for block in blocks[:1]]
-            for i in range(len(blocks)):
-                tokenized = ahead.pop().result()
-                ahead += [pool.submit(self._tokenize, after) for after in blocks[i + 1 : i + 2]]
-                parts.append(self._score_block(*tokenized, batch_size, max_tokens, bar))
-        scores = np.concatenate(parts)
-        broken = np.flatnonzero(~np.isfinite(scores))
-        if len(broken):
+        scores = np.empty(len(pairs), dtype=np.float32)
+        more = {"precision": precision, "description": description, "unit": "pair", **options}
+        if broken := run_batches(self, pairs, self.tokenize, self._logits, scores, **more):
             query, passage = pairs[broken[0]]
             raise UserError(
                 f"{FLAG}: the model gives NaN for {len(broken)} of {len(pairs)} pairs, first {query[:40]!r} and "
@@ -123,15 +112,14 @@ class Reranker(nn.Module):
             )
         return scores
 
-    def _tokenize(self, pairs: Sequence[tuple[str, str]]) -> tuple[list[list[int]], list[list[int]]]:
-        """Token ids of each pair, and their types: none where the model has none."""
+    def tokenize(self, pairs: Sequence[tuple[str, str]]) -> list["PairTokens"]:
+        """What the model reads of each pair."""
         queries = list(dict.fromkeys(query for query, _ in pairs))
         query_ids = self.tokenizer(queries, add_special_tokens=False, verbose=False)["input_ids"]
         room = self.max_length - self.tokenizer.num_special_tokens_to_add(pair=True)
         # The tokenizer cuts the passage alone only as long as something of it is left.
         too_long = {query for query, ids in zip(queries, query_ids, strict=True) if len(ids) >= room}
-        ids: list[list[int]] = [[]] * len(pairs)
-        types: list[list[int]] = [[]] * len(pairs)
+        pair_tokens = [PairTokens([], [])] * len(pairs)
         for cut in ("only_second", "longest_first"):
             rows = [i for i, (query, _) in enumerate(pairs) if (query in too_long) == (cut == "longest_first")]
             if rows:
@@ -143,26 +131,15 @@ class Reranker(nn.Module):
                     return_token_type_ids=self.uses_types,
                     verbose=False,
                 )
-                for place, i in enumerate(rows):
-                    ids[i] = found["input_ids"][place]
-                    types[i] = found["token_type_ids"][place] if self.uses_types else []
-        return ids, types
+                types = found["token_type_ids"] if self.uses_types else [[]] * len(rows)
+                for i, *of_pair in zip(rows, found["input_ids"], types, strict=True):
+                    pair_tokens[i] = PairTokens(*of_pair)
+        return pair_tokens
 
-    def _score_block(
-        self, ids: list[list[int]], types: list[list[int]], batch_size: int | None, max_tokens: int, bar: tqdm
-    ) -> np.ndarray:
-        """Logits of some pairs, on every rank: each takes every world_size-th batch."""
-        rank, world_size = world()
-        # On the device, so that a GPU is not waited for after each batch.
-        logit_S = torch.zeros(len(ids), dtype=torch.float32, device=self.device)
-        for number, rows in enumerate(plan_batches([len(pair) for pair in ids], batch_size, max_tokens)):
-            heartbeat()
-            if number % world_size == rank:
-                tokens = Tokens.from_lists([ids[i] for i in rows]).to(self.device)
-                type_T = torch.tensor([t for i in rows for t in types[i]]).to(self.device) if self.uses_types else None
-                logit_S[torch.tensor(rows).to(self.device, non_blocking=True)] = self(tokens, type_T)
-            bar.update(len(rows))
-        return sum_over_ranks(logit_S).cpu().numpy()  # those of other ranks are zero here
+    def _logits(self, batch: list["PairTokens"]) -> Tensor:
+        tokens = Tokens.from_lists([pair.ids for pair in batch]).to(self.device)
+        type_T = torch.tensor([t for pair in batch for t in pair.types]).to(self.device) if self.uses_types else None
+        return self(tokens, type_T)  # type: ignore[no-any-return]
 
     def forward(self, tokens: Tokens, type_T: Tensor | None = None) -> Tensor:
         """The logits (S,) of S pairs, float32.
@@ -179,7 +156,6 @@ class Reranker(nn.Module):
         first_SD, _, order = packing.packed_hidden(
             self.model.base_model,
             tokens,
-            first_position=first_position(self.model),
             attention=self.attention,
             first_only=True,
             token_type_id_T=type_T,

@@ -12,21 +12,16 @@ from torch import Tensor, nn
 
 from bge_core.encoder import packing
 from bge_core.encoder.kernels import relative_error
-from bge_core.encoder.packing import first_position  # cross
 from bge_core.encoder.tokens import Tokens
 from bge_core.runtime.config import Attention
 
 logger = logging.getLogger(__name__)
-
-
 PACKING_BOUND = 1e-4  # of the largest entry, value or gradient, in float32
 
 
 def packed_or_padded(name: str | Path, backbone: Any, attention: Attention) -> Attention:
     """`attention` if the model computes the same on a packed row as on single texts, else "padded", with a warning."""
-    start = first_position(backbone)
-    limit = getattr(backbone.config, "max_position_embeddings", None) or 8192
-    error = packing_error(backbone, int(limit - start), first_position=start)
+    error = packing_error(backbone)
     if error < (PACKING_BOUND if next(backbone.parameters()).dtype.itemsize >= 4 else 0.03):
         return attention
     logger.warning(
@@ -39,7 +34,7 @@ def packed_or_padded(name: str | Path, backbone: Any, attention: Attention) -> A
     return "padded"
 
 
-def packing_error(backbone: Any, max_length: int, *, first_position: int = 0) -> float:
+def packing_error(backbone: Any) -> float:
     """How far a model run on one row is from the same model run on each text alone, as transformers does it.
 
     In eval mode, on texts of 1 token, 3 tokens, more than every window of the config, and the longest, in two orders,
@@ -50,7 +45,7 @@ def packing_error(backbone: Any, max_length: int, *, first_position: int = 0) ->
         The largest difference relative to the largest entry; infinity where the model does not run like that.
     """
     windows = [w for w in _config_values(backbone.config, ("sliding_window", "local_attention")) if w]
-    longest = min(max_length, 8192)
+    longest = min(packing.max_length(backbone), 8192)
     lengths = list(dict.fromkeys(min(n, longest) for n in (1, 3, 3 + max(windows, default=60), longest)))
     generator = torch.Generator().manual_seed(0)
     device = next(backbone.parameters()).device
@@ -66,9 +61,7 @@ def packing_error(backbone: Any, max_length: int, *, first_position: int = 0) ->
             error = 0.0
             for step, first_only in ((1, False), (-1, False), (-1, packing.has_bert_layers(backbone))):
                 tokens = Tokens(torch.cat(ids[::step]), [len(text) for text in ids[::step]])
-                vectors, num_vectors, order = packing.packed_hidden(
-                    backbone, tokens, first_position=first_position, first_only=first_only
-                )
+                vectors, num_vectors, order = packing.packed_hidden(backbone, tokens, first_only=first_only)
                 parts = dict(zip(order, vectors.split(num_vectors), strict=True))
                 packed = [parts[i] for i in range(len(ids))][::step]
                 got, want = (
@@ -95,28 +88,15 @@ def _config_values(config: Any, names: Sequence[str]) -> list[int]:
     return [value for name in names if isinstance(value := getattr(config, name, None), int)]
 
 
-def _layers(backbone: Any) -> tuple[nn.Module, str, nn.ModuleList] | None:
-    """The list of the model's layers, and where it hangs; None where there is none."""
-    lists = [
-        (owner, name, layers)
-        for owner in backbone.modules()
-        for name, layers in owner.named_children()
-        if isinstance(layers, nn.ModuleList)
-    ]
-    return max(lists, key=lambda found: sum(p.numel() for p in found[2].parameters()), default=None)
-
-
 @contextmanager
 def _first_layers(backbone: Any) -> Iterator[nn.Module]:
     """For a while the model has only as many layers as show each kind of attention; the first of them is given."""
-    found = _layers(backbone)
-    if found is None:  # nothing to leave out
-        yield backbone
-        return
-    owner, name, layers = found
+    layers = packing.layers_of(backbone)
     kinds = list(getattr(backbone.config, "layer_types", None) or ["full_attention"])
-    setattr(owner, name, layers[: 1 + max(kinds.index(kind) for kind in set(kinds))])
+    left_out = layers[1 + max(kinds.index(kind) for kind in set(kinds)) :]
+    if left_out:
+        del layers[-len(left_out) :]
     try:
-        yield layers[0]
+        yield layers[0] if layers else backbone
     finally:
-        setattr(owner, name, layers)
+        layers.extend(left_out)

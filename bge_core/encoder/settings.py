@@ -4,26 +4,21 @@ import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from transformers.utils import cached_file
 
 from bge_core import UserError
+from bge_core.runtime.config import Pooling
 
 logger = logging.getLogger(__name__)
 
-
-Pooling = Literal["cls", "mean", "last_token"]
-POOLINGS: tuple[Pooling, ...] = ("cls", "mean", "last_token")
-
-# The names of sentence-transformers 2 to 5 (a flag each) and 6 (one value) for the same three poolings.
-_POOLING_FLAGS = {
-    "pooling_mode_cls_token": "cls",
-    "pooling_mode_mean_tokens": "mean",
-    "pooling_mode_lasttoken": "last_token",
+# Each pooling in sentence-transformers' files: the flag of versions 2 to 5, the value of version 6.
+_POOLING_NAMES: dict[Pooling, tuple[str, str]] = {
+    "cls": ("pooling_mode_cls_token", "cls"),
+    "mean": ("pooling_mode_mean_tokens", "mean"),
+    "last_token": ("pooling_mode_lasttoken", "lasttoken"),
 }
-
-_POOLING_NAMES = {"cls": "cls", "mean": "mean", "lasttoken": "last_token"}
 
 
 @dataclass(frozen=True)
@@ -79,8 +74,9 @@ def read_settings(name: str | Path, **hub: Any) -> EncoderSettings:
     for module in modules:
         if module["type"].endswith("Pooling"):
             config = _read_file(name, f"{module['path']}/config.json", **hub) or {}
-            chosen = [ours for flag, ours in _POOLING_FLAGS.items() if config.get(flag)]
-            pooling = _POOLING_NAMES.get(config.get("pooling_mode", ""), chosen[0] if len(chosen) == 1 else None)
+            names = [ours for ours, (_, value) in _POOLING_NAMES.items() if config.get("pooling_mode") == value]
+            names = names or [ours for ours, (flag, _) in _POOLING_NAMES.items() if config.get(flag)]
+            pooling = names[0] if len(names) == 1 else None
             if pooling is None:
                 logger.warning("%s states a pooling that this project lacks (%s); using cls", name, config)
         elif not module["type"].endswith(("Transformer", "Normalize")):
@@ -118,7 +114,7 @@ def write_settings(folder: Path, settings: EncoderSettings, embedding_size: int)
             for i, (path, kind) in enumerate(modules)
         ],
     )
-    flags = {flag: settings.pooling == ours for flag, ours in _POOLING_FLAGS.items()}
+    flags = {flag: settings.pooling == ours for ours, (flag, _) in _POOLING_NAMES.items()}
     others = ("max_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens")
     write(
         "1_Pooling/config.json",

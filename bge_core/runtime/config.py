@@ -7,15 +7,16 @@ import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, field, fields
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 from bge_core import UserError
 from bge_core.runtime.refused import advice, nearest
 
 logger = logging.getLogger(__name__)
 
-Attention = Literal["auto", "padded", "sdpa", "varlen", "flash", "flex"]
+Attention = Literal["auto", "padded", "sdpa", "varlen", "flash"]
 Pooling = Literal["cls", "mean", "last_token"]
+POOLINGS: tuple[Pooling, ...] = get_args(Pooling)
 MergeMethod = Literal["linear", "slerp", "task_arithmetic", "ties", "greedy_soup"]
 MergeType = Literal["float32", "float16", "bfloat16", "keep"]
 SCHEDULES = (  # those of transformers that are a function of the step alone

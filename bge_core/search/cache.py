@@ -182,7 +182,7 @@ class EmbeddingCache:
             UserError: a vector is not finite, in float32 or in the cache's dtype; the disk is full; a rank does not
                 see the files of rank 0. Shards that were finished before stay.
         """
-        dim, max_length = encoder.embedding_size, min(max_length, encoder.max_positions)
+        dim, max_length = encoder.embedding_size, min(max_length, encoder.max_length)
         folder = self.folder / on_main(lambda: self._prepare(encoder, prompt, max_length, precision))
         self.used.add(folder.name)
         key_N = text_keys(texts)

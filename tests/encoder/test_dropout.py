@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from bge_core.encoder.kernels import Dropout, dropout, replace_dropout
+from bge_core.encoder.dropout import Dropout, dropout, replace_dropout
 from bge_core.encoder.load import load_encoder
 
 P = [0.1, 0.5, 0.9]

@@ -18,8 +18,9 @@ from transformers import AutoModel, AutoTokenizer, XLMRobertaConfig, XLMRobertaM
 from bge_core import UserError
 from bge_core.encoder.load import load_encoder
 from bge_core.encoder.model import Encoder, compile_layers, pool
-from bge_core.encoder.settings import POOLINGS, EncoderSettings, read_settings
+from bge_core.encoder.settings import EncoderSettings, read_settings
 from bge_core.encoder.tokens import Tokens, tokenize
+from bge_core.runtime.config import POOLINGS
 
 TEXTS = ["信用卡怎么申请？", "loan", "快递" * 15, "退款，退款", "", "a b c d e f g", "退款，退款"]
 
@@ -364,8 +365,8 @@ def test_roberta_counts_positions_from_behind_its_padding_id(tiny_bert: Path, tm
     torch.manual_seed(0)
     backbone = XLMRobertaModel(config).eval().double()
     encoder = Encoder(backbone, tokenizer, EncoderSettings("mean", True))
-    assert encoder.max_positions == 20
-    assert load_encoder(tiny_bert).max_positions == 512
+    assert encoder.max_length == 20
+    assert load_encoder(tiny_bert).max_length == 512
     lists = [[2, *[9] * 18, 3], [2, 8, 3], [2, 3]]
     with torch.no_grad():
         got = encoder(Tokens.from_lists(lists))

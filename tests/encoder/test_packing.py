@@ -26,7 +26,7 @@ from transformers import (
 from bge_core.encoder import kernels, packing, selfcheck
 from bge_core.encoder.kernels import KERNELS, Packed, Rule, kernel_error, relative_error, usable_kernels
 from bge_core.encoder.load import load_encoder, set_attention_dropout
-from bge_core.encoder.packing import first_position, packed_hidden
+from bge_core.encoder.packing import packed_hidden
 from bge_core.encoder.selfcheck import packed_or_padded, packing_error
 from bge_core.encoder.tokens import Tokens
 
@@ -85,9 +85,7 @@ def together(backbone: Any, texts: list[Tensor], attention: Any = "auto", *, fir
     packing.enable(backbone)
     try:
         tokens = Tokens(torch.cat(texts), [len(text) for text in texts])
-        vectors, counts, order = packed_hidden(
-            backbone, tokens, first_position=first_position(backbone), attention=attention, first_only=first_only
-        )
+        vectors, counts, order = packed_hidden(backbone, tokens, attention=attention, first_only=first_only)
         parts = dict(zip(order, vectors.split(counts), strict=True))
         return differentiate(backbone, [parts[i][: 1 if first_only else None] for i in range(len(texts))])
     finally:
@@ -148,19 +146,6 @@ def test_a_decoder_keeps_all_tokens() -> None:
     assert packing.has_bert_layers(backbone) and not packing.has_bert_layers(make("qwen3"))
     backbone.config.is_decoder = True
     assert not packing.has_bert_layers(backbone)
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_flex_attention_computes_the_same(name: str) -> None:
-    """Its backward does not run on a CPU: the values here, the gradients where there is a GPU."""
-    backbone, texts = make(name, torch.float32), texts_of(LENGTHS)
-    with torch.no_grad():
-        want = [backbone(input_ids=text[None]).last_hidden_state[0] for text in texts]
-        packing.enable(backbone)
-        tokens = Tokens(torch.cat(texts), [len(text) for text in texts])
-        hidden_TD, _, order = packed_hidden(backbone, tokens, first_position=first_position(backbone), attention="flex")
-    parts = dict(zip(order, hidden_TD.split([len(texts[i]) for i in order]), strict=True))
-    assert_close([parts[i] for i in range(len(texts))], want, 3e-5)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -239,8 +224,6 @@ def test_no_text_is_no_vector(tiny_bert: Path) -> None:
         ("cuda", torch.bfloat16, 0.0, "auto", ["varlen", "sdpa"]),
         ("cuda", torch.bfloat16, 0.1, "auto", ["sdpa"]),
         ("cuda", torch.float16, 0.0, "sdpa", ["sdpa", "varlen"]),
-        ("cuda", torch.float16, 0.0, "flex", ["flex", "varlen", "sdpa"]),
-        ("cuda", torch.float16, 0.1, "flex", ["sdpa"]),
     ],
 )
 def test_a_kernel_is_taken_only_where_it_honours_all(
@@ -288,7 +271,7 @@ def test_the_kernel_for_all_is_the_formula(rule: str, key_heads: int, waste: flo
 @CUDA
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("kernel", ["varlen", "flash", "flex"])
+@pytest.mark.parametrize("kernel", ["varlen", "flash"])
 def test_kernels_of_the_gpu(kernel: str, dtype: torch.dtype, rule: str) -> None:
     """Against float32: 2 % of the largest entry, value and gradient."""
     if kernel == "flash":
@@ -347,7 +330,7 @@ def test_the_check_passes_and_leaves_no_trace(name: str) -> None:
     backbone = make(name, torch.float32)
     before = {key: value.clone() for key, value in backbone.state_dict().items()}
     random_state = torch.get_rng_state()
-    assert packing_error(backbone, 70, first_position=first_position(backbone)) < selfcheck.PACKING_BOUND
+    assert packing_error(backbone) < selfcheck.PACKING_BOUND
     assert torch.equal(torch.get_rng_state(), random_state) and backbone.training
     assert backbone.config._attn_implementation == "sdpa"
     assert all(torch.equal(value, before[key]) for key, value in backbone.state_dict().items())

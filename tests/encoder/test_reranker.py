@@ -25,7 +25,7 @@ from transformers import (
     XLMRobertaTokenizer,
 )
 
-import bge_core.encoder.reranker as reranker_module
+import bge_core.encoder.encode as encode_module
 from bge_core import UserError
 from bge_core.encoder.packing import first_position
 from bge_core.encoder.reranker import Reranker, load_reranker
@@ -143,10 +143,10 @@ def test_every_way_is_the_stock_model_pair_by_pair(kind: str, attention: Any, fo
 def test_token_types_matter_and_go_with_their_tokens(folder_of: Callable[[str], Path]) -> None:
     """A batch in which the types are right in the order of the texts, not of the packed row, must not come out."""
     reranker = load_reranker(folder_of("bert"))
-    ids, types = reranker._tokenize(PAIRS)
-    assert all(len(a) == len(b) for a, b in zip(ids, types, strict=True))
+    pairs = reranker.tokenize(PAIRS)
+    assert all(len(pair.ids) == len(pair.types) for pair in pairs)
     with torch.no_grad():
-        tokens, flat = Tokens.from_lists(ids), [t for pair in types for t in pair]
+        tokens, flat = Tokens.from_lists([pair.ids for pair in pairs]), [t for pair in pairs for t in pair.types]
         right = reranker(tokens, torch.tensor(flat))
         assert_close(right.numpy(), one_by_one(folder_of("bert"), PAIRS))
         for wrong in (None, torch.tensor(flat[::-1])):
@@ -185,7 +185,7 @@ def test_the_passage_is_cut_and_a_long_query_alone_fails_nothing(kind: str, fold
     room, prefix = (16, 1) if kind == "xlm-roberta" else (17, 0)  # XLM-R has 4 special tokens, and "▁" before a text
     longest = room - prefix - 1  # query that leaves a token to the passage
     pairs = [("一" * n, "二" * m) for n in (1, longest - 1, longest, longest + 1, 50) for m in (0, 1, 17, 50)]
-    ids, _ = reranker._tokenize(pairs)
+    ids = [pair.ids for pair in reranker.tokenize(pairs)]
     one, two = reranker.tokenizer.convert_tokens_to_ids(["一", "二"])
     assert all(len(pair) <= 20 for pair in ids)
     for (query, passage), pair in zip(pairs, ids, strict=True):
@@ -197,7 +197,7 @@ def test_the_passage_is_cut_and_a_long_query_alone_fails_nothing(kind: str, fold
     assert np.isfinite(reranker.score(pairs)).all()
     # What stands beside a pair does not change how it is cut.
     for texts, want in zip(pairs, ids, strict=True):
-        assert reranker._tokenize([texts])[0] == [want]
+        assert reranker.tokenize([texts])[0].ids == want
     cut = [pair for pair in pairs if len(pair[0]) <= longest]
     assert_close(reranker.score(pairs)[: len(cut)], one_by_one(folder_of(kind), cut, max_length=20))
 
@@ -212,7 +212,7 @@ def test_max_length_is_what_the_model_takes(folder_of: Callable[[str], Path]) ->
 def test_blocks_are_put_together_in_order(folder_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
     reranker = load_reranker(folder_of("bert"))
     want = reranker.score(PAIRS).astype(np.float64)
-    monkeypatch.setattr(reranker_module, "BLOCK", 4)
+    monkeypatch.setattr(encode_module, "BLOCK", 4)
     assert_close(reranker.score(PAIRS), want)
     assert reranker.score([]).shape == (0,) and reranker.score([]).dtype == np.float32
 
@@ -224,14 +224,14 @@ def test_every_batch_is_computed_by_one_rank(
     reranker = load_reranker(folder_of("bert"))
     alone = reranker.score(PAIRS, batch_size=4)
     shares, beats = [], []
-    monkeypatch.setattr(reranker_module, "sum_over_ranks", lambda share: share)
-    monkeypatch.setattr(reranker_module, "heartbeat", lambda: beats.append(1))
+    monkeypatch.setattr(encode_module, "sum_over_ranks", lambda share: share)
+    monkeypatch.setattr(encode_module, "heartbeat", lambda: beats.append(1))
     for rank in range(world_size):
-        monkeypatch.setattr(reranker_module, "world", lambda rank=rank: (rank, world_size))
+        monkeypatch.setattr(encode_module, "world", lambda rank=rank: (rank, world_size))
         shares.append(reranker.score(PAIRS, batch_size=4))
     assert ((np.array(shares) != 0).sum(axis=0) == 1).all()
     np.testing.assert_array_equal(np.sum(shares, axis=0), alone)  # not a single bit
-    assert len(beats) == world_size * math.ceil(len(PAIRS) / 4)
+    assert len(beats) == world_size * math.ceil(len(PAIRS) / 4 / world_size)  # a turn each
 
 
 def test_half_precision_is_near(folder_of: Callable[[str], Path]) -> None:
@@ -261,7 +261,7 @@ def test_the_longest_pair_has_the_last_position(folder_of: Callable[[str], Path]
     reranker = load_reranker(folder_of("xlm-roberta"))
     assert first_position(reranker.model) == 2
     pairs = [("怎么", "面" * 500), ("怎么", "面")]
-    assert len(reranker._tokenize(pairs)[0][0]) == MAX_LENGTH
+    assert len(reranker.tokenize(pairs)[0]) == MAX_LENGTH
     assert_close(reranker.score(pairs), one_by_one(folder_of("xlm-roberta"), pairs))
 
 

@@ -176,6 +176,7 @@ def test_a_hub_token_is_no_setting_to_record() -> None:
         (("--learning_rate", "fast"), "--learning_rate"),
         (("--train_group_size", "2.5"), "--train_group_size"),
         (("--kd_loss_type", "mse"), "--kd_loss_type"),
+        (("--attention", "flex"), "invalid choice: 'flex' (choose from"),
         (("--fp16", "perhaps"), "perhaps"),
         (("--seed", "1", "2"), "'2' belongs to no flag"),
         (("--temperature", "0"), "--temperature 0.0: use a number above 0"),
