@@ -124,7 +124,7 @@ def run_variant(job: Row) -> Row:
 
     def mined(model: str, name: str, **more: Any) -> str:
         files = {"model_name_or_path": model, "input_file": job["rows"], "candidate_pool": job["corpus"]}
-        files |= {"output_file": str(folder / f"{name}.jsonl"), "cache_dir": job["cache"]}
+        files |= {"output_file": str(folder / f"{name}.jsonl"), "embedding_cache_dir": job["cache"]}
         spent.append(stage("mine", **files, **settings["mine"], **common, **more))
         return files["output_file"]
 

@@ -108,7 +108,7 @@ def run_flagembedding(args: argparse.Namespace, folder: Path) -> None:
 def run_ours(args: argparse.Namespace, folder: Path) -> None:
     """mine.py, once for each number of negatives; its vectors are kept."""
     files = {"model_name_or_path": os.path.abspath(args.encoder), "input_file": folder / "rows.jsonl"}
-    files |= {"candidate_pool": folder / "pool.jsonl", "cache_dir": folder / "cache"}
+    files |= {"candidate_pool": folder / "pool.jsonl", "embedding_cache_dir": folder / "cache"}
     for count in COUNTS:
         settings = {"range_for_sampling": f"{RANGE[0]}-{RANGE[1]}", "negative_number": count}
         settings["output_file"] = folder / f"ours_{count}.jsonl"

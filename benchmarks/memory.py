@@ -125,10 +125,8 @@ def write_pairs(folder: Path, file: Path, num_rows: int) -> str:
 
 def compare(function: Any, threads: int, first: Row, second: Row) -> str:
     """PAIRS ratios of the time of the first settings to that of the second."""
-    pairs = harness.in_turn(
-        lambda _: fresh(function, threads, **first), lambda _: fresh(function, threads, **second), PAIRS
-    )
-    return spread(one["seconds"] / other["seconds"] for one, other in pairs)
+    ways = (lambda _, given=given: fresh(function, threads, **given)["seconds"] for given in (first, second))
+    return spread(one / other for one, other in harness.in_turn(*ways, PAIRS))
 
 
 def loss_rows(threads: int) -> Iterator[list[str]]:

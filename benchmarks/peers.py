@@ -48,16 +48,7 @@ from pathlib import Path
 from typing import Any
 
 import harness
-from harness import (
-    LENGTHS,
-    NO_INSTRUCTION,
-    PASSAGE_LENGTH,
-    QUERY_LENGTH,
-    Row,
-    read_lines,
-    read_texts,
-    write_lines,
-)
+from harness import LENGTHS, NO_INSTRUCTION, PASSAGE_LENGTH, QUERY_LENGTH, Row, read_lines, read_texts, write_lines
 
 BATCH_SIZE, LEARNING_RATE = 32, 2e-5
 WHAT = {
@@ -193,7 +184,7 @@ def encode_ours(job: Row) -> Row:
     from bge_core.encoder import load_encoder
 
     encoder = load_encoder(job["model"], pooling=job["pooling"])
-    return time_encoding(job, lambda texts: encoder.encode(texts, max_length=PASSAGE_LENGTH))
+    return time_encoding(job, encoder.encode, max_length=PASSAGE_LENGTH)
 
 
 def encode_flagembedding(job: Row) -> Row:
@@ -201,7 +192,7 @@ def encode_flagembedding(job: Row) -> Row:
     from FlagEmbedding import FlagModel
 
     model = FlagModel(job["model"], use_fp16=False, devices="cpu", pooling_method=job["pooling"])
-    return time_encoding(job, lambda texts: model.encode_corpus(texts, batch_size=32, max_length=PASSAGE_LENGTH))
+    return time_encoding(job, model.encode_corpus, batch_size=32, max_length=PASSAGE_LENGTH)
 
 
 def encode_sentence_transformers(job: Row) -> Row:
@@ -210,16 +201,15 @@ def encode_sentence_transformers(job: Row) -> Row:
 
     model = their_model(job["model"])
     model[1] = Pooling(model.get_embedding_dimension(), pooling_mode=job["pooling"])
-    settings = {"batch_size": 32, "show_progress_bar": False, "normalize_embeddings": True}
-    return time_encoding(job, lambda texts: model.encode(texts, **settings))
+    return time_encoding(job, model.encode, batch_size=32, show_progress_bar=False, normalize_embeddings=True)
 
 
-def time_encoding(job: Row, encode: Callable[[list[str]], Any]) -> Row:
+def time_encoding(job: Row, encode: Callable[..., Any], **settings: Any) -> Row:
     """Texts per second of one call; a first one of 64 texts warms up."""
     texts = [row["text"] for row in read_lines(job["rows"])]
-    encode(texts[:64])
+    encode(texts[:64], **settings)
     vectors: list[Any] = []
-    seconds = harness.timed(lambda: vectors.extend(encode(texts)))
+    seconds = harness.timed(lambda: vectors.extend(encode(texts, **settings)))
     return {"texts_per_second": len(texts) / seconds, "check": [round(float(x), 4) for x in vectors[0][:4]]}
 
 
@@ -229,7 +219,7 @@ def time_encoding(job: Row, encode: Callable[[list[str]], Any]) -> Row:
 def mine_ours(job: Row, threads: int) -> harness.Run:
     """mine.py."""
     files = {"model_name_or_path": job["model"], "input_file": job["questions"], "candidate_pool": job["corpus"]}
-    files |= {"output_file": f"{job['folder']}/mined.jsonl", "cache_dir": job.get("cache")}
+    files |= {"output_file": f"{job['folder']}/mined.jsonl", "embedding_cache_dir": job.get("cache")}
     settings = {"range_for_sampling": "2-200", "negative_number": job["negatives"]} | job["flags"]
     return harness.stage("mine", threads, **files, **settings, **LENGTHS, **NO_INSTRUCTION)
 
@@ -285,9 +275,8 @@ def evaluate_sentence_transformers(job: Row) -> Row:
     relevant = {str(i): {places[text] for text in row["pos"]} for i, row in enumerate(rows)}
     depths = {"mrr_at_k": [10, 100], "ndcg_at_k": [10, 100], "map_at_k": [100]}
     depths |= {"accuracy_at_k": [1, 10, 100], "precision_recall_at_k": [1, 10, 100]}
-    evaluator = InformationRetrievalEvaluator(
-        queries, corpus, relevant, batch_size=32, show_progress_bar=False, **depths
-    )
+    settings = {"batch_size": 32, "show_progress_bar": False} | depths
+    evaluator = InformationRetrievalEvaluator(queries, corpus, relevant, **settings)
     for name in job["models"]:
         print(name, evaluator(their_model(name)), file=sys.stderr)
     return {}
@@ -295,9 +284,8 @@ def evaluate_sentence_transformers(job: Row) -> Row:
 
 def merge_ours(job: Row, threads: int) -> harness.Run:
     """merge.py."""
-    return harness.stage(
-        "merge", threads, models=job["models"], weights=[0.5, 0.5], output_path=f"{job['folder']}/merged"
-    )
+    mixed = {"models": job["models"], "weights": [0.5, 0.5], "output_path": f"{job['folder']}/merged"}
+    return harness.stage("merge", threads, **mixed)
 
 
 def merge_lm_cocktail(job: Row) -> Row:
@@ -425,19 +413,17 @@ def compare(what: str, peer: str, job: Row, args: argparse.Namespace, folder: st
     if what == "mine_again":
         for side in {"ours", peer} - {FLAG}:  # which keeps nothing
             measure(kind, side, jobs[side], args)
-    both = harness.in_turn(
-        lambda _: measure(kind, "ours", jobs["ours"], args), lambda _: measure(kind, peer, jobs[peer], args), args.pairs
-    )
+    ours, theirs = (lambda _, side=side: measure(kind, side, jobs[side], args) for side in ("ours", peer))
+    both = harness.in_turn(ours, theirs, args.pairs)
     speed = next((key for key in ("queries_per_second", "texts_per_second") if key in both[0][0]), None)
-    ratios = [ours[speed] / theirs[speed] if speed else theirs["seconds"] / ours["seconds"] for ours, theirs in both]
+    ratios = [a[speed] / b[speed] if speed else b["seconds"] / a["seconds"] for a, b in both]
     line["speed_ratio"] = harness.spread(ratios)
     memory = {"train": "activation", "encode": None}.get(kind, "private")
     if memory:
-        shares = [ours[f"{memory}_mb"] / theirs[f"{memory}_mb"] for ours, theirs in both]
-        line[f"{memory}_memory_ratio"] = harness.spread(shares)
+        line[f"{memory}_memory_ratio"] = harness.spread(a[f"{memory}_mb"] / b[f"{memory}_mb"] for a, b in both)
     if "num_passages" in job:
         line["passages"] = job["num_passages"]
-    return line | {"pairs": [{"ours": ours, peer: theirs} for ours, theirs in both]}
+    return line | {"pairs": [{"ours": a, peer: b} for a, b in both]}
 
 
 def summarize(file: Path) -> None:

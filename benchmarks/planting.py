@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 
 import rewriting
 from harness import Row
-from rewriting import WORDS, Maker, Source, tagged
+from rewriting import WORDS, Maker, Source, at_least, tagged
 
 NUM_FALSE, NUM_NEAR = 2000, 500
 NUMBER = r"(?<![\d.,A-Za-z])\d[\d,]*(?:\.\d+)?[万亿]?(?![\d.A-Za-z])"
@@ -218,11 +218,11 @@ def topic(kind: str, names: Names) -> Maker:
 # -------------------------------------------------------------------------------------------------------- the planting
 
 REWORDED: dict[str, Maker] = {
-    "synonyms": rewriting.synonyms,
-    "function words": rewriting.function_words,
+    "synonyms": at_least(2, rewriting.exchange),
+    "function words": at_least(2, rewriting.change_function_words),
     "clause order": rewriting.clause_order,
     "leading phrase": rewriting.lead,
-    "number format": rewriting.number_format,
+    "number format": at_least(1, rewriting.change_numbers),
     "neighbour behind": rewriting.neighbour_after,
     "neighbour before": rewriting.neighbour_before,
     "last clause cut": last_clause_cut,
@@ -240,7 +240,7 @@ DUPLICATE: dict[str, Maker] = {
     "mark-up": rewriting.markup,
 }
 QUESTIONS: dict[str, Callable[[str, random.Random], str | None]] = {
-    "same question": rewriting.same_question,
+    "same question": lambda query, rng: query,
     "particles": rewriting.particles,
     "question words": rewriting.question_words,
     "word order": rewriting.question_order,

@@ -78,6 +78,16 @@ def clauses_of(text: str) -> list[str]:
 # ------------------------------------------------------------------------------------------------------------ reworded
 
 
+def at_least(number: int, change: Callable[[str, random.Random], tuple[str, int]]) -> Maker:
+    """A positive with so many changes, or none."""
+
+    def make(source: Source, rng: random.Random) -> str | None:
+        text, count = change(source.positive, rng)
+        return text if count >= number else None
+
+    return make
+
+
 def exchange(text: str, rng: random.Random) -> tuple[str, int]:
     """Nine in ten words outside quotation marks for others of their meaning; the text and how many."""
     ends, depth = {0}, depths(text)
@@ -92,12 +102,6 @@ def exchange(text: str, rng: random.Random) -> tuple[str, int]:
             word, count = rng.choice(SYNONYMS[word]), count + 1
         out += word
     return out, count
-
-
-def synonyms(source: Source, rng: random.Random) -> str | None:
-    """At least two words for others of their meaning."""
-    text, count = exchange(source.positive, rng)
-    return text if count >= 2 else None
 
 
 def change_function_words(text: str, rng: random.Random) -> tuple[str, int]:
@@ -124,12 +128,6 @@ def change_function_words(text: str, rng: random.Random) -> tuple[str, int]:
             new = "于"
         out, at, count = out + new, at + len(word), count + (new != word)
     return out, count
-
-
-def function_words(source: Source, rng: random.Random) -> str | None:
-    """At least two changes of function words."""
-    text, count = change_function_words(source.positive, rng)
-    return text if count >= 2 else None
 
 
 def lead(source: Source, rng: random.Random) -> str | None:
@@ -224,12 +222,6 @@ def change_numbers(text: str, rng: random.Random) -> tuple[str, int]:
     for mark, part in enumerate(quoted):
         text = text.replace(chr(0xE000 + mark), part, 1)
     return text, count
-
-
-def number_format(source: Source, rng: random.Random) -> str | None:
-    """The numbers of the text written another way."""
-    text, count = change_numbers(source.positive, rng)
-    return text if count else None
 
 
 def belong(one: str, other: str) -> bool:
@@ -344,11 +336,6 @@ def markup(source: Source, rng: random.Random) -> str | None:
 
 
 # ----------------------------------------------------------------------------------------------------------- questions
-
-
-def same_question(query: str, rng: random.Random) -> str | None:
-    """The same question."""
-    return query
 
 
 def particles(query: str, rng: random.Random) -> str | None:

@@ -20,7 +20,6 @@ import math
 import os
 import re
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -283,19 +282,13 @@ def bytes_per_pair() -> float:
     return moved.total / (64 * 4096)
 
 
-def seconds(
-    function: Callable[[], object], repeats: int = REPEATS, prepare: Callable[[], object] | None = None
-) -> float:
+def seconds(function: Callable[[], object]) -> float:
     """Median over repeats of the slowest process's time; two calls before do not count."""
     times = []
-    for _ in range(repeats + 2):
-        if prepare:
-            prepare()
+    for _ in range(REPEATS + 2):
         if world()[1] > 1:
             dist.barrier()
-        started = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - started)
+        times.append(harness.timed(function))
     every = gather_objects(times)
     return statistics.median(max(column) for column in list(zip(*every, strict=True))[2:])
 
@@ -374,39 +367,6 @@ def measure_all() -> Row:
 # --------------------------------------------------------------------------------------------------------- the tables
 
 Cells = list[list[str]]
-HEADERS = {
-    "counts": {
-        "en": "global batch | W | B | N | loss FLOP per process (counted) | 6 B N D | "
-        "all rows on every process (6 M N D) | gather: bytes received (counted) | formula",
-        "zh": "全局 batch | W | B | N | 每进程损失的 FLOP（计数） | "
-        "6 B N D | 每个进程都算全部行（6 M N D） | 汇集时收到的字节（计数） | 公式",
-    },
-    "constants": {
-        "en": "busy processes | encoder, GFLOP/s | loss, GFLOP/s | update, ns per parameter | "
-        "collective, empty, ms | all-gather, MB/s | reduce-scatter, MB/s | all-reduce, MB/s",
-        "zh": "同时忙的进程 | 编码，GFLOP/s | 损失，GFLOP/s | 更新，每参数 ns | 空的集合通信，ms | all-gather，MB/s | "
-        "reduce-scatter，MB/s | all-reduce，MB/s",
-    },
-    "check": {
-        "en": "W | compute, ms | gather | all-reduce | loss | update | sum | measured | sum / measured",
-        "zh": "W | 计算，ms | 汇集 | all-reduce | 损失 | 更新 | 合计 | 实测 | 合计 / 实测",
-    },
-    "prediction": {
-        "en": "batch per GPU | GPUs | N | compute, ms | gather | all-reduce | loss | update | share of compute | "
-        "queries/s | B x N matrix | gathered vectors",
-        "zh": "每卡 batch | GPU 数 | N | 计算，ms | 汇集 | all-reduce | 损失 | "
-        "更新 | 计算占比 | query/s | B x N 矩阵 | 汇集到的向量",
-    },
-    "limits": {
-        "en": "batch per GPU | tokens per GPU and update | all-reduce: fewer tokens than | "
-        "gather: more GPUs than | loss: more candidates than",
-        "zh": "每卡 batch | 每卡每次更新的 token 数 | all-reduce：token 少于 | 汇集：GPU 多于 | 损失：候选多于",
-    },
-    "fsdp": {
-        "en": "GPUs | DDP: bytes per update | ms | FSDP2 | ms | FSDP2, GradCache in 8 chunks | ms",
-        "zh": "GPU 数 | DDP：每次更新的字节 | ms | FSDP2 | ms | FSDP2，GradCache 分 8 块 | ms",
-    },
-}
 
 
 def size(num_bytes: float) -> str:
@@ -517,17 +477,13 @@ STAMPS = {
 }
 
 
-def table(name: str, language: str, results: Row) -> str:
-    """A table in markdown; what was timed says where and when."""
-    text = harness.table(HEADERS[name][language].split(" | "), ROWS[name](results), left=0)
-    return text + ("\n\n" + STAMPS[language].format(**results) if name in ("constants", "check") else "")
-
-
 def with_tables(page: str, language: str, results: Row) -> str:
-    """The page with the tables between its markers made anew."""
-    for name in ROWS:
-        inside = re.compile(rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)", re.DOTALL)
-        page, found = inside.subn(lambda m, name=name: m[1] + table(name, language, results) + m[2], page)
+    """The page with the rows of the tables between its markers made anew; what was timed says where and when."""
+    for name, rows_of in ROWS.items():
+        inside = rf"(<!-- {name} -->\n.*\n.*\n)(?s:.*?)(\n<!-- /{name} -->)"  # its two head lines stay
+        rows = "\n".join("| " + " | ".join(cells) + " |" for cells in rows_of(results))
+        rows += "\n\n" + STAMPS[language].format(**results) if name in ("constants", "check") else ""
+        page, found = re.subn(inside, rf"\g<1>{rows}\g<2>", page)
         assert found == 1, f"{language}: no marker {name}"
     return page
 
@@ -545,8 +501,7 @@ def main() -> None:
     results = json.loads(RESULTS.read_text(encoding="utf-8"))
     for language, file in DOCS.items():
         file.write_text(with_tables(file.read_text(encoding="utf-8"), language, results), encoding="utf-8")
-    for name in ROWS:
-        print(f"{name}\n{table(name, 'en', results)}\n")
+    print("wrote the tables of", *DOCS.values())
 
 
 if __name__ == "__main__":

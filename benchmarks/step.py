@@ -9,7 +9,6 @@ size 2, float32, AdamW, the checkpoint's dropout, dropout's seed 0); what is com
     matmul      time of the step's matrix products alone, forward and both backward, over the whole step: its share of
                 the FLOP/s that they reach (attention's products are not among them)
     dropout     a step with the checkpoint's attention dropout over one with --attention_dropout 0
-    first       with CLS pooling, a step whose last layer computes every token over one with the first tokens alone
     compile     a step over one with --torch_compile (needs a C++ compiler)
     wait        time in which the loop waits for the next batch, over the step, with the default number of workers
     profile     the operators' own time, packed and as trainers without packing do it: a padded rectangle for the
@@ -34,7 +33,7 @@ from models import Padded, Step, make_step, training_data
 from torch import nn
 from transformers import AutoModel
 
-from bge_core.encoder import Encoder, load_encoder, packing
+from bge_core.encoder import Encoder, load_encoder
 from bge_core.encoder.model import compile_layers
 from bge_core.runtime.launch import start
 from bge_core.training.batch import Batch
@@ -61,9 +60,8 @@ def build(name: str, **settings: Any) -> Encoder:
 
 def compare(first: Step, second: Step, data: TrainingData, rounds: int) -> str:
     """Time of the first way over that of the second, in turn on the same batches, after a round that warms up."""
-    pairs = harness.in_turn(
-        lambda pair: timed_on(data[pair][0], first), lambda pair: timed_on(data[pair][0], second), rounds + 1
-    )
+    ways = (lambda pair, step=step: timed_on(data[pair][0], step) for step in (first, second))
+    pairs = harness.in_turn(*ways, rounds + 1)
     return spread(one / other for one, other in pairs[1:])
 
 
@@ -135,19 +133,6 @@ def measure_dropout(name: str, data: TrainingData, rounds: int) -> str:
     return compare(*(make_step(build(name, attention_dropout=x), StepSettings()) for x in (None, 0.0)), data, rounds)
 
 
-def measure_first(name: str, data: TrainingData, rounds: int) -> str:
-    """CLS pooling: the last layer on all tokens against the first ones alone."""
-    step = make_step(load_encoder(name, pooling="cls").train(), StepSettings())
-    first_tokens = packing.has_bert_layers
-
-    def whole(batch: Batch) -> None:
-        packing.has_bert_layers = lambda backbone: False
-        step(batch)
-        packing.has_bert_layers = first_tokens
-
-    return compare(whole, step, data, rounds)
-
-
 def measure_compile(name: str, data: TrainingData, rounds: int) -> str:
     """As it is against compiled layers."""
     encoders = [build(name) for _ in range(2)]
@@ -200,7 +185,6 @@ def main() -> None:
         parts: dict[str, Callable[[], Any]] = {
             "matmul": lambda: measure_matmul(encoder, data, rounds),
             "dropout": lambda: measure_dropout(args.encoder, data, rounds),
-            "first": lambda: measure_first(args.encoder, data, rounds),
             "compile": lambda: measure_compile(args.encoder, data, rounds),
             "wait": lambda: measure_wait(encoder, data, rounds, data.config.dataloader_num_workers),
             "profile_packed": lambda: measure_profile(encoder, data[0][0]),
@@ -223,7 +207,6 @@ def as_markdown(result: dict[str, Any]) -> str:
     rows = [
         ["FLOP/s of a step over those of its matrix products alone", result["matmul"]["share"]],
         ["time with attention dropout over without", result["dropout"]],
-        ["CLS pooling: time with a whole last layer over first tokens alone", result["first"]],
         ["time over that with --torch_compile", result["compile"]],
         ["waiting for input, percent of a step", result["wait"]["percent"]],
     ]

@@ -49,7 +49,7 @@ def prepare_cmrc(data: Path, encoder: Path, out: Path, half: Row) -> tuple[Path,
     model, corpus = out / "trained", data / "corpus.jsonl"
     if not (model / "manifest.json").exists():
         files = {"input_file": out / "choose.jsonl", "candidate_pool": corpus, "output_file": out / "mined.jsonl"}
-        settings = {"range_for_sampling": "2-200", "negative_number": 15, "cache_dir": out / "cache"}
+        settings = {"range_for_sampling": "2-200", "negative_number": 15, "embedding_cache_dir": out / "cache"}
         stage("mine", model_name_or_path=encoder, **files, **settings, **LENGTHS, **half)
         files = {"model_name_or_path": encoder, "train_data": out / "mined.jsonl", "output_dir": model}
         settings = {"num_train_epochs": 1, "per_device_train_batch_size": 32, "train_group_size": 2}
@@ -90,7 +90,7 @@ def main() -> None:
     stage("merge", **mixed, weights=[0.5, 0.5], output_path=out / "half")
     tasks = {"val_data": [out / f"{part}_report.jsonl" for part in PARTS], "corpus": [corpus, general]}
     settings = {"max_passage_length": harness.PASSAGE_LENGTH, "metrics": ["MRR@10", "Recall@10", "nDCG@10"]}
-    settings |= {"output_dir": out / "report", "overwrite_output_dir": True, "cache_dir": out / "cache"}
+    settings |= {"output_dir": out / "report", "overwrite_output_dir": True, "embedding_cache_dir": out / "cache"}
     models = [encoder, model, out / "half", out / "merged"]
     stage("evaluate", encoder=models, **tasks, **settings, add_instruction=True, **half)
 
