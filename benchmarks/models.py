@@ -79,7 +79,7 @@ def training_data(encoder: Encoder, file: str, batch_size: int, **lengths: int) 
 def make_step(model: nn.Module, settings: StepSettings, clip: bool = False) -> Step:
     """forward_backward and AdamW's update, as train.py does them."""
     optimizer = build_optimizer(model, 1e-6, 0.0, (0.9, 0.999), 1e-8)
-    scaler = settings.scaler or torch.amp.GradScaler(enabled=False)
+    scaler = settings.scaler
 
     def step(batch: Batch) -> None:
         forward_backward(model, [batch], settings)
