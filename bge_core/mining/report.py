@@ -10,6 +10,7 @@ from bge_core.files.records import Row
 from bge_core.mining.facts import EXCLUDED_BECAUSE, MiningReport, auc, mining_warnings
 from bge_core.mining.file_checks import Finding
 from bge_core.reports.page import Page
+from bge_core.reports.plots import draw_histograms
 
 BINS = 40
 
@@ -83,12 +84,9 @@ def _tiles(report: MiningReport) -> list[tuple[str, Any, str]]:
 
 def _draw_scores(axes: Any, report: MiningReport) -> None:
     edges = np.histogram_bin_edges(np.concatenate([report.pos_scores, report.neg_scores]), BINS)
-    for scores, label, color in ((report.neg_scores, "negatives", "C1"), (report.pos_scores, "positives", "C0")):
-        style = {"bins": edges, "weights": np.full(scores.size, 1 / scores.size), "color": color}
-        axes.hist(scores, histtype="stepfilled", alpha=0.25, **style)
-        axes.hist(scores, histtype="step", label=f"{label} ({scores.size:,})", linewidth=1.5, **style)
-    axes.set(xlabel="cosine", ylabel="share")
-    axes.legend(loc="upper left")
+    named = {"negatives": report.neg_scores, "positives": report.pos_scores}
+    labelled = {f"{name} ({scores.size:,})": scores for name, scores in named.items()}
+    draw_histograms(axes, labelled, edges, "cosine", "share", shares=True)
 
 
 def _draw_ranks(axes: Any, ranks: np.ndarray) -> None:

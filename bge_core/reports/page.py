@@ -17,6 +17,8 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
+import jinja2
+
 from bge_core.files.atomic import atomic_path
 from bge_core.reports.plots import draw_svg
 
@@ -132,8 +134,6 @@ class Page:
 
 @functools.cache
 def _templates() -> Any:
-    import jinja2
-
     found = jinja2.Environment(
         loader=jinja2.PackageLoader("bge_core.reports", ""),
         autoescape=True,

@@ -62,11 +62,17 @@ def draw_recall(axes: Any, recall: Mapping[str, np.ndarray]) -> None:
     axes.legend()
 
 
-def draw_histograms(axes: Any, scores: Mapping[str, np.ndarray], edges: np.ndarray, xlabel: str, ylabel: str) -> None:
-    """How often scores fall between two edges: of the name that comes last in the first colour, before the other."""
+def draw_histograms(
+    axes: Any, scores: Mapping[str, np.ndarray], edges: np.ndarray, xlabel: str, ylabel: str, *, shares: bool = False
+) -> None:
+    """How many scores of two names, or which share of them, fall between two edges; the second stands before the first.
+
+    The first has the page's second colour, so that what is right, named last, has the first one everywhere.
+    """
     for (name, values), color in zip(scores.items(), ("C1", "C0"), strict=True):
-        axes.hist(values, edges, histtype="stepfilled", alpha=0.25, color=color)
-        axes.hist(values, edges, histtype="step", color=color, label=name, linewidth=1.5)
+        style = {"bins": edges, "weights": np.full(len(values), 1 / len(values)) if shares else None, "color": color}
+        axes.hist(values, histtype="stepfilled", alpha=0.25, **style)
+        axes.hist(values, histtype="step", label=name, linewidth=1.5, **style)
     axes.set(xlabel=xlabel, ylabel=ylabel, xlim=(edges[0], edges[-1]))
     axes.legend(loc="upper left")
 
