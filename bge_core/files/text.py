@@ -1,7 +1,10 @@
 """When two texts are the same."""
 
 import hashlib
+import re
 import unicodedata
+
+_NO_LETTERS = re.compile(r"[\W_]+")
 
 
 def normalize_text(text: str) -> str:
@@ -16,7 +19,7 @@ def fold(text: str) -> str:
 
 def letters(text: str) -> str:
     """Letters and digits alone, folded: what two texts share that differ in form only."""
-    return "".join(filter(str.isalnum, fold(text)))
+    return _NO_LETTERS.sub("", fold(text))
 
 
 def text_id(text: str) -> int:

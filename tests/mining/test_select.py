@@ -102,7 +102,7 @@ def problems(draw: st.DrawFn) -> Row:
     }
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=150)
 @given(problem=problems())
 def test_what_holds_for_every_row(problem: Row) -> None:
     chosen, counts = select(**problem)
@@ -120,7 +120,7 @@ def test_what_holds_for_every_row(problem: Row) -> None:
     assert set(counts) <= set(COUNTS)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=50)
 @given(problem=problems(), other=problems())
 def test_a_row_depends_on_no_other_row(problem: Row, other: Row) -> None:
     """The same row at the same place, among other rows, chooses the same."""
@@ -144,7 +144,7 @@ def test_the_seed_and_the_row_decide_the_sample() -> None:
 
 
 def test_every_candidate_is_equally_likely() -> None:
-    num_rows, pool = 6000, [f"p{i}" for i in range(10)]
+    num_rows, pool = 3000, [f"p{i}" for i in range(10)]
     positives = [["p0", "p1"]] * num_rows
     for name, sampling_range in (("ranked", (0, 10)), ("filled", (20, 30))):
         chosen, _ = select(
@@ -153,7 +153,7 @@ def test_every_candidate_is_equally_likely() -> None:
         )  # fmt: skip
         times = np.bincount([row for choice in chosen for row in getattr(choice, name)], minlength=10)
         assert times[:2].sum() == 0
-        np.testing.assert_allclose(times[2:], num_rows * 3 / 8, rtol=0.08)  # 5 standard deviations
+        np.testing.assert_allclose(times[2:], num_rows * 3 / 8, rtol=0.11)  # 5 standard deviations
 
 
 def test_the_highest_hits_are_taken_with_top() -> None:
@@ -167,7 +167,7 @@ def test_the_highest_hits_are_taken_with_top() -> None:
 def test_sampling_by_score_follows_the_softmax() -> None:
     """The first draw of many rows against exp(score / temperature), and no row takes a hit twice."""
     pool, score = [f"t{i}" for i in range(4)], np.array([0.30, 0.25, 0.20, 0.10])
-    num_rows = 4000
+    num_rows = 2000
     options: dict[str, Any] = {
         "sampling": "score", "temperature": 0.1, "negative_number": 1,
         "embedded": SimpleNamespace(scores=lambda number, rows: score[list(rows)]),
@@ -179,13 +179,6 @@ def test_sampling_by_score_follows_the_softmax() -> None:
     assert np.abs(share - want).max() < 4 * np.sqrt(0.25 / num_rows)
     three = select(["q"] * 50, [["p"]] * 50, ranked[:50], pool, **options | {"negative_number": 3})[0]
     assert all(len(set(choice.ranked)) == 3 for choice in three)
-
-
-def test_uniform_draws_each_hit_equally_often() -> None:
-    pool, num_rows = [f"t{i}" for i in range(5)], 4000
-    chosen, _ = select(["q"] * num_rows, [["p"]] * num_rows, [[0, 1, 2, 3, 4]] * num_rows, pool, negative_number=2)
-    share = np.bincount([row for choice in chosen for row in choice.ranked], minlength=5) / num_rows
-    assert np.abs(share - 0.4).max() < 4 * np.sqrt(0.24 / num_rows)
 
 
 def test_what_is_excluded_is_counted_and_neither_taken_nor_filled_in() -> None:
