@@ -48,29 +48,9 @@ def load_encoder(
         UserError: not a model, not reachable, weights missing.
     """
     hub: dict[str, Any] = {"cache_dir": cache_dir, "token": token, "trust_remote_code": trust_remote_code}
-    folder = Path(name)
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise UserError(f"{name}: is not a model folder (it has no config.json)")
-    if not folder.exists() and (str(name).startswith((".", "/", "~")) or str(name).count("/") > 1):
-        raise UserError(f"{name}: no such folder")
-    if not folder.exists() and folder.parent.is_dir() and str(folder.parent) != ".":
-        logger.warning("%s: there is no such folder in %s; taken as a name of the hub", name, folder.parent)
-    try:
-        config = AutoConfig.from_pretrained(name, **hub)
-        if attention_dropout is not None:
-            set_attention_dropout(config, attention_dropout)
-        backbone, info = AutoModel.from_pretrained(name, config=config, dtype=dtype, output_loading_info=True, **hub)
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer_name or name, use_fast=True, **hub)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        if isinstance(error, OSError) and error.errno is not None and not folder.is_dir():
-            raise
-        first_line = str(error).strip().split("\n")[0]
-        raise UserError(
-            f"{name}: could not be loaded as a model: {first_line}\n"
-            "Give a folder, or a hub name; where the hub is out of reach, set HF_ENDPOINT to a mirror."
-        ) from None
-    if not tokenizer.is_fast or tokenizer.pad_token_id is None:
-        raise UserError(f"{tokenizer_name or name}: needs a fast tokenizer (tokenizer.json) with a padding token")
+    backbone, tokenizer, info = open_pretrained(
+        AutoModel, name, tokenizer_name=tokenizer_name, attention_dropout=attention_dropout, dtype=dtype, **hub
+    )
     _refuse_missing_weights(name, backbone, info)
     stored = read_settings(name, cache_dir=cache_dir, token=token)
     if pooling and stored.pooling and pooling != stored.pooling:
@@ -83,6 +63,55 @@ def load_encoder(
     if attention != "padded":
         attention = packed_or_padded(name, backbone, attention)
     return Encoder(backbone, tokenizer, settings, attention).eval()
+
+
+def open_pretrained(
+    kind: Any,
+    name: str | Path,
+    *,
+    flag: str = "",
+    what: str = "model",
+    tokenizer_name: str | None = None,
+    attention_dropout: float | None = None,
+    dtype: torch.dtype = torch.float32,
+    **options: Any,
+) -> tuple[Any, Any, dict[str, Any]]:
+    """Model, fast tokenizer and what transformers says of the weights.
+
+    Args:
+        kind: the class of transformers that loads it, as AutoModel.
+        name: hub name or folder.
+        flag, what: for messages: how the user named it, and what it should be.
+        options: of `from_pretrained`, of the model; those of the hub are for the tokenizer, too.
+
+    Raises:
+        UserError: not such a model, not reachable, no fast tokenizer.
+    """
+    folder, label = Path(name), f"{flag} {name}".strip()
+    hub = {key: value for key, value in options.items() if key in ("cache_dir", "token", "trust_remote_code")}
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise UserError(f"{label}: is not a model folder (it has no config.json)")
+    if not folder.exists() and (str(name).startswith((".", "/", "~")) or str(name).count("/") > 1):
+        raise UserError(f"{label}: no such folder")
+    if not folder.exists() and folder.parent.is_dir() and str(folder.parent) != ".":
+        logger.warning("%s: there is no such folder in %s; taken as a name of the hub", name, folder.parent)
+    try:
+        config = AutoConfig.from_pretrained(name, **hub)
+        if attention_dropout is not None:
+            set_attention_dropout(config, attention_dropout)
+        model, info = kind.from_pretrained(name, config=config, dtype=dtype, output_loading_info=True, **options)
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_name or name, use_fast=True, **hub)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        if isinstance(error, OSError) and error.errno is not None and not folder.is_dir():
+            raise
+        raise UserError(
+            f"{label}: could not be loaded as a {what}: {str(error).strip().splitlines()[0]}\n"
+            "Give a folder, or a hub name; where the hub is out of reach, set HF_ENDPOINT to a mirror."
+        ) from None
+    if not tokenizer.is_fast or tokenizer.pad_token_id is None:
+        label = tokenizer_name or label
+        raise UserError(f"{label}: needs a fast tokenizer (tokenizer.json) with a padding token")
+    return model, tokenizer, info
 
 
 def set_attention_dropout(config: Any, dropout: float) -> None:

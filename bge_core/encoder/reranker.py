@@ -16,11 +16,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     BertForSequenceClassification,
     RobertaForSequenceClassification,
     XLMRobertaForSequenceClassification,
@@ -29,6 +27,7 @@ from transformers import (
 from bge_core import UserError
 from bge_core.encoder import packing
 from bge_core.encoder.encode import run_batches
+from bge_core.encoder.load import open_pretrained
 from bge_core.encoder.selfcheck import packed_or_padded
 from bge_core.encoder.tokens import Tokens, pad_buckets
 from bge_core.runtime.config import Attention
@@ -201,21 +200,15 @@ def load_reranker(
         UserError: not a model, not reachable, or no cross-encoder: it has no head, or not one label; `max_length` too
             small for any text.
     """
-    folder, hub = Path(name), {"trust_remote_code": trust_remote_code}
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise UserError(f"{FLAG} {name}: is not a model folder (it has no config.json); name that of a cross-encoder")
-    if not folder.exists() and (str(name).startswith((".", "/", "~")) or str(name).count("/") > 1):
-        raise UserError(f"{FLAG} {name}: no such folder; name that of a cross-encoder")
-    try:
-        model, info = AutoModelForSequenceClassification.from_pretrained(
-            name, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **hub
-        )
-        tokenizer = AutoTokenizer.from_pretrained(name, use_fast=True, **hub)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise UserError(
-            f"{FLAG} {name}: could not be loaded as a cross-encoder: {str(error).strip().splitlines()[0]}\n"
-            "Give a folder, or a hub name; where the hub is out of reach, set HF_ENDPOINT to a mirror."
-        ) from None
+    model, tokenizer, info = open_pretrained(
+        AutoModelForSequenceClassification,
+        name,
+        flag=FLAG,
+        what="cross-encoder",
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+        ignore_mismatched_sizes=True,
+    )
     # What a checkpoint lacks, or has in another shape, transformers draws at random.
     lacks, num_labels = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}, model.config.num_labels
     if lacks or num_labels != 1:
@@ -224,8 +217,6 @@ def load_reranker(
             f"{FLAG} {name}: is no cross-encoder with one score ({reason}); name one, such as "
             "BAAI/bge-reranker-v2-m3, or give an ordinary encoder to --teacher_encoder"
         )
-    if not tokenizer.is_fast or tokenizer.pad_token_id is None:
-        raise UserError(f"{FLAG} {name}: needs a fast tokenizer (tokenizer.json) with a padding token")
     if attention != "padded":
         known = isinstance(model, PACKABLE)
         attention = packed_or_padded(name, model.base_model, attention) if known else "padded"

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from batches import MODES, assert_same_gradients, gradients_of, load, rank_batch, true_gradients
-from two_processes import ALL_REDUCE_CASES, DTYPES, ENCODE_CASES, PROMPT, QUERY_CASES, STEP_CASES
+from batches import MODES, Gradients, assert_same_gradients, gradients_of, load, rank_batch, true_gradients
+from two_processes import ALL_REDUCE_CASES, ENCODE_CASES, PROMPT, QUERY_CASES, STEP_CASES, StepCase
 
 from bge_core import UserError
 from bge_core.encoder.encode import encode
@@ -16,7 +16,7 @@ from bge_core.runtime.distributed import gather_objects, on_main, sum_over_ranks
 from bge_core.runtime.launch import resolve_precision
 from bge_core.training.step import StepSettings, forward_backward
 
-RTOL = {"float64": 1e-9, "float32": 1e-5}
+RTOL = 1e-9
 Ranks = list[dict[str, Any]]
 
 
@@ -71,47 +71,41 @@ def test_what_rank_0_does_alone_reaches_both(two_ranks: Ranks) -> None:
 # --- gradients --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", STEP_CASES)
-def test_two_ranks_give_the_gradient_of_the_global_batch(
-    name: str, dtype: str, two_ranks: Ranks, tiny_bert: Path
-) -> None:
+def test_two_ranks_give_the_gradient_of_the_global_batch(name: str, two_ranks: Ranks, tiny_bert: Path) -> None:
     """Against the slow truth, and (where passages cross) against this code in one process with all rows."""
-    case, rtol = STEP_CASES[name], RTOL[dtype]
-    (shares, digest, got), (other_shares, other_digest, _) = of_both(two_ranks, f"step/{name}/{dtype}")
+    case = STEP_CASES[name]
+    (shares, digest, got), (other_shares, other_digest, _) = of_both(two_ranks, f"step/{name}")
     assert (shares, digest) == (other_shares, other_digest), "the ranks disagree"
 
     want_loss, want = true_gradients(tiny_bert, case.pools(), case.mode)
-    assert shares["loss"] == pytest.approx(want_loss, rel=rtol)
-    assert_same_gradients(got, want, rtol)
+    assert shares["loss"] == pytest.approx(want_loss, rel=RTOL)
+    assert_same_gradients(got, want, RTOL)
 
     if case.cross_device:
-        encoder = load(tiny_bert, DTYPES[dtype])
-        has_teacher = "distillation" in MODES[case.mode]
-        whole = [rank_batch(pool, teacher=has_teacher) for pool in case.pools()]
-        settings = StepSettings(loss_config=LossConfig(**MODES[case.mode]), chunk_size=case.chunk_size)
-        alone_shares = forward_backward(encoder, whole, settings)
-        assert_same_gradients(got, gradients_of(encoder), rtol)
-        want_shares = {name: value.item() for name, value in alone_shares.items()}
+        alone_shares, alone = in_one_process(case, tiny_bert)
+        assert_same_gradients(got, alone, RTOL)
         if any(min(map(len, both)) and 1 in sum(both, ()) for both in case.groups):
             del shares["hardest_negative_similarity"]  # a mean over rows with a negative: see test_step.py
-        assert {name: want_shares[name] for name in shares} == pytest.approx(shares, rel=1e-4)
+        assert {name: alone_shares[name] for name in shares} == pytest.approx(shares, rel=1e-4)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", QUERY_CASES)
-def test_a_loss_over_all_queries_is_exact_on_two_ranks(
-    name: str, dtype: str, two_ranks: Ranks, tiny_bert: Path
-) -> None:
-    case = QUERY_CASES[name]
-    encoder = load(tiny_bert, DTYPES[dtype])
-    whole = [rank_batch(pool, teacher=False) for pool in case.pools()]
-    shares = forward_backward(encoder, whole, StepSettings(**case.settings))
-    want = gradients_of(encoder)
-    (got_shares, digest, got), (_, other_digest, _) = of_both(two_ranks, f"step/{name}/{dtype}")
+def test_a_loss_over_all_queries_is_exact_on_two_ranks(name: str, two_ranks: Ranks, tiny_bert: Path) -> None:
+    shares, want = in_one_process(QUERY_CASES[name], tiny_bert)
+    (got_shares, digest, got), (_, other_digest, _) = of_both(two_ranks, f"step/{name}")
     assert digest == other_digest
-    assert got_shares["loss"] == pytest.approx(shares["loss"].item(), rel=RTOL[dtype])
-    assert_same_gradients(got, want, RTOL[dtype])
+    assert got_shares["loss"] == pytest.approx(shares["loss"], rel=RTOL)
+    assert_same_gradients(got, want, RTOL)
+
+
+def in_one_process(case: StepCase, model: Path) -> tuple[dict[str, float], Gradients]:
+    """The shares and gradients of all rows of a case."""
+    encoder, mode = load(model, torch.float64), MODES[case.mode]
+    whole = [rank_batch(pool, teacher="distillation" in mode) for pool in case.pools()]
+    settings = StepSettings(loss_config=LossConfig(**mode), chunk_size=case.chunk_size, **case.settings)
+    shares = forward_backward(encoder, whole, settings)
+    return {name: value.item() for name, value in shares.items()}, gradients_of(encoder)
 
 
 @pytest.mark.parametrize("name", ALL_REDUCE_CASES)

@@ -15,7 +15,7 @@ import torch
 from batches import Gradients, assert_same_gradients, load, true_gradients
 from runs import Row
 from torch.distributed.tensor import DTensor
-from two_processes import DTYPES, ENCODE_CASES, EVEN, PROMPT, UNEVEN, StepCase, forward_backward_of, rank_batches
+from two_processes import ENCODE_CASES, EVEN, PROMPT, UNEVEN, StepCase, forward_backward_of, rank_batches
 
 from bge_core import UserError
 from bge_core.encoder.encode import encode
@@ -125,8 +125,8 @@ def work(folder: Path, model_folder: str) -> None:
             results[name] = traceback.format_exc()
             print(name, results[name], flush=True)
 
-    for dtype_name, dtype in DTYPES.items():
-        model = wrap(load(model_folder, dtype), shard=True)
+    for dtype_name in RTOL:
+        model = wrap(load(model_folder, getattr(torch, dtype_name)), shard=True)
         for name in (name for name, of_dtype in STEPS if of_dtype == dtype_name):
             record(f"step/{name}/{dtype_name}", lambda m=model, n=name: step_case(m, n, rank))
     record("layout", lambda: layout(model))
