@@ -59,8 +59,10 @@ KINDS: dict[str, tuple[Severity, str, str, str]] = {
                         "Give the sentence that holds the answer: a bare word matches every query or none."),
     "near_shared_queries": ("warning", "test rows", "ask nearly a query of the training data",
                             "Look at them; split so that all wordings of a question fall on the same side."),
-    "queries_cut": ("warning", "", "", "Raise --query_max_len, or shorten them: what is cut is not read."),
-    "passages_cut": ("warning", "", "", "Raise --passage_max_len, or split them: what is cut is not read."),
+    "queries_cut": ("warning", "different queries", "have more tokens than are read",
+                    "Raise --query_max_len, or shorten them: what is cut is not read."),
+    "passages_cut": ("warning", "different passages", "have more tokens than are read",
+                     "Raise --passage_max_len, or split them: what is cut is not read."),
     "no_negatives": ("warning", "rows", "have no negatives", "Mine some: python mine.py."),
     "uneven_negatives": ("note", "rows", "have fewer negatives than others",
                          "Harmless: a row trains with those it has; mine.py fills them up to one number."),
@@ -91,32 +93,31 @@ class Finding:
     total: int
     message: str
     remedy: str
-    examples: list[Row | str] = field(default_factory=list)
-
-    @property
-    def share(self) -> float:
-        """count / total."""
-        return self.count / max(1, self.total)
+    examples: list[Row] = field(default_factory=list)
 
 
 class _Hits:
-    """Counts what is found, and keeps the first few."""
+    """Counts what is found of how many, and keeps the first few."""
 
     def __init__(self) -> None:
         self.count: Counter[str] = Counter()
-        self.examples: defaultdict[str, list[Row | str]] = defaultdict(list)
+        self.total: Counter[str] = Counter()  # by unit
+        self.examples: defaultdict[str, list[Row]] = defaultdict(list)
+        self.more: dict[str, str] = {}  # the end of the sentence
 
     def add(self, name: str, **example: Any) -> None:
         self.count[name] += 1
         if len(self.examples[name]) < MAX_EXAMPLES:
             self.examples[name].append({key: _clip(value) for key, value in example.items()})
 
-    def finding(self, name: str, total: int, what: str = "", more: str = "") -> list[Finding]:
-        """Of this kind, if there is any; `what` and `more`: the sentence, and its end."""
-        severity, unit, does, remedy = KINDS[name]
-        count = self.count[name]
-        message = f"{count:,} of {total:,} {what or f'{unit} {does}'} ({count / max(1, total):.1%}){more}."
-        return [Finding(name, severity, count, total, message, remedy, self.examples[name])] if count else []
+    def findings(self) -> list[Finding]:
+        found = []
+        for name, (severity, unit, does, remedy) in KINDS.items():
+            if count := self.count[name]:
+                total = self.total[unit]
+                message = f"{count:,} of {total:,} {unit} {does} ({count / total:.1%}){self.more.get(name, '')}."
+                found.append(Finding(name, severity, count, total, message, remedy, self.examples[name]))
+        return found
 
 
 def check_rows(
@@ -136,8 +137,7 @@ def check_rows(
         query_max_len, passage_max_len: limits of what the encoder reads, in tokens; None: not looked at. A text is
             measured without an instruction, and of more than MAX_SAMPLE texts an evenly spread sample is.
     """
-    norm = functools.cache(normalize_text)
-    hits = _Hits()
+    hits, norm = _Hits(), functools.cache(normalize_text)
     first_row: dict[str, int] = {}  # of each text
     asked: defaultdict[str, set[str]] = defaultdict(set)  # normalized query -> its positives in all rows
     askers: defaultdict[str, set[str]] = defaultdict(set)  # normalized positive -> the queries that it answers
@@ -147,40 +147,19 @@ def check_rows(
         asked[norm(row["query"])].update(map(norm, row["pos"]))
         for text in row["pos"]:
             askers[norm(text)].add(norm(row["query"]))
-    num_neg = [len(row.get("neg") or ()) for row in rows]
-    _check_each_row(rows, norm, asked, max(num_neg, default=0), hits)
-    num_scored = _check_scores(rows, hits)
-    for positive, queries in askers.items():
-        if len(queries) >= HUB:
-            hits.add("hubs", text=positive, queries=len(queries), query=min(queries))
-    for text, number in first_row.items():
-        for name, found in (
-            ("empty_texts", not any(map(str.isalnum, text))),
-            ("replacement_characters", "\ufffd" in text),
-            ("mojibake", _MOJIBAKE.search(text)),
-        ):
-            if found:
-                hits.add(name, row=number, text=text)
+    _check_each_row(rows, norm, asked, hits)
+    _check_scores(rows, hits)
+    _check_texts(first_row, askers, hits)
     if against is not None:
         _check_leaks(against, norm, asked, askers, hits)
-    totals = {
-        "rows": len(rows),
-        "test rows": len(against or ()),
-        "different texts": len(first_row),
-        "negatives": sum(num_neg),
-        "positives": sum(len(row["pos"]) for row in rows),
-        "different positives": len(askers),
-        **num_scored,
-    }
-    findings = [found for name, kind in KINDS.items() if kind[1] for found in hits.finding(name, totals[kind[1]])]
     passages = [text for row in rows for text in (*row["pos"], *(row.get("neg") or ()))]
-    for name, limit, texts in (
+    for kind, limit, texts in (
         ("queries", query_max_len, [row["query"] for row in rows]),
         ("passages", passage_max_len, passages),
     ):
         if limit is not None:
-            findings += _check_lengths(name, limit, list(dict.fromkeys(texts)), count_tokens, first_row, hits)
-    return sorted(findings, key=lambda found: list(KINDS).index(found.name))
+            _check_lengths(kind, limit, list(dict.fromkeys(texts)), count_tokens, first_row, hits)
+    return hits.findings()
 
 
 def summary_lines(findings: Iterable[Finding]) -> list[str]:
@@ -189,19 +168,18 @@ def summary_lines(findings: Iterable[Finding]) -> list[str]:
     for finding in findings:
         lines += [f"{finding.severity.upper():<9}{finding.message}", f"{'':<9}-> {finding.remedy}"]
         for example in finding.examples[:2]:
-            parts = example.items() if isinstance(example, dict) else (("", example),)
-            lines.append(f"{'':<12}" + " | ".join(f"{name} {_clip(value, 50)}".strip() for name, value in parts))
+            lines.append(f"{'':<12}" + " | ".join(f"{name} {_clip(value, 50)}" for name, value in example.items()))
     return lines or ["Nothing to mend was found."]
 
 
-def _check_each_row(
-    rows: Sequence[Row], norm: Callable[[str], str], asked: dict[str, set[str]], most_negatives: int, hits: _Hits
-) -> None:
+def _check_each_row(rows: Sequence[Row], norm: Callable[[str], str], asked: dict[str, set[str]], hits: _Hits) -> None:
+    most_negatives = max((len(row.get("neg") or ()) for row in rows), default=0)
     seen_rows: set[tuple[object, ...]] = set()
     seen_queries: set[str] = set()
     for number, row in enumerate(rows, 1):
-        query, texts = norm(row["query"]), row.get("neg") or []
-        positives, negatives = list(map(norm, row["pos"])), list(map(norm, texts))
+        query = norm(row["query"])
+        positives, negatives = list(map(norm, row["pos"])), list(map(norm, row.get("neg") or ()))
+        hits.total.update({"rows": 1, "positives": len(positives), "negatives": len(negatives)})
         place = {"row": number, "query": row["query"]}
         known = set(positives)
         key = (query, row.get("prompt"), tuple(positives), tuple(negatives))
@@ -233,24 +211,37 @@ def _check_each_row(
                 hits.add("near_contradictions", **place, positive=positives[is_near.argmax()], negative=others[i])
 
 
-def _check_scores(rows: Sequence[Row], hits: _Hits) -> dict[str, int]:
-    """What the teacher's scores say; returns how many rows and negatives have some."""
-    num = {"scored rows": 0, "scored negatives": 0}
+def _check_scores(rows: Sequence[Row], hits: _Hits) -> None:
+    """What the teacher's scores say, where any row has some."""
     some = any(row.get("pos_scores") is not None or row.get("neg_scores") is not None for row in rows)
     for number, row in enumerate(rows, 1) if some else ():
         of_pos, of_neg, texts = row.get("pos_scores"), row.get("neg_scores") or [], row.get("neg") or []
+        place = {"row": number, "query": row["query"]}
         if of_pos is None or len(of_neg) < len(texts):
-            hits.add("scores_missing", row=number, query=row["query"])
+            hits.add("scores_missing", **place)
             continue
-        num["scored rows"] += 1
-        num["scored negatives"] += len(of_neg)
+        hits.total.update({"scored rows": 1, "scored negatives": len(of_neg)})
         if len(of_pos) + len(of_neg) > 1 and len({*of_pos, *of_neg}) == 1:
-            hits.add("scores_constant", row=number, query=row["query"], score=of_pos[0])
+            hits.add("scores_constant", **place, score=of_pos[0])
         lowest = min(of_pos)
         for text, score in zip(texts, of_neg, strict=True):
             if score > lowest:
-                hits.add("scores_above", row=number, query=row["query"], text=text, score=score, lowest_positive=lowest)
-    return num
+                hits.add("scores_above", **place, text=text, score=score, lowest_positive=lowest)
+
+
+def _check_texts(first_row: dict[str, int], askers: dict[str, set[str]], hits: _Hits) -> None:
+    hits.total.update({"different texts": len(first_row), "different positives": len(askers)})
+    for positive, queries in askers.items():
+        if len(queries) >= HUB:
+            hits.add("hubs", text=positive, queries=len(queries), query=min(queries))
+    for text, number in first_row.items():
+        for name, found in (
+            ("empty_texts", not any(map(str.isalnum, text))),
+            ("replacement_characters", "\ufffd" in text),
+            ("mojibake", _MOJIBAKE.search(text)),
+        ):
+            if found:
+                hits.add(name, row=number, text=text)
 
 
 def _check_leaks(
@@ -269,6 +260,7 @@ def _check_leaks(
         found = nearly_same(tests, names[start : start + step], NEAR_QUERY, workers=-1)
         for i, j in np.argwhere(found).tolist():
             near.setdefault(others[i], names[start + j])
+    hits.total["test rows"] = len(against)
     for i, row in enumerate(against):
         place = {"row": i + 1, "query": row["query"]}
         if i in near:
@@ -286,16 +278,17 @@ def _check_lengths(
     count_tokens: Callable[[list[str]], Sequence[int]] | None,
     first_row: dict[str, int],
     hits: _Hits,
-) -> list[Finding]:
+) -> None:
     step = max(1, -(-len(texts) // MAX_SAMPLE))
     sample = texts[::step]
     lengths = count_tokens(sample) if count_tokens else [len(text) + SPECIAL for text in sample]
+    hits.total[f"different {kind}"] = len(sample)
     for text, length in zip(sample, lengths, strict=True):
         if length > limit:
             hits.add(f"{kind}_cut", row=first_row[text], tokens=length, text=text)
-    what = f"different {kind}{' of a sample' if step > 1 else ''} are longer than the {limit} tokens that are read"
-    guess = "" if count_tokens else " (an estimate: a character counts as a token)"
-    return hits.finding(f"{kind}_cut", len(sample), what, f"; the longest has {max(lengths, default=0):,}{guess}")
+    guess = "" if count_tokens else " by an estimate (a character counts as a token)"
+    of_sample = ", of a sample" if step > 1 else ""
+    hits.more[f"{kind}_cut"] = f"{of_sample}; {limit} are read, the longest has {max(lengths, default=0):,}{guess}"
 
 
 def _clip(value: Any, width: int = 120) -> Any:

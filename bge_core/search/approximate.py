@@ -40,8 +40,6 @@ def approximate_search(
     *,
     content_key: str,
     path: str | Path | None = None,
-    parameters: str | None = None,
-    train_rows: int | None = None,
     seed: int = 0,
     memory_mb: float = 512,
     use_gpu: bool = False,
@@ -51,8 +49,8 @@ def approximate_search(
         score(q, c) = float32(sum over i of float64(q_i) * float64(c_i)), as in `search.exact_search`
 
     Candidates: k of an index that keeps the vectors, 4 k where it keeps codes (PQ, SQ, ...) whose order is rough. With
-    one thread the result is a function of the vectors, factory, parameters, train_rows and seed; with more, faiss
-    links the graph of an HNSW in the order in which threads come along.
+    one thread the result is a function of the vectors, factory and seed; with more, faiss links the graph of an HNSW in
+    the order in which threads come along.
 
     Args:
         queries: (Q, D) float32 or float16, an array or a memory map.
@@ -61,11 +59,9 @@ def approximate_search(
         factory: what `faiss.index_factory` takes, for example "HNSW32" or "IVF4096,PQ64".
         content_key: names what the corpus's vectors are made of; an index on disk is reused only under the same.
         path: the index's file; `path` + ".json" says what it holds. None: it is made in memory and gone afterwards.
-        parameters: of the search, for `faiss.ParameterSpace`: "nprobe=32", "efSearch=128". None: `default_parameters`.
-        train_rows: train on so many rows of the corpus. None: 64 for each centroid of the index.
-        seed: of the choice of these rows.
+        seed: of the choice of the rows to train on, 64 for each centroid.
         memory_mb: about how much memory to search in, in MiB. Making an index takes what it takes: the sample of
-            4 * D * train_rows bytes, then the whole index and two blocks of 16,384 rows.
+            256 * D bytes a centroid, then the whole index and two blocks of 16,384 rows.
         use_gpu: search on all GPUs, in float16; without one, or where faiss has no such index for them, warn once and
             search on the CPU. The index is made on the CPU.
 
@@ -75,7 +71,7 @@ def approximate_search(
         index_reused, parameters, device ("cpu" or "gpu").
 
     Raises:
-        UserError: as `exact_search`; faiss does not know the factory string or the parameters; too few rows to train;
+        UserError: as `exact_search`; faiss does not know the factory string; too few rows to train;
             the index on disk holds something else or is broken.
 
     Source: faiss, `index_factory` and `ParameterSpace`.
@@ -85,7 +81,7 @@ def approximate_search(
         "index_factory": factory,
         "index_path": path and str(path),
         "index_reused": False,
-        "parameters": parameters or "",
+        "parameters": "",
         "device": "cpu",
     }
     if len(queries) == 0 or len(corpus) == 0:
@@ -100,11 +96,11 @@ def approximate_search(
     if index is None:
         if path is not None:
             refuse_unwritable(Path(path).parent)
-        index, made = _build(corpus, factory, train_rows, seed)
+        index, made = _build(corpus, factory, seed)
         if path is not None:
             _write(index, Path(path), holds | made)
-    facts["parameters"] = parameters or default_parameters(index, factory, num_candidates)
-    _set_parameters(index, facts["parameters"])
+    facts["parameters"] = default_parameters(index, factory, num_candidates)
+    import_faiss().ParameterSpace().set_index_parameters(index, facts["parameters"])
     if on_gpu:
         index, facts["device"] = _to_gpus(index, factory)
 
@@ -120,7 +116,7 @@ def approximate_search(
 
 
 def default_parameters(index: Any, factory: str, num_candidates: int) -> str:
-    """How thoroughly an index is searched where nothing else is asked for: m candidates of N rows.
+    """How thoroughly an index is searched, as `faiss.ParameterSpace` reads it: m candidates of N rows.
 
     IVF:   nprobe   = max(8, 2 sqrt(nlist), as many lists as hold 10 m rows on average)
     HNSW:  efSearch = max(128, 2 m); in front of an IVF: max(128, 2 nprobe)
@@ -164,13 +160,13 @@ def measure_recall(
     return recall_of(rows[chosen, :k], exact_rows)
 
 
-def _build(corpus: np.ndarray, factory: str, train_rows: int | None, seed: int) -> tuple[Any, Row]:
+def _build(corpus: np.ndarray, factory: str, seed: int) -> tuple[Any, Row]:
     """A trained and filled index, and what is worth knowing of how it was made."""
     faiss = import_faiss()
     index, num_trained = empty_index(corpus.shape[1], factory), 0
     try:
         if not index.is_trained:
-            vectors = _sample(corpus, factory, _ivf(index), train_rows, seed)
+            vectors = _sample(corpus, factory, _ivf(index), seed)
             num_trained = len(vectors)
             if not np.isfinite(vectors).all():
                 for _ in checked_blocks(corpus, "corpus", BLOCK):  # to name the row
@@ -198,10 +194,10 @@ def empty_index(dim: int, factory: str) -> Any:
         ) from None
 
 
-def _sample(corpus: np.ndarray, factory: str, ivf: Any, train_rows: int | None, seed: int) -> np.ndarray:
+def _sample(corpus: np.ndarray, factory: str, ivf: Any, seed: int) -> np.ndarray:
     """The rows that an index is trained on, (n, D) float32, in the order of the corpus."""
     num_lists = 0 if ivf is None else ivf.nlist
-    num_rows = min(train_rows or TRAIN_PER_CENTROID * max(num_lists, 256), len(corpus))  # 256: of each PQ
+    num_rows = min(TRAIN_PER_CENTROID * max(num_lists, 256), len(corpus))  # 256: of each PQ
     if num_rows < MIN_PER_CENTROID * num_lists:
         fitting = 2 ** int(np.log2(max(1, num_rows // TRAIN_PER_CENTROID)))
         raise UserError(
@@ -247,16 +243,6 @@ def _open(path: Path, holds: Row, *, mapped: bool) -> Any | None:
     if (index.d, index.ntotal) != (holds["dimension"], holds["rows"]):
         raise UserError(f"{path}: holds {index.ntotal:,} rows of dimension {index.d}, unlike its .json; {remedy}")
     return index
-
-
-def _set_parameters(index: Any, parameters: str) -> None:
-    try:
-        import_faiss().ParameterSpace().set_index_parameters(index, parameters)
-    except RuntimeError as error:
-        raise UserError(
-            f"parameters {parameters!r}: this index has no such ({_reason(error)}); for example nprobe=32 for an IVF,"
-            " efSearch=128 for an HNSW"
-        ) from None
 
 
 def _to_gpus(index: Any, factory: str) -> tuple[Any, str]:

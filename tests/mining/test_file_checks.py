@@ -31,7 +31,7 @@ def found(rows: list[dict[str, Any]], **options: Any) -> dict[str, Finding]:
     for item in rows:
         assert check_training_row(item) is None
     findings = check_rows(rows, **options)
-    assert all(0 < finding.count <= finding.total and 0 < finding.share <= 1 for finding in findings)
+    assert all(0 < finding.count <= finding.total for finding in findings)
     assert all(finding.message.endswith(".") and finding.remedy.endswith(".") for finding in findings)
     assert len({finding.name for finding in findings}) == len(findings)
     return {finding.name: finding for finding in findings}
@@ -68,7 +68,7 @@ def test_what_is_wrong_within_a_row(name: str) -> None:
         clean = [item | {"pos_scores": [1.0], "neg_scores": [0.1, 0.2]} for item in clean]
     finding = found([*clean, row(**bad)])[name]
     assert finding.count == 1 and finding.severity == KINDS[name][0]
-    assert finding.examples[0]["row"] == 3  # type: ignore[index]  # counted from 1
+    assert finding.examples[0]["row"] == 3  # counted from 1
     assert name not in found([*clean, row(**good)])
 
 
@@ -88,12 +88,12 @@ def test_identical_rows_and_repeated_queries_are_told_apart() -> None:
     same = row(query="酒店几点退房?")
     findings = found([row(), same, row(), row(pos=["十二点之前。"]), row(prompt="查询：")])
     assert findings["identical_rows"].count == 2 and findings["repeated_queries"].count == 2
-    assert [e["row"] for e in findings["identical_rows"].examples] == [2, 3]  # type: ignore[index]
+    assert [e["row"] for e in findings["identical_rows"].examples] == [2, 3]
 
 
 def test_no_negatives_anywhere_is_nothing_unusual_but_worth_saying() -> None:
     findings = found([{"query": item["query"], "pos": item["pos"]} for item in CLEAN])
-    assert list(findings) == ["no_negatives"] and findings["no_negatives"].share == 1
+    assert list(findings) == ["no_negatives"] and findings["no_negatives"].count == findings["no_negatives"].total
     assert list(found([*CLEAN, row(neg=[])])) == ["no_negatives"]  # none is not few
 
 
@@ -140,7 +140,7 @@ def test_leaks_are_counted_apart() -> None:
     }  # fmt: skip
     assert [finding.severity for finding in findings.values()] == ["bad", "warning", "note"]
     assert {finding.total for finding in findings.values()} == {4}
-    assert findings["near_shared_queries"].examples[0]["training_query"] == "2019年的年会在哪里举行?"  # type: ignore[index]
+    assert findings["near_shared_queries"].examples[0]["training_query"] == "2019年的年会在哪里举行?"
 
 
 def noisy(rng: random.Random, text: str, edits: int) -> str:
@@ -217,7 +217,7 @@ def test_the_worst_comes_first_and_examples_are_few_and_short() -> None:
     assert ranks == sorted(ranks) and len(set(ranks)) == 3
     first = findings[0]
     assert (first.name, first.count, len(first.examples)) == ("contradictions", 8, 5)
-    assert all(len(str(value)) <= 120 for example in first.examples for value in example.values())  # type: ignore[union-attr]
+    assert all(len(str(value)) <= 120 for example in first.examples for value in example.values())
     lines = summary_lines(findings)
     assert lines[0].startswith("BAD      8 of 9 rows ") and lines[1].startswith("         -> Take it out")
     assert lines[2].strip().startswith("row 2 | query 1长") and all(len(line) < 250 for line in lines)

@@ -82,7 +82,7 @@ def test_integer_vectors_tie_by_corpus_order(
 @pytest.mark.parametrize("memory_mb", BLOCK_SIZES_MB[1:])
 def test_real_vectors_equal_float64_in_blocks_of_any_size(make: Any, memory_mb: float) -> None:
     rng = np.random.default_rng(0)
-    queries, corpus = unit_vectors(rng, 40, 48), make(rng, 1500, 48)
+    queries, corpus = unit_vectors(rng, 15, 48), make(rng, 700, 48)
     assert_same(exact_search(queries, corpus, 20, memory_mb=memory_mb), brute_force(queries, corpus, 20))
 
 

@@ -146,7 +146,7 @@ open(OUT, "w").write(repr((scores.tolist(), rows.tolist())))
 def test_silent_and_the_same_in_every_process(tmp_path: Path) -> None:
     """Python's sets have another order in each; the library must not print, nor show bars unless asked to."""
     found = []
-    for seed, show in (("1", False), ("2", False), ("3", True)):
+    for seed, show in (("1", False), ("2", True)):
         out = tmp_path / seed
         script = SEARCH.replace("SHOW", str(show)).replace("OUT", repr(str(out)))
         environment = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": str(ROOT)}
@@ -156,7 +156,7 @@ def test_silent_and_the_same_in_every_process(tmp_path: Path) -> None:
         assert done.returncode == 0 and done.stdout == ""
         assert ("BM25" in done.stderr) == show and (done.stderr == "") != show
         found.append(out.read_text())
-    assert found[0] == found[1] == found[2] and "-1" not in found[0]
+    assert found[0] == found[1] and "-1" not in found[0]
 
 
 # --- fusion -----------------------------------------------------------------------------------------------------------
