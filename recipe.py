@@ -11,7 +11,6 @@ OUT/model are scored. --launcher "accelerate launch --num_processes 2" starts mi
 import argparse
 import difflib
 import hashlib
-import json
 import os
 import re
 import shlex
@@ -19,21 +18,41 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from huggingface_hub import try_to_load_from_cache
 
 from bge_core import UserError
 from bge_core.files import atomic
-from bge_core.runtime.cli import as_words
+from bge_core.runtime.cli import as_texts, as_words
 
-Stage = tuple[str, str, dict[str, list[str]], Path]  # name, kind, the words behind each flag, output
 OUTPUT_FLAG = {"mine": "output_file", "train": "output_dir", "merge": "output_path", "evaluate": "output_dir"}
 DATA_FLAG = {"mine": "input_file", "train": "train_data"}
 MODEL_FLAG = {"model": "model_name_or_path", "models": "models", "base_model": "base_model", "encoder": "encoder"}
 REPORTS = {"manifest.json", "metrics.jsonl", "curves.png", "README.md"}  # they tell times and paths: no content
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage with every name resolved: the words behind each flag of its script, and where its output goes."""
+
+    name: str
+    kind: str
+    flags: dict[str, list[str]]
+    output: Path
+
+    @property
+    def manifest(self) -> Path:
+        """What the stage itself writes when it begins (train) or ends."""
+        return Path(f"{self.output}.manifest.json") if self.kind == "mine" else self.output / "manifest.json"
+
+    @property
+    def record(self) -> Path:
+        """What it was made from, in this file's words."""
+        return self.output.with_name(f"{self.name}.recipe.json")
 
 
 def known(name: Any, names: Any, where: str) -> str:
@@ -45,23 +64,29 @@ def known(name: Any, names: Any, where: str) -> str:
     return str(name)
 
 
+def read_recipe(file: str) -> dict[str, Any]:
+    """What the YAML file holds: `stages`, and if stated `model_name_or_path` and `evaluation`."""
+    recipe = yaml.safe_load(Path(file).read_bytes())
+    parts = [*(recipe.get("stages") or [None]), recipe.get("evaluation") or {}] if isinstance(recipe, dict) else [None]
+    if not all(isinstance(part, dict) for part in parts):
+        raise UserError(f"--config {file}: is no recipe; write `stages:` and below it a list of mappings")
+    for key in recipe:
+        known(key, ("model_name_or_path", "stages", "evaluation"), f"{file}: the key")
+    return cast(dict[str, Any], recipe)
+
+
 def plan(args: argparse.Namespace) -> list[Stage]:
     """All stages, every name resolved, before any of them runs. UserError: what is wrong with the recipe."""
     given = {f"${name}": getattr(args, name) for name in ("train_data", "corpus", "val_data") if getattr(args, name)}
     if missing := [f"--{name[1:]} {path}" for name, path in given.items() if not os.path.exists(path)]:
         raise UserError(f"{', '.join(missing)}: no such file")
-    recipe = yaml.safe_load(Path(args.config).read_bytes())
-    parts = [*(recipe.get("stages") or [None]), recipe.get("evaluation") or {}] if isinstance(recipe, dict) else [None]
-    if not all(isinstance(part, dict) for part in parts):
-        raise UserError(f"--config {args.config}: is no recipe; write `stages:` and below it a list of mappings")
-    for key in recipe:
-        known(key, ("model_name_or_path", "stages", "evaluation"), f"{args.config}: the key")
-    files, stages = dict[str, str](), list[Stage]()
-    models = {"base": str(args.model_name_or_path or recipe.get("model_name_or_path") or "")}
-    if not models["base"]:
+    recipe = read_recipe(args.config)
+    base = str(args.model_name_or_path or recipe.get("model_name_or_path") or "")
+    if not base:
         raise UserError(f"{args.config}: lacks model_name_or_path; add it, or give --model_name_or_path")
     scored = {"name": "evaluation", "stage": "evaluate", "val_data": "$val_data", "corpus": "$corpus"}
     scored |= {"encoder": ["base", "model"]} | (recipe.get("evaluation") or {})
+    models, files, stages = {"base": base}, dict[str, str](), list[Stage]()
     for entry in recipe["stages"] + [scored] * bool(args.val_data):
         where = f"{args.config}: stage {(name := str(entry.pop('name', '')))!r}:"
         if not re.fullmatch(r"[\w-]+", name) or name in models | files:
@@ -69,21 +94,28 @@ def plan(args: argparse.Namespace) -> list[Stage]:
         kind = known(entry.pop("stage", None), OUTPUT_FLAG, f"{where} stage")
         entry = {"data": "$train_data"} | entry if kind in DATA_FLAG else entry
         entry |= {"seed": args.seed} if args.seed and kind != "evaluate" else {}
-        flags, flag_of = dict[str, list[str]](), MODEL_FLAG | {"data": DATA_FLAG.get(kind, "data")}
-        for key, value in entry.items():
-            values = [one for one in (value if isinstance(value, list) else [value]) if one is not None]
-            words = [json.dumps(one) if isinstance(one, dict) else str(one) for one in values]
-            for i, word in enumerate(words):
-                names = given if word.startswith("$") else files if key == "data" else models
-                if word.startswith("$") or (key in flag_of and "/" not in word):
-                    words[i] = names[known(word, names, f"{where} {key}")]
-            flags |= {flag_of.get(key, str(key)): words} if words else {}
         output = Path(args.output_dir, name + ".jsonl" * (kind == "mine"))
-        stages.append((name, kind, flags | {OUTPUT_FLAG[kind]: [str(output)]}, output))
+        flags = resolve(entry, kind, models, files, given, where) | {OUTPUT_FLAG[kind]: [str(output)]}
+        stages.append(Stage(name, kind, flags, output))
         (files if kind == "mine" else models)[name] = str(output)
-    if [name for name, kind, *_ in stages if kind in ("train", "merge")][-1:] != ["model"]:
+    if [stage.name for stage in stages if stage.kind in ("train", "merge")][-1:] != ["model"]:
         raise UserError(f"{args.config}: the last train or merge makes the model of the recipe: name it `model`")
     return stages
+
+
+def resolve(
+    entry: dict[str, Any], kind: str, models: dict[str, str], files: dict[str, str], given: dict[str, str], where: str
+) -> dict[str, list[str]]:
+    """The flags of a stage as its script has them: names of stages and $names become the paths they stand for."""
+    flags, flag_of = dict[str, list[str]](), MODEL_FLAG | {"data": DATA_FLAG.get(kind, "data")}
+    for key, value in entry.items():
+        words = as_texts(value)
+        for i, word in enumerate(words):
+            names = given if word.startswith("$") else files if key == "data" else models
+            if word.startswith("$") or (key in flag_of and "/" not in word):
+                words[i] = names[known(word, names, f"{where} {key}")]
+        flags |= {flag_of.get(key, str(key)): words} if words else {}
+    return flags
 
 
 def identity(word: str) -> str:
@@ -100,42 +132,46 @@ def identity(word: str) -> str:
 
 
 def run(stages: list[Stage], launcher: str | None) -> int:
-    """Run the stages that must be, hand on the signals; the exit code."""
-    told: list[int] = []
+    """Run the stages that must be; the exit code."""
+    told: list[int] = []  # signals that no stage has got so far
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, lambda number, _: told.append(number))
-    for name, kind, flags, output in stages:
-        manifest = Path(f"{output}.manifest.json") if kind == "mine" else output / "manifest.json"
-        file = output.with_name(f"{name}.recipe.json")
-        record = atomic.read_json(file) or {"made_from": {}, "found": None, "output": None}
-        words = {flag: flags[flag] for flag in flags if not re.search("output|cache", flag)}
-        now = {flag: list(map(identity, words[flag])) for flag in words} | {"stage": [kind]}
+    for stage in stages:
+        record = atomic.read_json(stage.record) or {"made_from": {}, "found": None, "output": None}
+        words = {flag: stage.flags[flag] for flag in stage.flags if not re.search("output|cache", flag)}
+        now = {flag: list(map(identity, words[flag])) for flag in words} | {"stage": [stage.kind]}
         before = record["made_from"]
         changed = [flag for flag in now | before if before.get(flag) not in (now.get(flag), words.get(flag))]
-        if not changed and manifest.is_file() and record["output"] == identity(str(output)):
-            print(f"[{name}] skipped: settings, inputs and output are unchanged", file=sys.stderr)
+        if not changed and stage.manifest.is_file() and record["output"] == identity(str(stage.output)):
+            print(f"[{stage.name}] skipped: settings, inputs and output are unchanged", file=sys.stderr)
             continue
-        why = "new" if not before else f"changed {', '.join(changed)}" if changed else "not finished or not whole"
-        found = atomic.sha256(manifest) if manifest.is_file() else None
-        begun = kind == "train" and found not in (None, record["found"])  # the manifest is of this run
-        command = shlex.split(launcher) if launcher and kind != "merge" else [sys.executable]
-        command += [str(Path(__file__).with_name(f"{kind}.py")), *as_words(flags)]
+        found = atomic.sha256(stage.manifest) if stage.manifest.is_file() else None
+        begun = stage.kind == "train" and found not in (None, record["found"])  # the manifest is of this run
+        command = shlex.split(launcher) if launcher and stage.kind != "merge" else [sys.executable]
+        command += [str(Path(__file__).with_name(f"{stage.kind}.py")), *as_words(stage.flags)]
         if begun and all(now.get(flag) == words.get(flag) for flag in changed):  # the inputs are the same
             command += ["--resume_from_checkpoint", "latest"]
-        if kind != "mine" and before and (changed or not begun):
+        if stage.kind != "mine" and before and (changed or not begun):
             command += ["--overwrite_output_dir", "True"]
-        print(f"[{name}] runs, {why}: {shlex.join(command)}", file=sys.stderr)
-        atomic.write_json(file, {"made_from": now, "found": found if changed else record["found"], "output": None})
-        child = subprocess.Popen(command, start_new_session=True)  # a Ctrl-C, too, reaches it from here alone
-        while child.poll() is None:
-            time.sleep(0.05)
-            while told:
-                child.send_signal(told.pop())
-        if code := child.returncode:
-            return code if code > 0 else 128 - code
-        atomic.write_json(file, {"made_from": now, "found": None, "output": identity(str(output))})
-    print(f"model: {stages[0][3].with_name('model')}")
+        why = "new" if not before else f"changed {', '.join(changed)}" if changed else "not finished or not whole"
+        print(f"[{stage.name}] runs, {why}: {shlex.join(command)}", file=sys.stderr)
+        left = {"made_from": now, "found": found if changed else record["found"], "output": None}
+        atomic.write_json(stage.record, left)
+        if code := run_process(command, told):
+            return code
+        atomic.write_json(stage.record, {"made_from": now, "found": None, "output": identity(str(stage.output))})
+    print(f"model: {stages[0].output.with_name('model')}")
     return 0
+
+
+def run_process(command: list[str], told: list[int]) -> int:
+    """The exit code of a command, to which signals that come in are handed on; as a shell's, if one ends it."""
+    child = subprocess.Popen(command, start_new_session=True)  # a Ctrl-C, too, reaches it from here alone
+    while child.poll() is None:
+        time.sleep(0.05)
+        while told:
+            child.send_signal(told.pop())
+    return child.returncode if child.returncode >= 0 else 128 - child.returncode
 
 
 def main(argv: list[str] | None = None) -> int:

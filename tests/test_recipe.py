@@ -284,7 +284,7 @@ def plan_of(place: Workplace, stages: list[Row], **flags: Any) -> dict[str, reci
     parser = argparse.ArgumentParser()
     for name in ("config", "train_data", "corpus", "val_data", "output_dir", "model_name_or_path", "seed"):
         parser.add_argument(f"--{name}")
-    return {stage[0]: stage for stage in recipe.plan(parser.parse_args(place.argv(stages, **flags)))}
+    return {stage.name: stage for stage in recipe.plan(parser.parse_args(place.argv(stages, **flags)))}
 
 
 def test_words_of_the_yaml_become_words_of_a_command(tiny_bert: Path, tmp_path: Path) -> None:
@@ -292,7 +292,7 @@ def test_words_of_the_yaml_become_words_of_a_command(tiny_bert: Path, tmp_path: 
     place = Workplace(tmp_path, tiny_bert)
     more = {"fp16": False, "mrl_dims": [8, 16], "run_name": None, "query_instruction_for_retrieval": ""}
     stages = changed(1, data=["mined", "$train_data", "./more.jsonl"], model="BAAI/some-model", **more)
-    flags = plan_of(place, stages)["round1"][2]
+    flags = plan_of(place, stages)["round1"].flags
     assert flags["train_data"] == [str(tmp_path / "out/mined.jsonl"), str(tmp_path / "train.jsonl"), "./more.jsonl"]
     assert flags["model_name_or_path"] == ["BAAI/some-model"]
     assert (flags["fp16"], flags["mrl_dims"], flags["learning_rate"]) == (["False"], ["8", "16"], ["1e-3"])
@@ -303,7 +303,7 @@ def test_words_of_the_yaml_become_words_of_a_command(tiny_bert: Path, tmp_path: 
 def test_the_base_of_a_merge_is_named_like_any_model(tiny_bert: Path, tmp_path: Path) -> None:
     write_data(tmp_path)
     stages = changed(4, models=["round1", "round2"], weights=None, method="ties", base_model="base")
-    flags = plan_of(Workplace(tmp_path, tiny_bert), stages)["model"][2]
+    flags = plan_of(Workplace(tmp_path, tiny_bert), stages)["model"].flags
     assert flags["base_model"] == [str(tiny_bert)] and flags["method"] == ["ties"]
     assert flags["models"] == [str(tmp_path / "out/round1"), str(tmp_path / "out/round2")]
 
@@ -322,9 +322,9 @@ def test_the_shipped_recipe_gives_flags_that_every_stage_accepts(tmp_path: Path)
         "evaluate": EvaluateConfig,
     }
     parsed: dict[str, Any] = {}
-    for name, kind, flags, _ in stages.values():
-        words = [word for flag in flags for word in (f"--{flag}", *flags[flag])]
-        parsed[name] = parse_config(configs[kind], words)
+    for name, stage in stages.items():
+        words = [word for flag, values in stage.flags.items() for word in (f"--{flag}", *values)]
+        parsed[name] = parse_config(configs[stage.kind], words)
     assert [getattr(parsed[name], "seed", None) for name in ALL] == [3] * 5 + [
         0
     ]  # that of the resamples is no training seed

@@ -95,14 +95,19 @@ def _yaml_words(path: Path, known: set[str]) -> list[str]:
 
 
 def as_words(values: Mapping[str, Any]) -> list[str]:
-    """Flags as a command line has them: a list becomes several words, a mapping JSON; None and [] are left out."""
+    """Flags as a command line has them; None and [] are left out."""
     words: list[str] = []
     for name, value in values.items():
-        given = [one for one in (value if isinstance(value, list) else [value]) if one is not None]
-        texts = [json.dumps(one) if isinstance(one, dict) else str(one) for one in given]
+        texts = as_texts(value)
         begins = len(texts) == 1 and texts[0].startswith("-")  # what looks like a flag needs the sign
         words += [f"--{name}={texts[0]}"] if begins else [f"--{name}", *texts] if texts else []
     return words
+
+
+def as_texts(value: Any) -> list[str]:
+    """A flag's value as words: a list becomes several, a mapping JSON, None none."""
+    given = [one for one in (value if isinstance(value, list) else [value]) if one is not None]
+    return [json.dumps(one) if isinstance(one, dict) else str(one) for one in given]
 
 
 def as_dict(config: Any) -> dict[str, Any]:
