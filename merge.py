@@ -16,7 +16,6 @@ if __name__ == "__main__":
 
 import os
 import shlex
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,12 +26,10 @@ import torch
 from bge_core import UserError
 from bge_core.encoder.settings import read_settings
 from bge_core.evaluation.metrics import parse_metric
-from bge_core.files import atomic
-from bge_core.merging.choose import METRIC, SCORES_FILE, choose, scores_file
+from bge_core.merging.choose import METRIC, choose, write_sweep
 from bge_core.merging.folders import merge_folders, refuse_output
 from bge_core.merging.methods import check_arguments
 from bge_core.reports.model_card import write_model_card
-from bge_core.reports.plots import plot_sweep
 from bge_core.runtime.cli import as_dict, changed_fields, run_stage
 from bge_core.runtime.config import MergeConfig
 from bge_core.runtime.launch import resolve_precision
@@ -62,12 +59,7 @@ def merge(config: MergeConfig) -> None:
         facts=choice.facts,
         **hub,
     )
-    for name in ("sweep.json", "sweep.png", SCORES_FILE):
-        (output / name).unlink(missing_ok=True)  # of an earlier sweep, whose model is no longer there
-    if choice.sweep:
-        atomic.write_json(output / "sweep.json", choice.sweep.row())
-        plot_sweep(choice.sweep.row(), output / "sweep.png")
-        shutil.move(scores_file(config), output / SCORES_FILE)  # which may be on another disk
+    write_sweep(config, choice)
     named = list(zip(choice.models, choice.weights, strict=True))
     write_model_card(
         output,

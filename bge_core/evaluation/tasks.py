@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from bge_core import UserError
-from bge_core.evaluation.trec import Qrels, read_qrels, refuse_without_positives
+from bge_core.evaluation.trec import read_qrels, refuse_without_positives
 from bge_core.files import records
 from bge_core.files.records import Check, Row
 from bge_core.files.sources import describe_source, is_hub_name, read_source
@@ -29,6 +29,7 @@ from bge_core.files.text import text_id
 logger = logging.getLogger(__name__)
 
 Key = int | str  # what a judgement names: a text, by the hash of its normalized form, or the document of that id
+Judged = dict[Key, tuple[int, str]]  # of a question: key -> grade, and how a message shows it
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,9 @@ class _Corpus:
     texts: list[str]
     bodies: list[str]
     row_of: dict[Key, int]
+
+
+ReadCorpus = Callable[[str, bool], _Corpus]
 
 
 def load_task(val_data: str | Path, corpus: str | Path | None = None) -> RetrievalTask:
@@ -172,39 +176,57 @@ def _name(path: str) -> str:
     return folder if Path(path).is_dir() else f"{folder}-{beir[1].stem}"
 
 
-def _load(name: str, path: str, corpus: str, read_corpus: Callable[[str, bool], _Corpus]) -> RetrievalTask:
-    judged: list[dict[Key, tuple[int, str]]]  # of each question: key -> grade, and how a message shows it
-    if beir := _beir_files(path):
-        folder, path = beir[0], str(beir[1])
-        pairs, qrels = _read_judged(str(folder / "queries.jsonl"), path)
-        judged = [{document: (grade, document) for document, grade in qrels[one].items()} for one, _ in pairs]
-        passages = read_corpus(corpus or str(folder), not corpus)
-        documents = {key for grades in judged for key in grades}
-        if documents.isdisjoint(passages.row_of):
-            raise UserError(
-                f"{path}: none of its {len(documents)} documents (column corpus-id) is in {passages.name}: these are"
-                " qrels of another corpus; name the corpus that they judge"
-            )
-    else:
-        pairs = list(_read(path, records.check_evaluation_row, "id"))
-        judged = [{text_id(text): (1, text) for text in row["pos"]} for _, row in pairs]
-        if corpus:
-            passages = read_corpus(corpus, False)
-        else:
-            texts = records.distinct_texts((row for _, row in pairs), "pos", "neg")
-            passages = _make_corpus(path, [str(i) for i in range(len(texts))], texts, texts)
+def _load(name: str, path: str, corpus: str, read_corpus: ReadCorpus) -> RetrievalTask:
+    beir = _beir_files(path)
+    pairs, judged, passages = _read_beir(*beir, corpus, read_corpus) if beir else _read_rows(path, corpus, read_corpus)
+    path = str(beir[1]) if beir else path
     queries = [row["text" if beir else "query"] for _, row in pairs]
     if num_empty := sum(not query.strip() for query in queries):
         logger.warning("%s: %d questions are empty; they are scored like the others", path, num_empty)
     relevant, missing, lacking = _resolve(judged, passages.row_of)
     if lacking:
         first = "".join(f"\n  {text[:60]}" for text in lacking[:3])
-        logger.warning(
-            "%s lacks %d positives of %s, which count as misses; first:%s", passages.name, len(lacking), path, first
-        )
+        text = "%s lacks %d positives of %s, which count as misses; first:%s"
+        logger.warning(text, passages.name, len(lacking), path, first)
     ids, facts = [one for one, _ in pairs], [_facts(row) for _, row in pairs]
     task = RetrievalTask(name, ids, queries, passages.ids, passages.texts, relevant, missing, lacking, facts)
     return replace(task, own_rows=_own_rows(task, passages)) if beir else task
+
+
+def _read_rows(path: str, corpus: str, read_corpus: ReadCorpus) -> tuple[list[tuple[str, Row]], list[Judged], _Corpus]:
+    """The (id, row) of each question, what is right for it, the corpus: rows of query and pos."""
+    pairs = list(_read(path, records.check_evaluation_row, "id"))
+    judged: list[Judged] = [{text_id(text): (1, text) for text in row["pos"]} for _, row in pairs]
+    if corpus:
+        return pairs, judged, read_corpus(corpus, False)
+    texts = records.distinct_texts((row for _, row in pairs), "pos", "neg")
+    return pairs, judged, _make_corpus(path, [str(i) for i in range(len(texts))], texts, texts)
+
+
+def _read_beir(
+    folder: Path, file: Path, corpus: str, read_corpus: ReadCorpus
+) -> tuple[list[tuple[str, Row]], list[Judged], _Corpus]:
+    """The same of a BEIR folder and its qrels; the questions are those that the qrels judge."""
+    queries, qrels = folder / "queries.jsonl", read_qrels(file)
+    pairs = [pair for pair in _read(str(queries), records.check_beir_row, "_id") if pair[0] in qrels]
+    if not pairs:
+        num = len(qrels)
+        raise UserError(
+            f"{file}: judges {num} questions (column query-id), none of {queries}: qrels of another test set"
+        )
+    if unknown := qrels.keys() - {name for name, _ in pairs}:
+        text = "%s judges %d questions that %s lacks; they are left out, as %s"
+        logger.warning(text, file, len(unknown), queries, min(unknown))
+    refuse_without_positives(str(file), (qrels[name] for name, _ in pairs))
+    judged: list[Judged] = [{key: (grade, key) for key, grade in qrels[name].items()} for name, _ in pairs]
+    passages = read_corpus(corpus or str(folder), not corpus)
+    documents = {key for grades in judged for key in grades}
+    if documents.isdisjoint(passages.row_of):
+        raise UserError(
+            f"{file}: none of its {len(documents)} documents (column corpus-id) is in {passages.name}: these are"
+            " qrels of another corpus; name the corpus that they judge"
+        )
+    return pairs, judged, passages
 
 
 def _own_rows(task: RetrievalTask, corpus: _Corpus) -> list[int]:
@@ -220,7 +242,7 @@ def _own_rows(task: RetrievalTask, corpus: _Corpus) -> list[int]:
 
 
 def _resolve(
-    judged: Sequence[Mapping[Key, tuple[int, str]]], row_of: Mapping[Key, int]
+    judged: Sequence[Judged], row_of: Mapping[Key, int]
 ) -> tuple[list[dict[int, int]], list[list[int]], list[str]]:
     """For each question {row: grade} and the grades of the positives without a row; these positives, each once."""
     relevant: list[dict[int, int]] = [{} for _ in judged]
@@ -263,23 +285,6 @@ def _read(path: str, check: Check, *fields: str) -> Iterator[tuple[str, Row]]:
             remedy = "make ids unique" if field == "_id" else "make ids unique, or leave them out"
             bad.add(path, number, f"the id {name!r} is that of line {line_of[name]}, too; {remedy}")
     bad.refuse()
-
-
-def _read_judged(queries: str, file: str) -> tuple[list[tuple[str, Row]], Qrels]:
-    """The (id, row) of the questions that the qrels judge, and the qrels."""
-    qrels = read_qrels(file)
-    pairs = [pair for pair in _read(queries, records.check_beir_row, "_id") if pair[0] in qrels]
-    if not pairs:
-        num = len(qrels)
-        raise UserError(
-            f"{file}: judges {num} questions (column query-id), none of {queries}: qrels of another test set"
-        )
-    unknown = list(qrels.keys() - {name for name, _ in pairs})
-    if unknown:
-        text = "%s judges %d questions that %s lacks; they are left out, as %s"
-        logger.warning(text, file, len(unknown), queries, min(unknown))
-    refuse_without_positives(file, (qrels[name] for name, _ in pairs))
-    return pairs, qrels
 
 
 def _corpus_file(path: str) -> str:

@@ -23,6 +23,7 @@ from bge_core.merging.lm_cocktail import example_losses, weights_from_losses
 from bge_core.merging.methods import greedy_soup
 from bge_core.merging.model_folders import ModelFolder, merged_settings, open_model_folders
 from bge_core.merging.sweep import Sweep, parse_sweep, sweep
+from bge_core.reports.plots import plot_sweep
 from bge_core.reports.tables import text_table
 from bge_core.runtime.config import MergeConfig
 from bge_core.search.cache import EmbeddingCache
@@ -120,7 +121,7 @@ def _choose_by_sweep(config: MergeConfig, hub: dict[str, Any]) -> Choice:
     tasks = {name: load_task(*of) for name, of in sets.items()}
     folders = open_model_folders(config.models, **hub)
     pooling = merged_settings(folders).pooling
-    file = scores_file(config)
+    file = _scores_file(config)
     earlier = Path(config.output_path, SCORES_FILE)
     if earlier.exists() and not file.exists():
         shutil.copy(earlier, file)
@@ -158,7 +159,18 @@ def _sweep_key(config: MergeConfig, tasks: Sequence[RetrievalTask], folders: Seq
     return hashlib.blake2b(text, digest_size=16).hexdigest()
 
 
-def scores_file(config: MergeConfig) -> Path:
+def write_sweep(config: MergeConfig, choice: Choice) -> None:
+    """Write what a sweep measured beside the merged model, in place of what an earlier one left there."""
+    output = Path(config.output_path)
+    for name in ("sweep.json", "sweep.png", SCORES_FILE):
+        (output / name).unlink(missing_ok=True)
+    if choice.sweep:
+        atomic.write_json(output / "sweep.json", choice.sweep.row())
+        plot_sweep(choice.sweep.row(), output / "sweep.png")
+        shutil.move(_scores_file(config), output / SCORES_FILE)  # which may be on another disk
+
+
+def _scores_file(config: MergeConfig) -> Path:
     """Where a sweep that is not finished keeps its scores: beside the output, which appears whole."""
     return Path(f"{Path(config.output_path)}.{SCORES_FILE}")
 
