@@ -111,7 +111,7 @@ class Reranker(nn.Module):
             )
         return scores
 
-    def tokenize(self, pairs: Sequence[tuple[str, str]]) -> list["PairTokens"]:
+    def tokenize(self, pairs: Sequence[tuple[str, str]]) -> list[PairTokens]:
         """What the model reads of each pair."""
         queries = list(dict.fromkeys(query for query, _ in pairs))
         query_ids = self.tokenizer(queries, add_special_tokens=False, verbose=False)["input_ids"]
@@ -135,7 +135,7 @@ class Reranker(nn.Module):
                     pair_tokens[i] = PairTokens(*of_pair)
         return pair_tokens
 
-    def _logits(self, batch: list["PairTokens"]) -> Tensor:
+    def _logits(self, batch: list[PairTokens]) -> Tensor:
         tokens = Tokens.from_lists([pair.ids for pair in batch]).to(self.device)
         type_T = torch.tensor([t for pair in batch for t in pair.types]).to(self.device) if self.uses_types else None
         return self(tokens, type_T)  # type: ignore[no-any-return]

@@ -30,7 +30,7 @@ class Hits:
     Args:
         num_positives_Q: how many positives a query has.
         query_H, rank_H, nth_H, grade_H: a hit's query, its rank from 1, its number among the query's hits, its grade.
-        query_P, ideal_rank_P, ideal_grade_P: the positives, each query's by falling grade.
+        query_P, ideal_rank_P, ideal_grade_P: the positives, each query's by decreasing grade.
     """
 
     num_positives_Q: np.ndarray
@@ -128,7 +128,7 @@ def per_query_metrics(
         Recall@k        hits(k) / P
         CappedRecall@k  hits(k) / min(P, k)
         nDCG@k          sum over hits at r <= k of grade / log2(r + 1), divided by the same sum for the k best positives
-                        in falling order of grade
+                        in decreasing order of grade
         MAP@k           sum over hits at r <= k of hits(r) / r, divided by P
         Precision@k     hits(k) / k
         Success@k       1 if hits(k) > 0, else 0

@@ -64,7 +64,7 @@ def read_qrels(path: str | Path) -> Qrels:
 def read_run(path: str | Path) -> dict[str, list[tuple[str, float]]]:
     """The rankings of a TREC run file (`question Q0 document rank score tag`), in trec_eval's order.
 
-    That is: by score, falling, where scores equal in single precision tie; ties by document id, falling. The rank
+    That is: by decreasing score, where scores equal in single precision tie; ties by decreasing document id. The rank
     column counts for nothing.
 
     Returns:

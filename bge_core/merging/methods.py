@@ -163,7 +163,7 @@ class Trial:
 
 
 def greedy_soup(models: Sequence[str], score: Callable[[Sequence[str]], float]) -> tuple[list[int], list[Trial]]:
-    """Which models to average: the best one, and in falling order each that does not lower the average's score.
+    """Which models to average: the best one, and in decreasing order each that does not lower the average's score.
 
     Args:
         models: M names, at least one.

@@ -133,7 +133,7 @@ class Saver:
         Args:
             step: optimizer steps done.
             state: what `load_checkpoint` shall give back, beside the step and the random state of each rank.
-            keep: name of a checkpoint that pruning spares.
+            keep: name of a checkpoint that pruning leaves.
 
         Raises:
             UserError: the one before could not be written.

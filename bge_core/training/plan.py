@@ -47,7 +47,7 @@ class Line:
 def fit_line(points: Sequence[tuple[float, float]]) -> Line:
     """The least-squares line through (x, y) that neither falls nor begins below 0.
 
-    A falling line becomes the mean, one that would begin below 0 goes through (0, 0).
+    A decreasing line becomes the mean, one that would begin below 0 goes through (0, 0).
     """
     x, y = np.array(points, dtype=float).T
     spread = float(((x - x.mean()) ** 2).sum())

@@ -45,7 +45,7 @@ ORDER_SETTINGS = {
 
 @contextmanager
 def lock_run_folder(output_dir: str | Path) -> Iterator[None]:
-    """Hold the run folder for this process alone. Rank 0 calls it.
+    """Lock the run folder for this process alone. Rank 0 calls it.
 
     A lock of the kernel: it ends with the process, however that ends, and a forked data worker has no part in it.
 
