@@ -1,4 +1,4 @@
-"""Texts -> vectors in input order: block by block, sorted by length, packed to a budget of tokens, dealt to the ranks.
+"""Texts -> vectors in input order: block by block, sorted by length, packed to a budget of tokens, assigned to ranks.
 
 Batches are a pure function of the texts: which process computes one, and how many processes there are, does not change
 a single bit of a vector. One block of texts is held at a time, tokenized while the model works on the one before, so

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from bge_core.encoder.dropout import dropout
 from bge_core.encoder.tokens import bucket_texts
-from bge_core.runtime.config import Attention
+from bge_core.runtime.flags import Attention
 
 logger = logging.getLogger(__name__)
 MAX_WASTE = {"cpu": 0.0}  # of a rectangle may be padding: on other devices, where a call costs more, an eighth

@@ -13,7 +13,7 @@ from bge_core import UserError
 from bge_core.encoder.model import Encoder
 from bge_core.encoder.selfcheck import packed_or_padded
 from bge_core.encoder.settings import read_settings
-from bge_core.runtime.config import Attention, Pooling
+from bge_core.runtime.flags import Attention, Pooling
 
 logger = logging.getLogger(__name__)
 

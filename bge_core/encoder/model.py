@@ -24,7 +24,7 @@ from bge_core.encoder.dropout import replace_dropout
 from bge_core.encoder.encode import encode
 from bge_core.encoder.settings import EncoderSettings, save_tokenizer, write_settings
 from bge_core.encoder.tokens import Tokens, pad_buckets
-from bge_core.runtime.config import POOLINGS, Attention, Pooling
+from bge_core.runtime.flags import POOLINGS, Attention, Pooling
 
 
 class Encoder(nn.Module):

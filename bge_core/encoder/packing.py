@@ -30,7 +30,7 @@ from transformers.masking_utils import sdpa_mask
 
 from bge_core.encoder.kernels import KERNELS, Packed, Rule, choose_kernel, int32
 from bge_core.encoder.tokens import Tokens
-from bge_core.runtime.config import Attention
+from bge_core.runtime.flags import Attention
 
 IMPLEMENTATION = "bge_packed"  # the name by which transformers finds `packed_attention`
 

@@ -30,7 +30,7 @@ from bge_core.encoder.encode import run_batches
 from bge_core.encoder.load import open_pretrained
 from bge_core.encoder.selfcheck import packed_or_padded
 from bge_core.encoder.tokens import Tokens, pad_buckets
-from bge_core.runtime.config import Attention
+from bge_core.runtime.flags import Attention
 
 FLAG = "--reranker_name_or_path"
 

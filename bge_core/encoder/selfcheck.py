@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from bge_core.encoder import packing
 from bge_core.encoder.kernels import relative_error
 from bge_core.encoder.tokens import Tokens
-from bge_core.runtime.config import Attention
+from bge_core.runtime.flags import Attention
 
 logger = logging.getLogger(__name__)
 PACKING_BOUND = 1e-4  # of the largest entry, value or gradient, in float32

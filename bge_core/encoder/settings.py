@@ -9,7 +9,7 @@ from typing import Any
 from transformers.utils import cached_file
 
 from bge_core import UserError
-from bge_core.runtime.config import Pooling
+from bge_core.runtime.flags import Pooling
 
 logger = logging.getLogger(__name__)
 

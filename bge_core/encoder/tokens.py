@@ -1,11 +1,10 @@
-"""A micro-batch: its texts as token ids in one row, and which passage belongs to which query.
+"""Texts as token ids in one row.
 
     input_id_T    [ 101 2769 102 | 101 791 1921 102 | 101 102 ]        lengths  [3, 4, 2]
 
 Padded rectangles are made for models that need them, and nowhere else.
 
-Shapes: T tokens of all texts, S texts, L longest text of a bucket; of one rank's micro-batch: B queries, R passages,
-G most passages of a query, X most known positives of a query.
+Shapes: T tokens of all texts, S texts, s texts of a bucket, L the longest of them.
 """
 
 import math

@@ -1,6 +1,6 @@
 """The process group: gather with gradient, the wrapped model. Written once, right for any number of processes.
 
-Why the gather needs a gradient. With queries dealt to W ranks and every passage a candidate of every query,
+Why the gather needs a gradient. With queries assigned to W ranks and every passage a candidate of every query,
 
     L = 1/M sum_r sum_{i on r} l_i(q_i, p_1..p_N)
 

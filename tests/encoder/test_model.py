@@ -20,7 +20,7 @@ from bge_core.encoder.load import load_encoder
 from bge_core.encoder.model import Encoder, compile_layers, pool
 from bge_core.encoder.settings import EncoderSettings, read_settings
 from bge_core.encoder.tokens import Tokens, tokenize
-from bge_core.runtime.config import POOLINGS
+from bge_core.runtime.flags import POOLINGS
 
 TEXTS = ["信用卡怎么申请？", "loan", "快递" * 15, "退款，退款", "", "a b c d e f g", "退款，退款"]
 
