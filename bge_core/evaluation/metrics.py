@@ -180,9 +180,15 @@ def per_query_metrics(
     best_first = np.lexsort((-grade_P, query_P))  # query_P[best_first] is query_P: only the grades are rearranged
     found, rank_H = _find(ranked, query_P, row_P)
     hits = Hits(
-        num_positives_Q, query_P[found], rank_H, _count_within(query_P[found]), grade_P[found],
-        query_P, _count_within(query_P), grade_P[best_first],
-    )  # fmt: skip
+        num_positives_Q,
+        query_P[found],
+        rank_H,
+        _count_within(query_P[found]),
+        grade_P[found],
+        query_P,
+        _count_within(query_P),
+        grade_P[best_first],
+    )
     metrics = {}
     for name, (kind, k) in kinds.items():
         metrics[name] = METRICS[kind](hits, num_positives_Q if k is None else np.full(num_queries, k))

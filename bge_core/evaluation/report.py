@@ -85,10 +85,19 @@ def _add_results(page: Page, result: EvaluationResult, words: Words) -> None:
     header = [words[key] for key in ("model", "metric", "difference")] + ["95 %"]
     header += [words[key] for key in ("p", "adjusted", "wins", "losses", "ties")]
     rows = [
-        [line.model, line.metric, f"{line.difference:+.4f}", f"[{line.low:+.4f}, {line.high:+.4f}]", line.p_value,
-         line.p_adjusted, line.wins, line.losses, line.ties]
+        [
+            line.model,
+            line.metric,
+            f"{line.difference:+.4f}",
+            f"[{line.low:+.4f}, {line.high:+.4f}]",
+            line.p_value,
+            line.p_adjusted,
+            line.wins,
+            line.losses,
+            line.ties,
+        ]
         for line in result.comparisons
-    ]  # fmt: skip
+    ]
     page.section(words["differences"].format(names[0]), words["how"].format(result.resamples, result.seed))
     page.table(header, rows)
 
