@@ -60,12 +60,6 @@ class RetrievalTask:
     query_facts: list[dict[str, Any]]
     own_rows: list[int] = field(default_factory=list)
 
-    @property
-    def num_judged(self) -> int:
-        """Questions with at least one positive, in the corpus or not."""
-        judged = zip(self.relevant, self.missing, strict=True)
-        return sum(bool(lacking) or max(grades.values(), default=0) > 0 for grades, lacking in judged)
-
     def depth(self, k: int) -> int:
         """How many hits to search, so that k remain after `drop_own`; one above the corpus may be asked for."""
         return min(k, len(self.corpus)) + bool(self.own_rows)

@@ -62,11 +62,7 @@ class Page:
         return self._add(self.macros.warnings([(*warning, ())[:4] for warning in warnings]))
 
     def table(
-        self,
-        header: Sequence[str],
-        rows: Sequence[Sequence[Any]],
-        best: Mapping[str, str] | None = None,
-        caption: str = "",
+        self, header: Sequence[str], rows: Sequence[Sequence[Any]], best: Mapping[str, str] | None = None
     ) -> "Page":
         """A table; numbers stand to the right. `best`: column -> "max" or "min", whose best values are set in bold."""
         head, body = _cells(header, rows)
@@ -77,7 +73,7 @@ class Page:
             for cells, row in zip(body, rows, strict=True):
                 if _is_number(row[j]) and row[j] == goal:
                     cells[j] = (row[j], "n best")
-        return self._add(self.macros.scrolling(self.macros.table(head, body, caption)))
+        return self._add(self.macros.scrolling(self.macros.table(head, body)))
 
     def plot(self, draw: Any, caption: str) -> "Page":
         """A plot: a matplotlib Figure, or what draws on given Axes. plots.COLORS follow light and dark; black does."""

@@ -59,7 +59,7 @@ def full_page(text: str) -> Page:
         .tiles([(text, text, text), ("rows", 1200, "")])
         .warnings([("bad", text, text, [text, {text: text}]), (text, text, text)])
         .section(text, text)
-        .table([text, "score"], [[text, 0.5], ["b", 0.75]], best={"score": "max"}, caption=text)
+        .table([text, "score"], [[text, 0.5], ["b", 0.75]], best={"score": "max"})
         .plot(bars, text)
         .plot(bars, text)
         .examples([{text: text, "score": 1.0}, {"score": None}], [text, "score"])
