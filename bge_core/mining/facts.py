@@ -69,7 +69,7 @@ class MiningReport:
 
     @property
     def num_candidates(self) -> int:
-        """How many candidates the guards judged, at most."""
+        """How many candidates the guards saw, at most."""
         return int(self.counts["rows"] * min(self.depth, self.counts["pool"]))
 
     def num_removed(self, name: str) -> int:
@@ -148,7 +148,7 @@ def mining_warnings(report: MiningReport) -> list[Finding]:
     """
     counts, num_neg = report.counts, report.neg_scores.size
     num_pairs = report.pos_scores.size * num_neg
-    judged: list[tuple[str, float, float, tuple[float, float], str, str]] = [
+    shares: list[tuple[str, float, float, tuple[float, float], str, str]] = [
         ("positives_not_found", int((report.positive_ranks < 0).sum()), report.positive_ranks.size, (0.05, 0.2),
          f"of the rows have no positive among the {report.depth:,} best candidates",
          "Check instruction and pooling, and whether the candidates hold the positives"
@@ -170,12 +170,12 @@ def mining_warnings(report: MiningReport) -> list[Finding]:
     for name in report.removed:
         what = f"of the candidates were taken out: the text {EXCLUDED_BECAUSE[name]}"
         remedy = "Read its examples below: if most would be good negatives, loosen it."
-        judged.append((f"guard_{name}", report.num_removed(name), report.num_candidates, (0.2, 0.5), what, remedy))
+        shares.append((f"guard_{name}", report.num_removed(name), report.num_candidates, (0.2, 0.5), what, remedy))
     for name, lengths in report.lengths.items():
         what = f"of the texts measured as {name} are longer than the {report.limits[name]:,} that are read"
         flag = "query_max_len" if name == "query" else "passage_max_len"
         remedy = f"Raise --{flag}, here and in training, or split the texts."
-        judged.append(
+        shares.append(
             (f"{name}_cut", int((lengths > report.limits[name]).sum()), lengths.size, (0.05, 0.5), what, remedy)
         )
     found = []
@@ -183,7 +183,7 @@ def mining_warnings(report: MiningReport) -> list[Finding]:
         message = f"The range reaches {report.depth:,} hits deep, and there are {pool:,} candidates: any text comes."
         remedy = "Take the first hits, as --range_for_sampling 0-30 or less, or give more candidates."
         found.append(Finding("range_covers_pool", "warning", report.depth, pool, message, remedy))
-    for name, count, total, (look, mend), what, remedy in judged:
+    for name, count, total, (look, mend), what, remedy in shares:
         share, count = count / total if total else 0.0, round(count)
         if share >= look:
             message = f"{share:.1%} {what} ({count:,} of {total:,})."

@@ -83,15 +83,15 @@ def exact_search(
         kth = -np.partition(-near, min(k, num_nominees) - 1, axis=1)[:, min(k, num_nominees) - 1]
         bound = unit / (1 - unit) * query_norm[start : start + len(block)].astype(np.float64) * corpus_norm
         floor = kth - 2 * bound
-        # A query is settled once every row is nominated, or the worst nominee is below the floor.
-        settled = (near.min(axis=1) < floor) | (num_nominees == len(corpus))
+        # A query is done once every row is nominated, or the worst nominee is below the floor.
+        is_done = (near.min(axis=1) < floor) | (num_nominees == len(corpus))
         exact = _scores(block, corpus, nominees, pair_rows)
         best = np.lexsort((nominees, -exact))[:, :k]
         for result, of_nominees, empty in ((scores, exact, -np.inf), (rows, nominees, -1)):
-            found = np.where(settled[:, None], np.take_along_axis(of_nominees, best, axis=1), empty)
+            found = np.where(is_done[:, None], np.take_along_axis(of_nominees, best, axis=1), empty)
             result[start : start + len(block), : found.shape[1]] = found
-        for offset, corpus_block in _blocks(corpus, corpus_rows) if not settled.all() else ():
-            for i in np.flatnonzero(~settled):
+        for offset, corpus_block in _blocks(corpus, corpus_rows) if not is_done.all() else ():
+            for i in np.flatnonzero(~is_done):
                 above = np.flatnonzero(corpus_block @ block[i] >= floor[i])
                 exact = _scores(block[i : i + 1], corpus_block, above[None], pair_rows)
                 _keep_best(scores[start + i], rows[start + i], exact[0], above + offset)

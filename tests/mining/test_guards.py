@@ -188,7 +188,7 @@ def test_common_words_are_counted_on_texts() -> None:
     assert common_words([]) == frozenset()
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=60)
 @given(st.text(max_size=30), st.text(max_size=30))
 def test_any_text_is_taken(positive: str, candidate: str) -> None:
     found = Guards([candidate], [[positive]], [[candidate]], GuardSettings()).reasons(0, [candidate, positive])

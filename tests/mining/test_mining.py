@@ -415,11 +415,11 @@ def test_a_reranker_scores_and_filters(model: Path, near_files: tuple[Path, Path
     from bge_core.encoder.reranker import load_reranker
 
     train_file, pool = near_files
-    judge = make_tiny_reranker(tmp_path / "reranker")
-    flags = ["--candidate_pool", str(pool), *ALL, "--reranker_name_or_path", str(judge)]
+    teacher = make_tiny_reranker(tmp_path / "reranker")
+    flags = ["--candidate_pool", str(pool), *ALL, "--reranker_name_or_path", str(teacher)]
     code, output = run(model, train_file, *flags)
     assert code == 0
-    reranker = load_reranker(str(judge))
+    reranker = load_reranker(str(teacher))
     found = read_lines(output)
     for row in found:
         for side in ("pos", "neg"):
