@@ -74,6 +74,12 @@ def assert_same_run(folder: Path, unbroken: Path) -> None:
     assert set(os.listdir(folder)) == set(os.listdir(unbroken))  # no hidden leftovers either
 
 
+def distance(one: Path, other: Path) -> float:
+    """The norm of the difference of two models' weights."""
+    a, b = runs.weights(one), runs.weights(other)
+    return sum(float((a[name] - b[name]).double().norm() ** 2) for name in a) ** 0.5
+
+
 # --------------------------------------------------------------------------------------------------------------- resume
 
 
@@ -92,22 +98,20 @@ def test_a_resumed_run_is_the_unbroken_one(unbroken: Path, tmp_path: Path, resum
     assert runs.manifest(folder)["status"] == "finished"
 
 
-@pytest.mark.parametrize("number", [2, 4])
-def test_many_processes_resume_to_the_same_bits(
-    number: int, tiny_bert_dropout: Path, data: Path, tmp_path: Path
-) -> None:
+def train_in(number: int, model: Path, data: Path, folder: Path, **settings: Any) -> None:
+    """train.py in as many processes, with a batch of 4 rows together."""
+    argv = runs.flags(model, data, folder, per_device_train_batch_size=4 // number, **settings)
+    log = folder.parent / f"{folder.name}{number}.log"
+    codes = runs.finish(runs.start_many(number, argv, log))
+    assert codes == [0] * number, [file.read_text(encoding="utf-8") for file in log.parent.glob(f"{log.stem}*")]
+
+
+def test_many_processes_resume_to_the_same_bits(tiny_bert_dropout: Path, data: Path, tmp_path: Path) -> None:
     """Dropout on, and in an epoch's last micro-batch of 2 rows two of four ranks have none."""
-    changes = {"per_device_train_batch_size": 4 // number, "negatives_cross_device": True, "dataloader_num_workers": 0}
-
-    def processes(folder: Path, **more: Any) -> None:
-        words = runs.flags(tiny_bert_dropout, data, folder, val_data=data, **SETTINGS | changes | more)
-        log = tmp_path / f"{folder.name}.log"
-        codes = runs.finish(runs.start_many(number, words, log))
-        assert codes == [0] * number, [file.read_text(encoding="utf-8") for file in tmp_path.glob(f"{log.name}*")]
-
-    processes(tmp_path / "unbroken")
+    settings = SETTINGS | {"val_data": data, "negatives_cross_device": True, "dataloader_num_workers": 0}
+    train_in(4, tiny_bert_dropout, data, tmp_path / "unbroken", **settings)
     folder = runs.copy_run(tmp_path / "unbroken", tmp_path / "run", "checkpoint-6")
-    processes(folder, resume_from_checkpoint="latest")
+    train_in(4, tiny_bert_dropout, data, folder, resume_from_checkpoint="latest", **settings)
     assert_same_run(folder, tmp_path / "unbroken")
 
 
@@ -148,23 +152,14 @@ def test_two_processes_keep_the_moving_average_of_one(tiny_bert: Path, data: Pat
         "negatives_cross_device": True, "save_steps": 2, "adam_epsilon": 1e-3, "learning_rate": 1e-2, "ema_decay": 0.3,
         "val_data": data, "eval_steps": 2, "max_steps": 4,
     }  # fmt: skip
-
-    def two(folder: Path, **changes: Any) -> None:
-        argv = runs.flags(tiny_bert, data, folder, **settings | {"per_device_train_batch_size": 2} | changes)
-        log = tmp_path / f"{folder.name}.log"
-        codes = runs.finish(runs.start_two(argv, log))
-        assert codes == [0, 0], [file.read_text(encoding="utf-8") for file in tmp_path.glob(f"{folder.name}*")]
-
-    two(tmp_path / "two")
+    train_in(2, tiny_bert, data, tmp_path / "two", **settings)
     assert run(tiny_bert, data, tmp_path / "one", **settings) == 0
-    begin, one, other = (runs.weights(folder) for folder in (tiny_bert, tmp_path / "one", tmp_path / "two"))
-    learned = sum(float((one[name] - begin[name]).double().norm() ** 2) for name in one) ** 0.5
-    differ = sum(float((one[name] - other[name]).double().norm() ** 2) for name in one) ** 0.5
+    learned, differ = (distance(tmp_path / "one", other) for other in (tiny_bert, tmp_path / "two"))
     assert learned > 0.1 and differ < 1e-4 * learned, (learned, differ)
     scores = [[line for line in read_steps(tmp_path / name) if "MRR@10" in line] for name in ("one", "two")]
     assert len(scores[0]) == 2 and scores[0] == scores[1]
     folder = runs.copy_run(tmp_path / "two", tmp_path / "again", "checkpoint-4")
-    two(folder, resume_from_checkpoint="latest")
+    train_in(2, tiny_bert, data, folder, resume_from_checkpoint="latest", **settings)
     assert_same_run(folder, tmp_path / "two")
 
 
@@ -273,9 +268,9 @@ def test_another_loss_is_refused_also_in_a_new_folder(
 
 
 def test_data_that_change_during_the_run_change_nothing(
-    tiny_bert: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tiny_bert: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The rows are memory-mapped from a cache that follows the content. A resume names the file."""
+    """The rows are memory-mapped from a cache that follows the content."""
     settings = {"num_train_epochs": 2, "save_steps": 3, "dataloader_num_workers": 1}
     assert run(tiny_bert, data, tmp_path / "quiet", **settings) == 0
     own = Path(shutil.copy(data, tmp_path / "own.jsonl"))
@@ -290,12 +285,6 @@ def test_data_that_change_during_the_run_change_nothing(
     assert run(tiny_bert, own, tmp_path / "run", **settings) == 0
     assert own.read_text() == '{"half a'
     assert runs.equal_weights(tmp_path / "run", tmp_path / "quiet")
-    monkeypatch.undo()
-    runs.write_rows(own, 26, seed=1)
-    before = runs.tree(tmp_path / "run")
-    assert run(tiny_bert, own, tmp_path / "run", resume_from_checkpoint="latest", **settings) == 2
-    assert f"other content in {own}" in capsys.readouterr().err
-    assert runs.tree(tmp_path / "run") == before
 
 
 def test_two_then_one_then_four_processes(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
@@ -310,24 +299,16 @@ def test_two_then_one_then_four_processes(tiny_bert: Path, data: Path, tmp_path:
         "learning_rate": 1e-2,
     }  # fmt: skip
 
-    def processes(number: int, folder: Path, **changes: Any) -> None:
-        argv = runs.flags(tiny_bert, data, folder, **settings | {"per_device_train_batch_size": 4 // number} | changes)
-        log = tmp_path / f"{folder.name}{number}"
-        codes = runs.finish(runs.start_many(number, argv, log))
-        assert codes == [0] * number, [file.read_text(encoding="utf-8") for file in tmp_path.glob(f"{log.name}*")]
-
     whole = tmp_path / "whole"
-    processes(2, whole)
+    train_in(2, tiny_bert, data, whole, **settings)
     assert [path.name for path in checkpoint.checkpoints(whole)] == [f"checkpoint-{step}" for step in (1, 2, 3, 4)]
     one = runs.copy_run(whole, tmp_path / "one", "checkpoint-2", "checkpoint-3", "checkpoint-4")
     assert run(tiny_bert, data, one, resume_from_checkpoint="latest", **settings) == 0
     four = runs.copy_run(one, tmp_path / "four", "checkpoint-3", "checkpoint-4")
-    processes(4, four, resume_from_checkpoint="latest")
+    train_in(4, tiny_bert, data, four, resume_from_checkpoint="latest", **settings)
     for line, want in zip(read_lines(four / "metrics.jsonl"), read_lines(whole / "metrics.jsonl"), strict=True):
         assert line["step"] == want["step"] and line["loss"] == pytest.approx(want["loss"], rel=1e-5)
-    begin, end, got = (runs.weights(folder) for folder in (whole / "checkpoint-1", whole, four))
-    learned = sum(float((end[name] - begin[name]).double().norm() ** 2) for name in end) ** 0.5
-    differ = sum(float((end[name] - got[name]).double().norm() ** 2) for name in end) ** 0.5
+    learned, differ = (distance(whole, other) for other in (whole / "checkpoint-1", four))
     assert learned > 0.1 and differ < 1e-5 * learned, (learned, differ)
 
 
@@ -481,17 +462,18 @@ def no_file_beyond(num_bytes: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-@pytest.mark.parametrize(
-    "limit",
-    [
-        pytest.param(100_000, id="weights"),
-        pytest.param(300_000, id="state"),
-        pytest.param(None, id="manifest"),
-    ],
-)
+@pytest.fixture(scope="module")
+def three_steps(tiny_bert: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of three steps. Read only."""
+    folder = tmp_path_factory.mktemp("runs") / "three_steps"
+    assert run(tiny_bert, data, folder, max_steps=3) == 0
+    return folder
+
+
+@pytest.mark.parametrize("limit", [100_000, 300_000, None], ids=["weights", "state", "manifest"])
 def test_a_full_disk_costs_no_earlier_checkpoint(
-    tiny_bert: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
-    limit: int | None,
+    three_steps: Path, tiny_bert: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch, limit: int | None,
 ) -> None:  # fmt: skip
     """The second checkpoint does not fit: the weights have 255 kB, optimizer and the rest 530 kB."""
     write, write_json = checkpoint.write_checkpoint, atomic.write_json
@@ -516,9 +498,8 @@ def test_a_full_disk_costs_no_earlier_checkpoint(
     assert [path.name for path in checkpoint.checkpoints(tmp_path / "run")] == ["checkpoint-1"]
     assert not [path for path in (tmp_path / "run").iterdir() if path.name.startswith(".")]
     monkeypatch.undo()
-    assert run(tiny_bert, data, tmp_path / "whole", **settings) == 0
     assert run(tiny_bert, data, tmp_path / "run", resume_from_checkpoint="latest", **settings) == 0
-    assert runs.equal_weights(tmp_path / "run", tmp_path / "whole")
+    assert runs.equal_weights(tmp_path / "run", three_steps)
 
 
 def no_second_checkpoint() -> None:
@@ -622,18 +603,12 @@ def assert_nothing_half_written(folder: Path) -> None:
             json.loads(line)
 
 
+# when to begin to count, seconds to wait then, how to stretch it, and what must be there
 Moment = tuple[Callable[[Path], bool], float, Callable[[], None] | None, str]
-MOMENTS: dict[
-    str, Moment
-] = {  # when to begin to count, seconds to wait then, how to stretch it, and what must be there
-    "between checkpoints": (
-        lambda folder: logged(folder, 4) and hidden(folder, "checkpoint-3"),
-        0.01,
-        None,
-        "checkpoint-3",
-    ),
-    "saving": (lambda folder: hidden(folder, ".checkpoint-6.tmp-*"), 0.05, slow_saving, ".checkpoint-6.tmp-*"),
-    "publishing": (lambda folder: hidden(folder, ".model.tmp-*"), 0.1, slow_publishing, ".model.tmp-*"),
+MOMENTS: dict[str, Moment] = {
+    "between checkpoints": (lambda f: logged(f, 4) and hidden(f, "checkpoint-3"), 0.01, None, "checkpoint-3"),
+    "saving": (lambda f: hidden(f, ".checkpoint-6.tmp-*"), 0.05, slow_saving, ".checkpoint-6.tmp-*"),
+    "publishing": (lambda f: hidden(f, ".model.tmp-*"), 0.1, slow_publishing, ".model.tmp-*"),
 }
 
 

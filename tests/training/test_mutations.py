@@ -47,6 +47,19 @@ MUTATIONS = [
     Mutation("temperature forgotten in blocks", "u_BD.detach()[block] @ v_ND.detach().T", "u_BD.detach()[block] @ v_ND.detach().T * cfg.temperature"),
     Mutation("last partial block dropped", "range(0, num_rows, block_size)", "range(0, num_rows - block_size + 1, block_size)"),
     Mutation("factor W and share lost in blocks", "gradient.mul_(scales[0])", "gradient"),
+    Mutation(
+        "earlier run removed before all is asked", "datasets.disable_progress_bars()",
+        "datasets.disable_progress_bars(); run_folder.begin(run_folder.Start(Path(config.output_dir), None, 0, config.overwrite_output_dir))",
+        test="refused_start",
+    ),
+    Mutation(
+        "clock reset by an evaluation", "self._began += time.perf_counter() - paused", "self._began = time.perf_counter()",
+        test="rates_count_the_time",
+    ),
+    Mutation(
+        "no evaluations taken for those of saves", "plan.steps_between(config.eval_steps, num_steps)",
+        "plan.steps_between(config.eval_steps or config.save_steps, num_steps)", test="evaluation_at_the_end_alone",
+    ),
 ]  # fmt: skip
 
 
@@ -82,7 +95,7 @@ def mutate(mutation: Mutation, root: Path) -> tuple[Path, str]:
 
 def run_on_copy(folder: Path, inputs: Path, mutation: Mutation | None = None) -> str:
     """What the matrix or the mutation's test says of a copy of the code with the mutation; "" if it finds no fault."""
-    for name in ("bge_core", "tests", "examples/losses"):
+    for name in ("bge_core", "tests", "examples", "benchmarks"):
         shutil.copytree(matrix.ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("train.py", "pyproject.toml"):
         shutil.copy(matrix.ROOT / name, folder)
