@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from bge_core.encoder.tokens import Tokens  # cross
+from bge_core.encoder.tokens import Tokens
 
 
 @dataclass(frozen=True)
