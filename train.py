@@ -30,7 +30,6 @@ import transformers
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from bge_core import UserError
 from bge_core.encoder.model import Encoder
 from bge_core.evaluation.evaluator import evaluate_encoder
 from bge_core.evaluation.metrics import per_query_metrics
@@ -98,11 +97,8 @@ def train(config: TrainConfig, at_end: ExitStack) -> int:
     rank, world_size = world()
     accumulation = config.gradient_accumulation_steps or accelerator.gradient_accumulation_steps
     output_dir, loss = Path(config.output_dir), build.load_loss(config.loss)
-    if config.metric_for_best_model not in METRIC_NAMES:
-        use = f"use one of {', '.join(METRIC_NAMES)}"
-        raise UserError(f"--metric_for_best_model {config.metric_for_best_model!r}: {use}")
     encoder, guide = build.build_encoder(config, config.model_name_or_path), build.build_guide(config)
-    config = build.resolve(config, encoder.settings, encoder.embedding_size)
+    config = build.resolve(config, encoder.settings, encoder.embedding_size, METRIC_NAMES)
     guide_reads = (guide.tokenizer, guide.max_length) if guide else None
     data = TrainingData(config, encoder.tokenizer, encoder.max_length, rank, world_size, accumulation, guide_reads)
     task = load_task(config.val_data, config.val_corpus) if config.val_data else None
@@ -183,9 +179,8 @@ def train(config: TrainConfig, at_end: ExitStack) -> int:
         meter.add(means)
         bar.update()
         if step % config.logging_steps == 0 or step == num_steps:
-            logged = meter.read() | {"lr": optimizer.param_groups[0]["lr"], "grad_norm": grad_norm}
-            if not math.isfinite(grad_norm):  # a skipped step; JSON has no infinity
-                logged["grad_norm"] = None
+            finite = grad_norm if math.isfinite(grad_norm) else None  # of a skipped step; JSON has no infinity
+            logged = meter.read() | {"lr": optimizer.param_groups[0]["lr"], "grad_norm": finite}
             if scaler.is_enabled():
                 logged |= {"skipped_steps": progress.skipped, "loss_scale": scaler.get_scale()}
             log({"step": step, "epoch": round(step / data.plan.steps_per_epoch, 4)} | logged)
@@ -212,8 +207,8 @@ def train(config: TrainConfig, at_end: ExitStack) -> int:
             logger.info("stopped by a signal after step %d; --resume_from_checkpoint latest goes on", step)
             return STOPPED_BY_SIGNAL
         if out_of_patience:
-            better = config.metric_for_best_model
-            logger.info("stopped early: %d evaluations without a better %s", progress.stale, better)
+            what = config.metric_for_best_model
+            logger.info("stopped early: %d evaluations without a better %s", progress.stale, what)
             break
     bar.close()
 

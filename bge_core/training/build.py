@@ -3,6 +3,7 @@
 import importlib.util
 import inspect
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -51,12 +52,17 @@ def build_guide(config: TrainConfig) -> Encoder | None:
     return guide.requires_grad_(False)
 
 
-def resolve(config: TrainConfig, stored: EncoderSettings, embedding_size: int) -> TrainConfig:
+def resolve(
+    config: TrainConfig, stored: EncoderSettings, embedding_size: int, metric_names: Sequence[str]
+) -> TrainConfig:
     """The settings with the instructions that the checkpoint stores, '' where it stores none and none is given.
 
     Raises:
-        UserError: Matryoshka dimensions beyond the model's.
+        UserError: Matryoshka dimensions beyond the model's; a metric that no evaluation gives.
     """
+    if config.metric_for_best_model not in metric_names:
+        remedy = f"use one of {', '.join(metric_names)}"
+        raise UserError(f"--metric_for_best_model {config.metric_for_best_model!r}: {remedy}")
     if max(config.mrl_dims, default=0) > embedding_size:
         raise UserError(f"--mrl_dims {config.mrl_dims}: the model's vectors have {embedding_size} dimensions")
     query, passage = config.query_instruction_for_retrieval, config.passage_instruction_for_retrieval
