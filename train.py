@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from bge_core.encoder.model import Encoder
 from bge_core.evaluation.evaluator import evaluate_encoder
-from bge_core.evaluation.metrics import per_query_metrics
+from bge_core.evaluation.metrics import DEFAULT_METRICS
 from bge_core.evaluation.tasks import load_task
 from bge_core.files.atomic import make_manifest, write_json
 from bge_core.reports.model_card import write_model_card
@@ -64,7 +64,6 @@ from bge_core.training.step import StepSettings, forward_backward, warm_up_ddp
 
 logger = logging.getLogger(__name__)
 STOPPED_BY_SIGNAL = 75  # EX_TEMPFAIL: try again
-METRIC_NAMES = tuple(per_query_metrics([], []))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -96,9 +95,11 @@ def train(config: TrainConfig, at_end: ExitStack) -> int:
     datasets.disable_progress_bars()
     rank, world_size = world()
     accumulation = config.gradient_accumulation_steps or accelerator.gradient_accumulation_steps
-    output_dir, loss = Path(config.output_dir), build.load_loss(config.loss)
-    encoder, guide = build.build_encoder(config, config.model_name_or_path), build.build_guide(config)
-    config = build.resolve(config, encoder.settings, encoder.embedding_size, METRIC_NAMES)
+    output_dir = Path(config.output_dir)
+    loss = build.load_loss(config.loss)
+    encoder = build.build_encoder(config, config.model_name_or_path)
+    guide = build.build_guide(config)
+    config = build.resolve(config, encoder.settings, encoder.embedding_size, DEFAULT_METRICS)
     guide_reads = (guide.tokenizer, guide.max_length) if guide else None
     data = TrainingData(config, encoder.tokenizer, encoder.max_length, rank, world_size, accumulation, guide_reads)
     task = load_task(config.val_data, config.val_corpus) if config.val_data else None
@@ -114,7 +115,8 @@ def train(config: TrainConfig, at_end: ExitStack) -> int:
 
     # ---- 2. the run folder: begin, or go on where a checkpoint left off
     order = build.data_order(config, data, accumulation, world_size)
-    opening = None if config.plan else claim_run_folder(config, order, at_end)  # asked; begun once all is built
+    # asked here; `begin` below touches it
+    opening = None if config.plan else claim_run_folder(config, order, at_end)
     resume = opening.resume if opening else None
     if resume:
         encoder = build.build_encoder(config, str(resume))
@@ -156,10 +158,12 @@ def train(config: TrainConfig, at_end: ExitStack) -> int:
 
         shares = forward_backward(model, batches, settings)  # this rank's shares of the loss and of each metric
         scaler.unscale_(optimizer)
-        shares["grad_norm"] = clip_gradients(encoder.parameters(), config.max_grad_norm) / world_size
+        norm = clip_gradients(encoder.parameters(), config.max_grad_norm)
+        shares["grad_norm"] = norm / world_size  # the same on every rank: their sum is the norm
         shares |= count(batches, signals=len(signals), save_failed=saver.failed())
         values = torch.stack([share.to(accelerator.device, torch.float32) for share in shares.values()])
-        means = dict(zip(shares, sum_over_ranks(values).tolist(), strict=True))  # the one collective beside DDP's
+        # the loop's one collective, and its one wait for the device
+        means = dict(zip(shares, sum_over_ranks(values).tolist(), strict=True))
         told_to_stop, grad_norm = means.pop("signals") > 0, means.pop("grad_norm")
         if means.pop("save_failed"):
             saver.wait()  # raises the reason
@@ -191,7 +195,7 @@ def train(config: TrainConfig, at_end: ExitStack) -> int:
         is_best = False
         if task and (step == num_steps or (eval_every and step % eval_every == 0)):
             with meter.paused(), averaged():
-                scores = evaluate_encoder(encoder, task, **evaluation(config, accelerator, encoder, data)).means
+                scores = evaluate_encoder(encoder, task, **encoding_options(config, accelerator, encoder, data)).means
             log({"step": step} | scores)
             logger.info("step %d  %s", step, "  ".join(f"{name} {value:.4f}" for name, value in scores.items()))
             is_best = progress.add_scores(step, scores, config.metric_for_best_model)
@@ -296,7 +300,9 @@ def count(batches: Sequence[Batch], **more: int) -> dict[str, torch.Tensor]:
     return {name: torch.tensor(value) for name, value in {**counts, **more}.items()}
 
 
-def evaluation(config: TrainConfig, accelerator: Accelerator, encoder: Encoder, data: TrainingData) -> dict[str, Any]:
+def encoding_options(
+    config: TrainConfig, accelerator: Accelerator, encoder: Encoder, data: TrainingData
+) -> dict[str, Any]:
     """How an evaluation encodes."""
     return {
         "batch_size": config.per_device_eval_batch_size,
@@ -367,11 +373,12 @@ def publish(
     )
     finished = {"status": "finished", "scores": scores, "skipped_steps": progress.skipped}
     write_json(output_dir / "manifest.json", manifest | finished)
-    encoders = shlex.join([str(config.model_name_or_path), str(output_dir)])
-    print(
-        f"model: {output_dir}\nnext: python evaluate.py --encoder {encoders} --val_data data/test.jsonl "
-        "--corpus data/corpus.jsonl --add_instruction --output_dir outputs/report"
-    )
+    words = ["--encoder", config.model_name_or_path, str(output_dir)]
+    words += ["--val_data", config.val_data or "data/test.jsonl"]
+    if config.val_corpus or not config.val_data:
+        words += ["--corpus", config.val_corpus or "data/corpus.jsonl"]
+    words += ["--add_instruction", "--output_dir", "outputs/report"]
+    print(f"model: {output_dir}\nnext: python evaluate.py {shlex.join(words)}")
 
 
 if __name__ == "__main__":

@@ -1,15 +1,24 @@
 """THE FILE TO EDIT: what the model learns. Torch only; paste it into a notebook and it works.
 
-A loss sees representations, never the model, the ranks or the chunks: the step has gathered them (with gradient)
-before, so a loss written for one process is exact on many and under GradCache. It computes this rank's rows only and
-returns their mean; it does no communication, draws no random number and never synchronizes with the device.
+A loss sees representations, never the model, the ranks or the chunks: with --negatives_cross_device the step has
+gathered them (with gradient) before, so a loss written for one process is exact on many and under GradCache. It
+computes this rank's rows only and returns their mean; it does no communication, draws no random number and never
+synchronizes with the device.
 
 The score matrix of B queries and N candidates is the one thing here that can outgrow the memory. `by_row_blocks` never
 makes it: each block of rows gets its scores, its loss and its gradient in one pass, and is forgotten. Three losses
 written with it, each from its paper, are in examples/losses/.
 
+Two queries with a positive and a negative each, to try a loss on:
+
+    query, passage = (F.normalize(torch.randn(n, 8), dim=1).requires_grad_() for n in (2, 4))
+    own = torch.tensor([[0, 1], [2, 3]])
+    x = LossInput(query, query, 0, passage, own[:, 0], own, torch.arange(4), excluded_BX=torch.tensor([[0], [2]]))
+    training_loss(x, LossConfig()).loss.backward()
+
 Shapes:
     B  queries of this rank             M  queries of all ranks          N  passages (candidates) of all ranks
+       (without --negatives_cross_device M and N are those of this rank, too)
     b  queries of one block of rows
     G  most passages of one query's own group: its positive, then its own negatives
     X  most texts that are known positives of one query, the query itself included
@@ -58,7 +67,8 @@ class LossConfig:
 class LossInput:
     """One micro-batch as one rank sees it. Vectors are float32 or wider; ids and columns are int64.
 
-    B may be 0 on a rank of a last, short batch; whatever the loss is then counts nothing, but must keep its graph.
+    B, and N with it, may be 0 on a rank of a last, short batch; whatever the loss is then counts nothing, but it must
+    keep its graph.
 
     Args:
         query_BD: this rank's queries.

@@ -1,6 +1,7 @@
 """bge_core/loss.py against the slow float64 truth of tests/reference.py, in value and in gradient."""
 
 import ast
+import inspect
 import math
 from dataclasses import fields, replace
 from functools import cache
@@ -18,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import bge_core.loss
 from bge_core.loss import LossConfig, LossInput, LossOutput, by_row_blocks, info_nce, negative_mask, training_loss
+from bge_core.training import build
 
 MODES: dict[str, dict[str, Any]] = {
     "info_nce": {},
@@ -518,3 +520,21 @@ def test_a_loss_of_ten_lines_is_exact_on_many_ranks(loss: Any, reference: Any, w
     assert_close(total, want, 1e-9)
     for got_gradient, want_gradient in zip(batch.gradients(), truth.gradients(), strict=True):
         assert_close(got_gradient, want_gradient, 1e-9)
+
+
+def test_the_example_of_the_docstring_runs() -> None:
+    lines = (bge_core.loss.__doc__ or "").splitlines()
+    code = "\n".join(line.strip() for line in lines if line.startswith("    ") and ("=" in line or "backward" in line))
+    found: dict[str, Any] = dict(vars(bge_core.loss))
+    exec(code, found)
+    assert found["query"].grad.abs().sum() > 0 and found["passage"].grad.abs().sum() > 0
+
+
+def test_every_setting_of_the_loss_comes_from_a_flag() -> None:
+    """A field that `build.loss_config` forgets would have a flag that is accepted and ignored."""
+    (call,) = [
+        node
+        for node in ast.walk(ast.parse(inspect.getsource(build.loss_config)))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "LossConfig"
+    ]
+    assert {keyword.arg for keyword in call.keywords} == {field.name for field in fields(LossConfig)}

@@ -256,7 +256,7 @@ class TrainConfig(EncodingStage):
         None, "Steps between two evaluations, as save_steps; 0: at the end alone. Default: save_steps.", FROM_0
     )
     per_device_eval_batch_size: int | None = flag(None, "At most this many texts per batch of the evaluation.", ABOVE_0)
-    metric_for_best_model: str = flag("MRR@10", "Decides the best checkpoint; larger is better.")
+    metric_for_best_model: str = flag("MRR@10", "Of the best checkpoint: MRR@1, 10, 100, Recall@1, 10, 100, nDCG@10.")
     load_best_model_at_end: bool = flag(False, "The final model is that of the best evaluation.")
     early_stopping_patience: int | None = flag(None, "Stop after this many evaluations without a better one.", ABOVE_0)
     # look before you train

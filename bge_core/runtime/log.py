@@ -1,4 +1,4 @@
-"""What a run says: metrics.jsonl (each step once, also after a resume), the tracker, memory."""
+"""What a run says of itself: metrics.jsonl, and the memory that it takes."""
 
 import ctypes
 import json
