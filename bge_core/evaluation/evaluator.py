@@ -217,7 +217,7 @@ def bge_instruction(name: str, queries: list[str]) -> str:
 
 
 def task_vectors(encoder: Encoder, task: RetrievalTask, *, cache: EmbeddingCache | None = None, **encoding: Any) -> Any:
-    """The vectors of the questions (Q, D) and of the passages (N, D), on every rank; arrays or views of the cache.
+    """The vectors of the questions (Q, D) and of the passages (N, D), on every process; arrays or views of the cache.
 
     Args:
         encoder: on the device to use.
@@ -235,7 +235,7 @@ def task_vectors(encoder: Encoder, task: RetrievalTask, *, cache: EmbeddingCache
 def evaluate_encoder(
     encoder: Encoder, task: RetrievalTask, *, k: int = 100, metrics: Sequence[str] = DEFAULT_METRICS, **encoding: Any
 ) -> Ranking:
-    """Rank the corpus for every question; every rank of a process group gets the result.
+    """Rank the corpus for every question; every process of a group gets the result.
 
     Args:
         encoder, task, encoding: as in `task_vectors`.

@@ -73,9 +73,9 @@ def mine_hard_negatives(
     cache: EmbeddingCache | None = None,
     teacher: Teacher | None = None,
 ) -> Mined:
-    """Negatives for all rows: encode, search, filter, select. The same on every rank.
+    """Negatives for all rows: encode, search, filter, select. The same on every process.
 
-    Encoding and a teacher's work are shared among the ranks; the first one searches for all.
+    Encoding and a teacher's work are shared among the processes; the first one searches for all.
 
     A row's own `prompt` replaces the query instruction. Equal questions share their positives: what answers a question
     in one row is no negative of it in another. With `config.keep_neg`, a row's own negatives come first, each once,

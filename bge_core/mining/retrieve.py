@@ -76,7 +76,7 @@ def embed(
     precision: str = "no",
     cache: EmbeddingCache | None = None,
 ) -> Embedded:
-    """Encode every distinct query, every candidate, and what else the rows hold; on every rank.
+    """Encode every distinct query, every candidate, and what else the rows hold; on every process.
 
     A row's own `prompt` replaces the query instruction; instructions of None mean the encoder's stored prompts.
     """
