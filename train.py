@@ -309,8 +309,8 @@ def encoding_options(
         "precision": accelerator.mixed_precision,
         "query_prompt": encoder.settings.query_prompt,
         "passage_prompt": encoder.settings.passage_prompt,
-        "query_max_length": data.query_max_len,
-        "passage_max_length": data.passage_max_len,
+        "query_max_len": data.query_max_len,
+        "passage_max_len": data.passage_max_len,
     }
 
 

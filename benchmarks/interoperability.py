@@ -51,7 +51,7 @@ class Ours:
         self.folder, self.encoder, self.task = folder, load_encoder(folder), task
         self.prompts = self.encoder.settings.query_prompt or "", self.encoder.settings.passage_prompt or ""
         self.questions, self.passages = task.queries[:32], task.corpus[:32]
-        lengths = {"query_max_length": LENGTH, "passage_max_length": LENGTH}
+        lengths = {"query_max_len": LENGTH, "passage_max_len": LENGTH}
         result: EvaluationResult = evaluate({"model": self.encoder}, task, metrics=[*METRICS], **lengths, resamples=10)
         self.metrics = result.metrics["model"]
 

@@ -152,8 +152,8 @@ def evaluate(
     metrics: Sequence[str] = DEFAULT_METRICS,
     query_prompt: str | None = None,
     passage_prompt: str | None = None,
-    query_max_length: int = 64,
-    passage_max_length: int = 512,
+    query_max_len: int = 64,
+    passage_max_len: int = 512,
     cache_dir: str | Path | None = None,
     resamples: int = 10_000,
     seed: int = 0,
@@ -168,7 +168,7 @@ def evaluate(
         k: depth of the ranking; a metric that needs a deeper one gets it.
         metrics: names as in `per_query_metrics`.
         query_prompt, passage_prompt: None: what the model's folder states, else nothing.
-        query_max_length, passage_max_length: in tokens.
+        query_max_len, passage_max_len: in tokens.
         cache_dir: where vectors are kept; None: nowhere.
         resamples, seed: of intervals and tests.
         encoding: precision, batch_size, max_tokens for `encode`.
@@ -196,8 +196,8 @@ def evaluate(
             metrics=metrics,
             query_prompt=query_prompt if query_prompt is not None else stored.query_prompt or "",
             passage_prompt=passage_prompt if passage_prompt is not None else stored.passage_prompt or "",
-            query_max_length=query_max_length,
-            passage_max_length=passage_max_length,
+            query_max_len=query_max_len,
+            passage_max_len=passage_max_len,
             **encoding,
         )
     return EvaluationResult(task, rankings, resamples, seed)
@@ -223,10 +223,10 @@ def task_vectors(encoder: Encoder, task: RetrievalTask, *, cache: EmbeddingCache
         encoder: on the device to use.
         task: see `load_task`.
         cache: where vectors are kept; None: nowhere.
-        encoding: query_prompt, passage_prompt, query_max_length, passage_max_length; the rest goes to `encode`.
+        encoding: query_prompt, passage_prompt, query_max_len, passage_max_len; the rest goes to `encode`.
     """
-    query = {"prompt": encoding.pop("query_prompt", ""), "max_length": encoding.pop("query_max_length")}
-    passage = {"prompt": encoding.pop("passage_prompt", ""), "max_length": encoding.pop("passage_max_length")}
+    query = {"prompt": encoding.pop("query_prompt", ""), "max_length": encoding.pop("query_max_len")}
+    passage = {"prompt": encoding.pop("passage_prompt", ""), "max_length": encoding.pop("passage_max_len")}
     vectors_by: Any = cache.vectors if cache else encode
     corpus_ND = vectors_by(encoder, task.corpus, description="corpus", **passage, **encoding)
     return vectors_by(encoder, task.queries, description="queries", **query, **encoding), corpus_ND

@@ -82,8 +82,8 @@ def score_encoders(
                 precision=precision,
                 query_prompt=query_prompt,
                 passage_prompt=passage_prompt,
-                query_max_length=config.query_max_len,
-                passage_max_length=config.passage_max_len,
+                query_max_len=config.query_max_len,
+                passage_max_len=config.passage_max_len,
             )
             costs = []
             ranking = rank(query_QD, corpus_ND, task, k=config.k, metrics=metrics)

@@ -184,8 +184,8 @@ def score_model(config: MergeConfig, name: str, tasks: Sequence[RetrievalTask], 
         "precision": "fp16" if config.fp16 else "bf16" if config.bf16 else "no",
         "query_prompt": encoder.settings.query_prompt or "",
         "passage_prompt": encoder.settings.passage_prompt or "",
-        "query_max_length": config.max_input_length,
-        "passage_max_length": config.max_input_length,
+        "query_max_len": config.max_input_length,
+        "passage_max_len": config.max_input_length,
     }
     with ExitStack() as stack:
         if len(tasks) > 1:  # they may share a corpus, which is encoded once

@@ -572,7 +572,7 @@ def test_the_command_scores_writes_and_tells(
     for i, trial in enumerate(manifest["tried"]):
         merge_folders(trial["models"], [1 / len(trial["models"])] * len(trial["models"]), tmp_path / str(i))
         encoder = load_encoder(tmp_path / str(i))
-        score = evaluate_encoder(encoder, task, query_max_length=512, passage_max_length=512).means["nDCG@10"]
+        score = evaluate_encoder(encoder, task, query_max_len=512, passage_max_len=512).means["nDCG@10"]
         assert trial["score"] == pytest.approx(score, abs=1e-6)
         assert f"{score:.4f}" in shown
     kept = max((t for t in manifest["tried"] if t["kept"]), key=lambda trial: len(trial["models"]))
@@ -641,7 +641,7 @@ def test_stored_prompts_and_pooling_are_used(
 
     def spy(encoder: Any, task: Any, **options: Any) -> Any:
         prompts = options["query_prompt"], options["passage_prompt"]
-        seen.append((encoder.settings.pooling, *prompts, options["query_max_length"], options["passage_max_length"]))
+        seen.append((encoder.settings.pooling, *prompts, options["query_max_len"], options["passage_max_len"]))
         return evaluate_encoder(encoder, task, **options)
 
     monkeypatch.setattr(choose, "evaluate_encoder", spy)
