@@ -136,7 +136,7 @@ def train(config: TrainConfig, at_end: ExitStack) -> int:
         "sharding": "FSDP2" if shard else "none"
     }
     if opening is None:
-        return show_plan(config, data, model, optimizer, settings, facts, save_every, eval_every)
+        return show_plan(data, model, optimizer, settings, facts, save_every, eval_every)
     on_main(lambda: run_folder.begin(opening))
     manifest = make_manifest("train", as_dict(config), data.inputs, data_order=order, facts=facts)
     log = open_log(config, accelerator, data, encoder, manifest, first_step)
@@ -315,7 +315,6 @@ def encoding_options(
 
 
 def show_plan(
-    config: TrainConfig,
     data: TrainingData,
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
