@@ -27,8 +27,10 @@ from bge_core import UserError
 from bge_core.encoder.settings import read_settings
 from bge_core.evaluation.metrics import parse_metric
 from bge_core.merging.choose import METRIC, choose, write_sweep
-from bge_core.merging.folders import merge_folders, refuse_output
-from bge_core.merging.methods import check_arguments
+from bge_core.merging.folders import refuse_output, write_merged
+from bge_core.merging.methods import check_arguments, check_weights
+from bge_core.merging.model_folders import open_model_folders
+from bge_core.merging.sweep import parse_sweep
 from bge_core.reports.model_card import write_model_card
 from bge_core.runtime.cli import as_dict, changed_fields, run_stage
 from bge_core.runtime.config import MergeConfig
@@ -43,29 +45,26 @@ def merge(config: MergeConfig) -> None:
     """
     refuse_merge(config)
     hub: dict[str, Any] = {"cache_dir": config.cache_dir, "trust_remote_code": config.trust_remote_code}
-    choice = choose(config, **hub)
+    choice = choose(config, open_model_folders([*config.models, *filter(None, [config.base_model])], **hub), **hub)
     output = Path(config.output_path)
-    manifest = merge_folders(
+    manifest = write_merged(
         choice.models,
         choice.weights,
         output,
         method="linear" if config.method == "greedy_soup" else config.method,
-        base_model=config.base_model,
         density=config.density,
         dtype=config.dtype,
-        overwrite=config.overwrite_output_dir,
         config=as_dict(config),
         inputs=choice.inputs,
         facts=choice.facts,
-        **hub,
     )
     write_sweep(config, choice)
-    named = list(zip(choice.models, choice.weights, strict=True))
+    named = list(zip(manifest["models"], choice.weights, strict=True))
     write_model_card(
         output,
         title=output.name,
         facts={
-            "base model": config.base_model or choice.models[0],
+            "base model": config.base_model or manifest["models"][0],
             "merged from": {name: f"{weight:.4f}" for name, weight in named},
             "method": config.method,
             "pooling": manifest["pooling"],
@@ -79,7 +78,7 @@ def merge(config: MergeConfig) -> None:
     for name, weight in named:
         print(f"{weight:.4f}  {name}")
     print(f"model: {config.output_path}")
-    encoders = shlex.join([*choice.models, config.output_path])
+    encoders = shlex.join([*manifest["models"], config.output_path])
     print(
         f"next: python evaluate.py --encoder {encoders} --val_data data/test.jsonl --corpus data/corpus.jsonl "
         "--add_instruction --output_dir outputs/report"
@@ -96,6 +95,10 @@ def refuse_merge(config: MergeConfig) -> None:
         raise UserError("--weights: cannot go with --example_data, which computes them: choose one")
     parse_metric(config.metric or METRIC)
     check_arguments(config.method, len(config.models), config.base_model, config.density)
+    if config.sweep:
+        parse_sweep(config.sweep)
+    if config.weights:
+        check_weights(config.models, config.weights, config.method)
     read_too = [config.base_model] if config.base_model else []
     refuse_output(config.output_path, [*config.models, *read_too], config.overwrite_output_dir)
 

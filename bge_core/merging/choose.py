@@ -18,10 +18,10 @@ from bge_core.evaluation.evaluator import evaluate_encoder
 from bge_core.evaluation.tasks import RetrievalTask, describe_task, load_task
 from bge_core.files import atomic, records
 from bge_core.files.records import Row
-from bge_core.merging.folders import merge_folders
+from bge_core.merging.folders import write_merged
 from bge_core.merging.lm_cocktail import example_losses, weights_from_losses
 from bge_core.merging.methods import greedy_soup
-from bge_core.merging.model_folders import ModelFolder, merged_settings, open_model_folders
+from bge_core.merging.model_folders import ModelFolder, merged_settings
 from bge_core.merging.sweep import Sweep, parse_sweep, sweep
 from bge_core.reports.plots import plot_sweep
 from bge_core.reports.tables import text_table
@@ -37,14 +37,14 @@ class Choice:
     """What is merged, and how that was found.
 
     Args:
-        models, weights: one weight a model.
+        models, weights: one weight a model; behind the models the base where the method wants one.
         facts: entries for the manifest.
         inputs: entries of the manifest's inputs: the data on which the choice rests.
         sweep: what a sweep measured; None: there was none.
         told: what was tried, as a text for the terminal.
     """
 
-    models: list[str]
+    models: list[ModelFolder]
     weights: list[float]
     facts: Row = field(default_factory=dict)
     inputs: list[Row] = field(default_factory=list)
@@ -52,16 +52,16 @@ class Choice:
     told: str = ""
 
 
-def choose(config: MergeConfig, **hub: Any) -> Choice:
-    """The models and weights that the settings ask for.
+def choose(config: MergeConfig, folders: list[ModelFolder], **hub: Any) -> Choice:
+    """The models and weights that the settings ask for; `folders` are those of --models, and behind them the base.
 
     Raises:
-        UserError: models that cannot be merged, data that cannot be read.
+        UserError: data that cannot be read.
     """
     if config.method == "greedy_soup":
-        return _choose_soup(config, hub)
+        return _choose_soup(config, folders, hub)
     if config.sweep:
-        return _choose_by_sweep(config, hub)
+        return _choose_by_sweep(config, folders, hub)
     if config.example_data:
         examples = records.read_rows(config.example_data, records.check_training_row)
         losses = example_losses(
@@ -74,30 +74,30 @@ def choose(config: MergeConfig, **hub: Any) -> Choice:
             **hub,
         )
         weights = weights_from_losses(losses, config.temperature)
-        return Choice(config.models, weights, inputs=[atomic.describe_input(config.example_data, len(examples))])
-    return Choice(config.models, config.weights or _equal(config.models))
+        return Choice(folders, weights, inputs=[atomic.describe_input(config.example_data, len(examples))])
+    return Choice(folders, config.weights or _equal(config.models))
 
 
-def _equal(models: Sequence[str]) -> list[float]:
+def _equal(models: Sequence[Any]) -> list[float]:
     return [1 / len(models)] * len(models)
 
 
-def _choose_soup(config: MergeConfig, hub: dict[str, Any]) -> Choice:
+def _choose_soup(config: MergeConfig, folders: Sequence[ModelFolder], hub: dict[str, Any]) -> Choice:
     """The models whose uniform average scores best by `greedy_soup`. Each is written beside the output, and removed."""
     assert config.val_data is not None
     metric, task = config.metric or METRIC, load_task(config.val_data, config.corpus)
-    pooling = merged_settings(open_model_folders(config.models, **hub)).pooling
+    pooling = merged_settings(folders).pooling
     output = Path(config.output_path)
 
-    def score(models: Sequence[str]) -> float:
+    def score(models: Sequence[ModelFolder]) -> float:
         with TemporaryDirectory(prefix=f".{output.name}.soup-", dir=output.parent) as folder:
-            model = models[0]
+            model = models[0].name
             if len(models) > 1:
                 model = str(Path(folder, "average"))
-                merge_folders(models, _equal(models), model, **hub)
+                write_merged(models, _equal(models), model)
             return float(score_model(config, model, [task], pooling=pooling, **hub)[0].mean())
 
-    chosen, trials = greedy_soup(config.models, score)
+    chosen, trials = greedy_soup(folders, score)
     tried = [
         {"models": [config.models[i] for i in trial.members], "score": trial.score, "kept": trial.kept}
         for trial in trials
@@ -106,12 +106,12 @@ def _choose_soup(config: MergeConfig, hub: dict[str, Any]) -> Choice:
     numbers = [(str(i), name) for i, name in enumerate(config.models, 1)]
     told = text_table(("number", "model"), numbers, left=True) + "\n\n"
     told += text_table(("average of", metric, "kept"), rows) + "\n"
-    models = [config.models[i] for i in chosen]
+    models = [folders[i] for i in chosen]
     facts = {"method": "greedy_soup", "metric": metric, "tried": tried}
     return Choice(models, _equal(models), facts, describe_task(task, config.val_data, config.corpus), told=told)
 
 
-def _choose_by_sweep(config: MergeConfig, hub: dict[str, Any]) -> Choice:
+def _choose_by_sweep(config: MergeConfig, folders: list[ModelFolder], hub: dict[str, Any]) -> Choice:
     """The two weights that `sweep` chooses. Scores of an earlier sweep in the output folder are used where they fit."""
     assert config.val_data is not None and config.sweep is not None
     sets = {"domain": (config.val_data, config.corpus)}
@@ -119,7 +119,6 @@ def _choose_by_sweep(config: MergeConfig, hub: dict[str, Any]) -> Choice:
         sets["general"] = config.general_data, config.general_corpus
     weights = parse_sweep(config.sweep)
     tasks = {name: load_task(*of) for name, of in sets.items()}
-    folders = open_model_folders(config.models, **hub)
     pooling = merged_settings(folders).pooling
     file = _scores_file(config)
     earlier = Path(config.output_path, SCORES_FILE)
@@ -132,7 +131,7 @@ def _choose_by_sweep(config: MergeConfig, hub: dict[str, Any]) -> Choice:
 
     found = sweep(
         weights,
-        lambda weight, folder: merge_folders(config.models, [1 - weight, weight], folder, **hub),
+        lambda weight, folder: write_merged(folders, [1 - weight, weight], folder),
         score,
         file,
         key=_sweep_key(config, list(tasks.values()), folders),
@@ -142,7 +141,7 @@ def _choose_by_sweep(config: MergeConfig, hub: dict[str, Any]) -> Choice:
     )
     inputs = [line for name, of in sets.items() for line in describe_task(tasks[name], *of)]
     told = f"{found.table()}\n{found.rule}\n"
-    return Choice(config.models, [1 - found.chosen, found.chosen], {"sweep": found.row()}, inputs, found, told)
+    return Choice(folders, [1 - found.chosen, found.chosen], {"sweep": found.row()}, inputs, found, told)
 
 
 def _sweep_key(config: MergeConfig, tasks: Sequence[RetrievalTask], folders: Sequence[ModelFolder]) -> str:
@@ -153,7 +152,7 @@ def _sweep_key(config: MergeConfig, tasks: Sequence[RetrievalTask], folders: Seq
     ]
     parts += [config.metric or METRIC, config.max_input_length, config.fp16, config.bf16]
     for one in folders:
-        parts += [*map(atomic.sha256, one.files), repr(one.settings), one.backbone.config.to_json_string()]
+        parts += [*(line["sha256"] for line in one.inputs), repr(one.settings), one.backbone.config.to_json_string()]
         parts += [one.tokenizer.backend_tokenizer.to_str()]
     text = json.dumps(parts, ensure_ascii=False).encode("utf-8", "replace")
     return hashlib.blake2b(text, digest_size=16).hexdigest()

@@ -9,6 +9,7 @@ time, whatever the number of models. Source: Xiao et al. 2023, "LM-Cocktail", an
 import functools
 import json
 import logging
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -24,8 +25,19 @@ from bge_core import UserError
 from bge_core.encoder.settings import save_tokenizer, write_settings
 from bge_core.files import atomic
 from bge_core.files.records import Row
-from bge_core.merging.methods import DENSITY, Merged, check_arguments, linear, slerp, task_arithmetic, ties
-from bge_core.merging.model_folders import ModelFolder, joined, merged_names, merged_settings, open_model_folders
+from bge_core.merging.methods import (
+    DENSITY,
+    Merged,
+    check_arguments,
+    check_weights,
+    joined,
+    linear,
+    needs_base,
+    slerp,
+    task_arithmetic,
+    ties,
+)
+from bge_core.merging.model_folders import ModelFolder, merged_names, merged_settings, open_model_folders
 from bge_core.runtime.config import MergeMethod, MergeType
 
 logger = logging.getLogger(__name__)
@@ -50,9 +62,6 @@ def merge_folders(
     density: float | None = None,
     dtype: MergeType = "float32",
     overwrite: bool = False,
-    config: Row | None = None,
-    inputs: Sequence[Row] = (),
-    facts: Row | None = None,
     **hub: Any,
 ) -> Row:
     """Write the weighted average of models, or what another method makes of them, as a folder, whole or not at all.
@@ -71,7 +80,6 @@ def merge_folders(
         density: of ties; None: 0.2.
         dtype: of the result, computed in float32; "keep": the first model's.
         overwrite: replace a model there; files of other names stay.
-        config, inputs, facts: settings, further input files and further entries for the manifest.
         hub: cache_dir, token, trust_remote_code.
 
     Returns:
@@ -82,24 +90,51 @@ def merge_folders(
             folder that holds something, a disk that is full.
     """
     check_arguments(method, len(models), base_model, density)
-    refuse_output(output_path, [*models, *filter(None, [base_model])], overwrite)
-    folders = open_model_folders(models, weights, method=method, base_model=base_model, **hub)
+    check_weights(models, weights, method)
+    everything = [*models, *filter(None, [base_model])]
+    refuse_output(output_path, everything, overwrite)
+    folders = open_model_folders(everything, **hub)
+    return write_merged(folders, weights, output_path, method=method, density=density, dtype=dtype)
+
+
+def write_merged(
+    folders: Sequence[ModelFolder],
+    weights: Sequence[float],
+    output_path: str | Path,
+    *,
+    method: MergeMethod = "linear",
+    density: float | None = None,
+    dtype: MergeType = "float32",
+    config: Row | None = None,
+    inputs: Sequence[Row] = (),
+    facts: Row | None = None,
+) -> Row:
+    """As `merge_folders`, of models that are open, with checked arguments, into a folder that may be overwritten.
+
+    Args:
+        folders: the models, and behind them the base where the method wants one.
+        weights, output_path, method, density, dtype: of `merge_folders`.
+        config, inputs, facts: settings, further input files and further entries for the manifest.
+    """
+    if method == "task_arithmetic" and math.isclose(math.fsum(weights), 1):
+        told = "weights %s sum to 1: the base cancels out, and the result is that of --method linear"
+        logger.warning(told, joined(weights))
     settings, names, first = merged_settings(folders), merged_names(folders), folders[0]
     density = DENSITY if density is None else density
     combine, result_type = _combine(method, density), _result_type(dtype, first)
     facts = {
-        "models": [str(model) for model in models],
+        "models": [of.name for of in folders[: len(weights)]],
         "weights": [float(w) for w in weights],
         "pooling": settings.pooling,
         "method": method,
         "dtype": str(result_type).removeprefix("torch."),
-        **({"base_model": base_model} if base_model else {}),
+        **({"base_model": folders[-1].name} if needs_base(method) else {}),
         **({"density": density} if method == "ties" else {}),
         **(facts or {}),
     }
     try:
         with _model_folder(Path(output_path)) as temporary, ThreadPoolExecutor() as hashing:
-            hashes = {file: hashing.submit(atomic.sha256, file) for of in folders for file in of.files}
+            described = hashing.map(lambda of: of.inputs, folders)
             temporary.mkdir()
             like = {name: torch.empty_like(first.tensors[name](), device="meta") for name in names}
             like = {name: t.to(result_type) if t.is_floating_point() else t for name, t in like.items()}
@@ -107,11 +142,7 @@ def merge_folders(
             _write_safetensors(temporary / "model.safetensors", like, merged)
             _save_config_and_tokenizer(temporary, first, result_type)
             write_settings(temporary, settings, first.backbone.config.hidden_size)
-            files = [
-                {"path": str(file), "sha256": hashes[file].result(), "model": of.name}
-                for of in folders
-                for file in of.files
-            ]
+            files = [line for lines in described for line in lines]
             manifest = atomic.make_manifest("merge", config or facts, [*files, *inputs], **facts)
             atomic.write_json(temporary / "manifest.json", manifest)
     except OSError as error:

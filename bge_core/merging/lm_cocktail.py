@@ -15,6 +15,7 @@ from bge_core.files import records
 from bge_core.files.records import Row
 from bge_core.loss import info_nce
 from bge_core.merging.folders import average, merge_folders, refuse_output
+from bge_core.merging.methods import check_weights
 from bge_core.merging.model_folders import merged_names, merged_settings, open_model_folders
 
 logger = logging.getLogger(__name__)
@@ -46,7 +47,8 @@ def mix_models(
     if output_path is not None:
         merge_folders(model_names_or_paths, weights, output_path, overwrite=overwrite, **hub)
         return load_encoder(output_path, attention="padded", **hub).backbone
-    folders = open_model_folders(model_names_or_paths, weights, **hub)
+    check_weights(model_names_or_paths, weights, "linear")
+    folders = open_model_folders(model_names_or_paths, **hub)
     backbone = load_encoder(model_names_or_paths[0], attention="padded", **hub).backbone
     names = merged_names(folders)
     if not any(name.startswith("pooler.") for name in names):

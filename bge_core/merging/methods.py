@@ -9,8 +9,9 @@ Shapes: M models, N entries of a tensor, P entries of a slice.
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from torch import Tensor
 from bge_core import UserError
 
 Merged = Callable[[slice], Tensor]
+Model = TypeVar("Model")
 BLOCK = 2**20  # entries that are converted at a time to compute an angle
 PARALLEL = 1e-6  # of 1 - |cosine|; there, spherical and linear coefficients agree to the precision of float32
 DENSITY = 0.2  # the share that TIES keeps, of its paper
@@ -138,19 +140,43 @@ def _smallest_kept(task: Tensor, density: float) -> float:
 
 def check_arguments(method: str, num_models: int, base_model: str | None, density: float | None) -> None:
     """Refuse what a method lacks, and what means nothing to it. UserError with the flag and the remedy."""
-    needs_base = method in ("task_arithmetic", "ties")
     if method == "slerp" and num_models != 2:
         remedy = "name two, or use --method linear"
         raise UserError(f"--method slerp: is between two models, and these are {num_models}: {remedy}")
-    if needs_base and base_model is None:
+    if needs_base(method) and base_model is None:
         raise UserError(f"--method {method}: needs --base_model, the model that those of --models started from")
-    if base_model is not None and not needs_base:
+    if base_model is not None and not needs_base(method):
         remedy = "drop it, name it among --models, or use task_arithmetic or ties"
         raise UserError(f"--base_model {base_model}: means nothing to --method {method}: {remedy}")
     if density is not None and method != "ties":
         raise UserError(f"--density {density}: means nothing to --method {method}: drop it, or use --method ties")
     if density is not None and not 0 < density <= 1:
         raise UserError(f"--density {density}: use a share above 0, up to 1")
+
+
+def needs_base(method: str) -> bool:
+    """Whether a method works on the differences to a base."""
+    return method in ("task_arithmetic", "ties")
+
+
+def check_weights(models: Sequence[str], weights: Sequence[float], method: str) -> None:
+    """Refuse weights that are not one a model, or not such as the method takes."""
+    what = f"weights {joined(weights)} for the models {joined(models)}"
+    if len(weights) != len(models):
+        raise UserError(f"{what}: give one a model ({len(models)})")
+    total = math.fsum(weights) if all(map(math.isfinite, weights)) else math.nan
+    if method == "task_arithmetic" and math.isnan(total):
+        raise UserError(f"{what}: use finite numbers")
+    if method != "task_arithmetic" and not abs(total - 1) <= 1e-3:
+        raise UserError(f"{what}: they sum to {total:g}; make it 1")
+    if method == "ties" and min(weights) < 0:
+        raise UserError(f"{what}: --method ties takes none below 0")
+
+
+def joined(values: Iterable[Any]) -> str:
+    """The first five, with commas."""
+    shown = [str(value) for value in values]
+    return ", ".join(shown[:5]) + ", ..." * (len(shown) > 5)
 
 
 @dataclass(frozen=True)
@@ -162,12 +188,12 @@ class Trial:
     kept: bool
 
 
-def greedy_soup(models: Sequence[str], score: Callable[[Sequence[str]], float]) -> tuple[list[int], list[Trial]]:
+def greedy_soup(models: Sequence[Model], score: Callable[[Sequence[Model]], float]) -> tuple[list[int], list[Trial]]:
     """Which models to average: the best one, and in decreasing order each that does not lower the average's score.
 
     Args:
-        models: M names, at least one.
-        score: of the uniform average of the models named, larger is better; called 2 M - 1 times.
+        models: M, at least one.
+        score: of the uniform average of some of them, larger is better; called 2 M - 1 times.
 
     Returns:
         The places of the models chosen, in the order in which they were taken; every trial in order: first each model

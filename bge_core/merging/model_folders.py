@@ -3,8 +3,7 @@
 import functools
 import json
 import logging
-import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from itertools import combinations
@@ -20,7 +19,9 @@ from transformers.utils import cached_file
 from bge_core import UserError
 from bge_core.encoder.load import load_encoder
 from bge_core.encoder.settings import EncoderSettings, read_settings
-from bge_core.runtime.config import MergeMethod
+from bge_core.files import atomic
+from bge_core.files.records import Row
+from bge_core.merging.methods import joined
 
 logger = logging.getLogger(__name__)
 _QUIET: Any = {f"_raise_exceptions_for_{x}": False for x in ("missing_entries", "gated_repo", "connection_errors")}
@@ -41,37 +42,18 @@ class ModelFolder:
     files: list[Path]
     tensors: dict[str, Callable[[], Tensor]]
 
+    @functools.cached_property
+    def inputs(self) -> list[Row]:
+        """The files of its weights as entries of a manifest, hashed once."""
+        return [{"path": str(file), "sha256": atomic.sha256(file), "model": self.name} for file in self.files]
 
-def open_model_folders(
-    models: Sequence[str],
-    weights: Sequence[float] | None = None,
-    *,
-    method: MergeMethod = "linear",
-    base_model: str | None = None,
-    **hub: Any,
-) -> list[ModelFolder]:
-    """Open all models, then the base; UserError where they, or the weights (None: not known yet), do not fit."""
-    if weights is not None:
-        _refuse_weights(models, weights, method)
-    folders = [open_model_folder(str(name), **hub) for name in [*models, *filter(None, [base_model])]]
+
+def open_model_folders(names: Sequence[str], **hub: Any) -> list[ModelFolder]:
+    """Open all models; UserError where they cannot be merged: both and what differs are named."""
+    folders = [open_model_folder(str(name), **hub) for name in names]
     for one, other in combinations(folders, 2):
         _refuse_difference(one, other)
     return folders
-
-
-def _refuse_weights(models: Sequence[str], weights: Sequence[float], method: MergeMethod) -> None:
-    what = f"weights {joined(weights)} for the models {joined(models)}"
-    if len(weights) != len(models):
-        raise UserError(f"{what}: give one a model ({len(models)})")
-    total = math.fsum(weights) if all(map(math.isfinite, weights)) else math.nan
-    if method == "task_arithmetic" and math.isnan(total):
-        raise UserError(f"{what}: use finite numbers")
-    if method != "task_arithmetic" and not abs(total - 1) <= 1e-3:
-        raise UserError(f"{what}: they sum to {total:g}; make it 1")
-    if method == "ties" and min(weights) < 0:
-        raise UserError(f"{what}: --method ties takes none below 0")
-    if method == "task_arithmetic" and math.isclose(total, 1):
-        logger.warning("%s sum to 1: the base cancels out, and the result is that of --method linear", what)
 
 
 def open_model_folder(name: str, **hub: Any) -> ModelFolder:
@@ -168,12 +150,6 @@ def _refuse_difference(one: ModelFolder, other: ModelFolder) -> None:
         same(f"the tokenizer's id of {token!r}", ids.get(token, "absent"), other_ids.get(token, "absent"))
     if one.settings.pooling and other.settings.pooling:
         same("pooling", one.settings.pooling, other.settings.pooling)
-
-
-def joined(values: Iterable[Any]) -> str:
-    """The first five, with commas."""
-    shown = [str(value) for value in values]
-    return ", ".join(shown[:5]) + ", ..." * (len(shown) > 5)
 
 
 def merged_settings(folders: Sequence[ModelFolder]) -> EncoderSettings:

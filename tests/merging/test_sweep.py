@@ -16,7 +16,7 @@ import merge
 from bge_core import UserError
 from bge_core.encoder.load import load_encoder
 from bge_core.files import atomic
-from bge_core.merging import choose
+from bge_core.merging import choose, model_folders
 from bge_core.merging.sweep import Sweep, parse_sweep, sweep
 from bge_core.search import cache
 
@@ -227,3 +227,24 @@ def test_scores_are_measured_again_where_they_may_differ(
     monkeypatch.setenv("WORLD_SIZE", "2")
     capsys.readouterr()
     assert merge.main(words) == 2 and "start it with python" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("way", [["--sweep", "0:1:0.25"], ["--method", "greedy_soup"]])
+def test_each_model_is_opened_and_hashed_once(
+    way: list[str], models: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: Counter[tuple[str, str]] = Counter()
+
+    def counted(what: str, function: Any) -> Any:
+        def call(path: Any, *args: Any, **kwargs: Any) -> Any:
+            seen[what, str(path)] += 1
+            return function(path, *args, **kwargs)
+
+        return call
+
+    monkeypatch.setattr(model_folders, "open_model_folder", counted("open", model_folders.open_model_folder))
+    monkeypatch.setattr(atomic, "sha256", counted("hash", atomic.sha256))
+    data = questions(tmp_path / "d.jsonl", "天地玄黄")
+    assert merge.main(["--models", *models, *way, "--val_data", data, "--output_path", str(tmp_path / "out")]) == 0
+    weights = [str(Path(model, "model.safetensors")) for model in models]
+    assert [seen["open", model] for model in models] == [1, 1] == [seen["hash", file] for file in weights]
