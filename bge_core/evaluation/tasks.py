@@ -294,7 +294,7 @@ def _read_corpus(path: str, is_beir: bool) -> _Corpus:
         text = records.passage_text(row)
         ids.append(name)
         texts.append(text.strip() if "_id" in row else text)
-        bodies.append(row["text"])
+        bodies.append(row["text"] or "")
     return _make_corpus(_corpus_file(path), ids, texts, bodies)
 
 

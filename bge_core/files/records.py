@@ -186,8 +186,13 @@ def check_training_row(row: Row, *, with_scores: bool = False) -> str | None:
 
 
 def check_corpus_row(row: Row) -> str | None:
-    """What is wrong with a row of a corpus, or None."""
-    return _check_field(row, "text", required=True) or _check_field(row, "title", required=False)
+    """What is wrong with a row of a corpus, or None. Beside a title the text may be empty."""
+    title = row.get("title")
+    has_title = isinstance(title, str) and bool(title.strip())
+    no_text = row if not has_title or row.get("text", "") is not None else row | {"text": ""}
+    return _check_field(no_text, "text", required=True, may_be_empty=has_title) or _check_field(
+        row, "title", required=False
+    )
 
 
 def check_evaluation_row(row: Row) -> str | None:
@@ -218,8 +223,8 @@ def read_rows(path: str | Path, check: Check) -> list[Row]:
 
 
 def passage_text(row: Row) -> str:
-    """What is encoded of a corpus row: its text, after its title where it has one."""
-    return f"{row['title']} {row['text']}" if row.get("title") else row["text"]
+    """What is encoded of a corpus row: its text, after its title where it has one, or the title alone."""
+    return " ".join(part for part in (row.get("title"), row["text"]) if part)
 
 
 def distinct_texts(rows: Iterable[Row], *names: str) -> list[str]:

@@ -84,7 +84,7 @@ def test_parquet_and_the_hub_give_what_json_lines_give(tmp_path: Path, monkeypat
 
 
 def test_rows_in_a_corpus(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    passages = [{"text": "丹"}, {"id": "x", "text": "二", "title": "题"}, {"text": " 丹 "}, {"text": "四"}]
+    passages = [{"text": "丹"}, {"id": "x", "text": "二", "title": "题"}, {"text": " 丹 "}, {"text": "", "title": "四"}]
     corpus = write(tmp_path / "c" / "corpus.jsonl", passages)
     rows = [
         {"query": "甲", "pos": [" 丹", "题 二"]},

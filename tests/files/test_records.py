@@ -127,6 +127,8 @@ def test_good_training_lines(tmp_path: Path) -> None:
         ({"text": ""}, check_corpus_row, "field 'text' is empty"),
         ({"text": ["a"]}, check_corpus_row, """field 'text' is ["a"]"""),
         ({"text": "a", "title": 3}, check_corpus_row, "field 'title' is 3"),
+        ({"text": "", "title": " "}, check_corpus_row, "field 'text' is empty"),
+        ({"title": "t"}, check_corpus_row, "field 'text' is missing"),
         ({"query": "q"}, check_evaluation_row, "field 'pos' is missing"),
         ({"query": 1, "pos": ["a"]}, check_evaluation_row, "field 'query' is 1"),
         ({"query": "q", "pos": []}, check_evaluation_row, "field 'pos' is an empty list"),

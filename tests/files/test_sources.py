@@ -168,9 +168,11 @@ def test_each_file_once_however_often_it_is_named(tmp_path: Path) -> None:
 
 
 def test_the_texts_of_a_corpus_follow_their_titles(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_text('{"text": "甲"}\n\n{"text": "乙", "title": "题"}\n{"text": "丙", "id": 7}\n')
-    write(tmp_path / "b.parquet", {"text": "丁", "id": None, "title": "题"}, {"text": "戊", "id": "x", "title": ""})
-    assert read_corpus(tmp_path) == ["甲", "题 乙", "丙", "题 丁", "戊"]
+    lines = '{"text": "甲"}\n\n{"text": "乙", "title": "题"}\n{"text": "丙", "id": 7}\n{"text": "", "title": "只有题"}\n'
+    (tmp_path / "a.jsonl").write_text(lines)
+    passages = [{"text": "丁", "id": None, "title": "题"}, {"text": "戊", "id": "x", "title": ""}]
+    write(tmp_path / "b.parquet", *passages, {"text": None, "id": "y", "title": "也是"})
+    assert read_corpus(tmp_path) == ["甲", "题 乙", "丙", "只有题", "题 丁", "戊", "也是"]
     with pytest.raises(UserError, match="a.jsonl:1: field 'query' is missing"):
         list(read_source(tmp_path / "a.jsonl", check_training_row))
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bge_core.files.text import normalize_text, text_id
+from bge_core.files.text import letters, normalize_text, text_id
 
 
 @pytest.mark.parametrize(
@@ -26,6 +26,14 @@ def test_texts_that_are_the_same(first: str, second: str) -> None:
 def test_texts_that_differ() -> None:
     texts = ["怎么办", "怎么 办", "怎么办。", "A", "a", "", "国", "國"]
     assert len({text_id(text) for text in texts}) == len(texts)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"), [("10⁶", "106"), ("5²", "52"), ("x³", "x3"), ("H₂O", "H2O"), ("10⁻³", "10-3"), ("aⁿ", "an")]
+)
+def test_superscripts_mean_something_else(first: str, second: str) -> None:
+    assert text_id(first) != text_id(second) and letters(first) != letters(second)
+    assert text_id(f"共１２㎡，{first}") == text_id(f"共12m²,{first}")  # what stands around them is folded
 
 
 def test_text_id_is_the_same_everywhere_and_fits_int64() -> None:
