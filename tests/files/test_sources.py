@@ -168,7 +168,9 @@ def test_each_file_once_however_often_it_is_named(tmp_path: Path) -> None:
 
 
 def test_the_texts_of_a_corpus_follow_their_titles(tmp_path: Path) -> None:
-    lines = '{"text": "甲"}\n\n{"text": "乙", "title": "题"}\n{"text": "丙", "id": 7}\n{"text": "", "title": "只有题"}\n'
+    lines = (
+        '{"text": "甲"}\n\n{"text": "乙", "title": "题"}\n{"text": "丙", "id": 7}\n{"text": "", "title": "只有题"}\n'
+    )
     (tmp_path / "a.jsonl").write_text(lines)
     passages = [{"text": "丁", "id": None, "title": "题"}, {"text": "戊", "id": "x", "title": ""}]
     write(tmp_path / "b.parquet", *passages, {"text": None, "id": "y", "title": "也是"})
