@@ -5,7 +5,9 @@ import re
 import unicodedata
 
 _NO_LETTERS = re.compile(r"[\W_]+")
-_UNITS = str.maketrans(dict(zip("㎟㎠㎡㎢㎣㎤㎥㎦", "mm² cm² m² km² mm³ cm³ m³ km³".split(), strict=True)))
+_UNITS = str.maketrans(
+    {"㎟": "mm²", "㎠": "cm²", "㎡": "m²", "㎢": "km²"} | {"㎣": "mm³", "㎤": "cm³", "㎥": "m³", "㎦": "km³"}
+)
 _RAISED = re.compile("([²³¹⁰-ₜ㎟-㎦]+)")  # superscripts, subscripts, and what holds some: NFKC would make 106 of 10⁶
 
 
