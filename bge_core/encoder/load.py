@@ -36,7 +36,7 @@ def load_encoder(
     Args:
         name: hub name or folder.
         pooling: None: what the checkpoint's sentence-transformers files say, else cls. A contradiction is warned of.
-        normalize: None: what those files say, else True.
+        normalize: None: what those files say, else True. Chosen, it decides the similarity, too: cosine or dot.
         dtype: of the weights; float32 master weights unless told otherwise, whatever the checkpoint was saved in.
         attention: how a batch is computed, see packing.py. A model that packed texts change is padded, with a warning.
         attention_dropout: of the attention weights in training; None: what the checkpoint says.
@@ -55,11 +55,11 @@ def load_encoder(
     stored = read_settings(name, cache_dir=cache_dir, token=token)
     if pooling and stored.pooling and pooling != stored.pooling:
         logger.warning("%s was trained with %s pooling; you chose %s", name, stored.pooling, pooling)
-    settings = replace(
-        stored,
-        pooling=pooling or stored.pooling or "cls",
-        normalize=normalize if normalize is not None else stored.normalize if stored.normalize is not None else True,
-    )
+    settings = replace(stored, pooling=pooling or stored.pooling or "cls")
+    if normalize is not None:
+        settings = replace(settings, normalize=normalize, similarity="cosine" if normalize else "dot")
+    elif stored.normalize is None:
+        settings = replace(settings, normalize=True)
     if attention != "padded":
         attention = packed_or_padded(name, backbone, attention)
     return Encoder(backbone, tokenizer, settings, attention).eval()

@@ -130,22 +130,30 @@ class Encoder(nn.Module):
         for file in folder.glob("*.safetensors"):  # the library makes them readable by their owner alone
             file.chmod((folder / "config.json").stat().st_mode)
         save_tokenizer(self.tokenizer, folder)
-        write_settings(folder, self.settings, self.embedding_size)
+        write_settings(folder, self.settings, self.embedding_size, min(self.max_length, 8192))
 
 
 def pool(hidden_TD: Tensor, lengths: Sequence[int], pooling: Pooling | None) -> Tensor:
     """One vector a text from the token vectors of S texts in one row, in float32 or wider; (S, D).
 
-    cls: the first token. mean: sum of the tokens / their number. last_token: the last one.
+    cls: the first token. last_token: the last one. max: the largest entry of each dimension. mean: sum of the n tokens
+    / n. mean_sqrt_len: sum / sqrt(n). weightedmean: sum of i * the i-th token, i = 1 to n / sum of i.
     """
     hidden_TD = hidden_TD.to(torch.promote_types(hidden_TD.dtype, torch.float32))
     length_S = torch.tensor(lengths)
-    if pooling == "mean":
-        text_T = torch.arange(len(lengths)).repeat_interleave(length_S).to(hidden_TD.device, non_blocking=True)
-        sum_SD = hidden_TD.new_zeros((len(lengths), hidden_TD.shape[1])).index_add(0, text_T, hidden_TD)
-        return sum_SD / length_S[:, None].to(hidden_TD.device, non_blocking=True)
-    chosen_S = length_S.cumsum(0) - (length_S if pooling == "cls" else 1)
-    return hidden_TD[chosen_S.to(hidden_TD.device, non_blocking=True)]
+    if pooling in ("cls", "last_token"):
+        chosen_S = length_S.cumsum(0) - (length_S if pooling == "cls" else 1)
+        return hidden_TD[chosen_S.to(hidden_TD.device, non_blocking=True)]
+    if pooling == "max":
+        return torch.stack([text_LD.amax(dim=0) for text_LD in hidden_TD.split(list(lengths))])
+    divisor_S = length_S.to(hidden_TD.dtype) ** 0.5 if pooling == "mean_sqrt_len" else length_S
+    if pooling == "weightedmean":
+        place_T = torch.cat([torch.arange(1, length + 1) for length in lengths])
+        hidden_TD = hidden_TD * place_T[:, None].to(hidden_TD.device, non_blocking=True)
+        divisor_S = length_S * (length_S + 1) // 2
+    text_T = torch.arange(len(lengths)).repeat_interleave(length_S).to(hidden_TD.device, non_blocking=True)
+    sum_SD = hidden_TD.new_zeros((len(lengths), hidden_TD.shape[1])).index_add(0, text_T, hidden_TD)
+    return sum_SD / divisor_S[:, None].to(hidden_TD.device, non_blocking=True)
 
 
 def has_dropout(backbone: Any) -> bool:

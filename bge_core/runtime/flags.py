@@ -11,7 +11,8 @@ from bge_core.runtime.refused import nearest
 logger = logging.getLogger(__name__)
 
 Attention = Literal["auto", "padded", "sdpa", "varlen", "flash"]
-Pooling = Literal["cls", "mean", "last_token"]
+Pooling = Literal["cls", "mean", "last_token", "max", "mean_sqrt_len", "weightedmean"]
+Similarity = Literal["cosine", "dot", "euclidean", "manhattan"]
 POOLINGS: tuple[Pooling, ...] = get_args(Pooling)
 
 

@@ -1,5 +1,6 @@
 """The encoder against hand-written pooling and single texts; what it saves, others load, and the other way round."""
 
+import functools
 import json
 import logging
 import shutil
@@ -18,7 +19,7 @@ from transformers import AutoModel, AutoTokenizer, XLMRobertaConfig, XLMRobertaM
 from bge_core import UserError
 from bge_core.encoder.load import load_encoder
 from bge_core.encoder.model import Encoder, compile_layers, pool
-from bge_core.encoder.settings import EncoderSettings, read_settings
+from bge_core.encoder.settings import DenseSettings, EncoderSettings, read_settings, write_settings
 from bge_core.encoder.tokens import Tokens, tokenize
 from bge_core.runtime.flags import POOLINGS
 
@@ -31,7 +32,15 @@ def tokens_of(encoder: Encoder, texts: list[str] = TEXTS) -> Tokens:
 
 def by_hand(hidden_LD: Tensor, pooling: str, normalize: bool) -> Tensor:
     """The vector of one text from its token vectors, without padding."""
-    vector_D = {"cls": hidden_LD[0], "last_token": hidden_LD[-1], "mean": sum(hidden_LD) / len(hidden_LD)}[pooling]
+    length = len(hidden_LD)
+    vector_D = {
+        "cls": hidden_LD[0],
+        "last_token": hidden_LD[-1],
+        "mean": sum(hidden_LD) / length,
+        "max": functools.reduce(torch.maximum, hidden_LD),
+        "mean_sqrt_len": sum(hidden_LD) / length**0.5,
+        "weightedmean": sum((i + 1) * h for i, h in enumerate(hidden_LD)) / (length * (length + 1) / 2),
+    }[pooling]
     return vector_D / vector_D.dot(vector_D).sqrt() if normalize else vector_D
 
 
@@ -132,8 +141,8 @@ def test_an_encoder_needs_its_pooling(tiny_bert: Path) -> None:
     encoder = load_encoder(tiny_bert)
     with pytest.raises(UserError, match="pooling"):
         Encoder(encoder.backbone, encoder.tokenizer, EncoderSettings(pooling=None, normalize=True))
-    with pytest.raises(UserError, match="'max'"):
-        load_encoder(tiny_bert, pooling="max")  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="'median'"):
+        load_encoder(tiny_bert, pooling="median")  # type: ignore[arg-type]
 
 
 # --- saved for others -------------------------------------------------------------------------------------------------
@@ -231,27 +240,100 @@ def write_files(folder: Path, modules: Any, pooling: Any = None, **files: Any) -
         ({"pooling_mode": "cls"}, "cls"),
         ({"pooling_mode": "mean"}, "mean"),
         ({"pooling_mode": "lasttoken"}, "last_token"),
-        ({"pooling_mode_max_tokens": True}, None),
-        ({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": True}, None),
+        ({"pooling_mode_max_tokens": True}, "max"),
+        ({"pooling_mode": ["mean_sqrt_len_tokens"]}, "mean_sqrt_len"),
+        ({"pooling_mode_weightedmean_tokens": True}, "weightedmean"),
+        ({}, "mean"),
     ],
 )
-def test_the_pooling_is_read_as_flags_and_as_a_name(
-    config: dict[str, Any], want: str | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    settings = read_settings(write_files(tmp_path, MODULES, config))
-    assert settings == EncoderSettings(pooling=want, normalize=True)  # type: ignore[arg-type]
-    assert ("states a pooling that this project lacks" in caplog.text) == (want is None)
+def test_the_pooling_is_read_as_flags_and_as_a_name(config: dict[str, Any], want: Any, tmp_path: Path) -> None:
+    assert read_settings(write_files(tmp_path, MODULES, config)) == EncoderSettings(pooling=want, normalize=True)
 
 
-def test_what_is_not_stated_stays_open_and_other_modules_are_named(
-    tiny_bert: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_what_is_not_stated_stays_open(tiny_bert: Path) -> None:
     assert read_settings(tiny_bert) == EncoderSettings()
     assert (load_encoder(tiny_bert).settings.pooling, load_encoder(tiny_bert).settings.normalize) == ("cls", True)
-    dense = {"idx": 2, "name": "2", "path": "2_Dense", "type": "sentence_transformers.models.Dense"}
-    settings = read_settings(write_files(tmp_path, [*MODULES[:2], dense], {"pooling_mode": "mean"}))
-    assert (settings.pooling, settings.normalize) == ("mean", False)
-    assert "Dense" in caplog.text
+
+
+def module(kind: str, path: str = "") -> dict[str, str]:
+    return {"type": f"sentence_transformers.{kind}", "path": path}
+
+
+@pytest.mark.parametrize(
+    ("modules", "pooling", "stated", "message"),
+    [
+        (None, {"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": True}, {}, "the pooling cls . mean, which"),
+        (None, {"pooling_mode": "attention"}, {}, "the pooling attention, which is not known here"),
+        (None, {}, {"similarity_fn_name": "maxsim"}, "the similarity 'maxsim', which is not known here"),
+        (None, {}, {"truncate_dim": 64}, "state truncate_dim 64"),
+        (
+            [*MODULES[:2], module("models.LayerNorm")],
+            {},
+            {},
+            "the module sentence_transformers.models.LayerNorm, which",
+        ),
+        ([{"type": "custom_st.Transformer", "path": ""}], {}, {}, "the module custom_st.Transformer, which cannot be"),
+        (MODULES[:1], {}, {}, "modules Transformer; this order cannot be run here"),
+        ([*MODULES, module("models.Dense", "3_Dense")], {}, {}, "Pooling, Normalize, Dense; this order cannot"),
+    ],
+)
+def test_what_cannot_be_honoured_is_refused_by_its_name(
+    modules: Any, pooling: Any, stated: Any, message: str, tmp_path: Path
+) -> None:
+    folder = write_files(tmp_path, modules or MODULES, pooling, config_sentence_transformers=stated)
+    with pytest.raises(UserError, match=message):
+        read_settings(folder)
+
+
+SETTINGS = EncoderSettings(
+    pooling="weightedmean",
+    normalize=False,
+    max_length=40,
+    query_prompt="问：",
+    passage_prompt="",
+    other_prompts={"s2p_query": "检索：", "retrieval.query": "找："},
+    default_prompt_name="s2p_query",
+    similarity="euclidean",
+    do_lower_case=True,
+    include_prompt=False,
+    dense=(
+        DenseSettings("2_Dense", 32, 8, bias=False, activation="torch.nn.modules.linear.Identity"),
+        DenseSettings("3_Dense", 8, 8, residual=True),
+    ),
+)
+
+
+@pytest.mark.parametrize("settings", [SETTINGS, EncoderSettings("cls", True, 512)])
+def test_what_is_written_states_the_same_again(settings: EncoderSettings, tmp_path: Path) -> None:
+    write_settings(tmp_path, settings, embedding_size=8)
+    assert read_settings(tmp_path) == settings
+
+
+@pytest.mark.parametrize(
+    ("prompts", "query", "passage", "others"),
+    [
+        ({"query": "q: ", "passage": "p: "}, "q: ", "p: ", {}),
+        ({"query": "", "document": "", "passage": "p: "}, "", "p: ", {}),
+        ({"document": "d: ", "passage": "p: "}, None, "d: ", {"passage": "p: "}),
+        ({"search_query": "q: ", "query": None}, None, None, {"search_query": "q: "}),
+        (None, None, None, {}),
+    ],
+)
+def test_prompts_of_any_name(prompts: Any, query: str, passage: str, others: Any, tmp_path: Path) -> None:
+    files = {"config_sentence_transformers": {"prompts": prompts, "similarity_fn_name": None}}
+    settings = read_settings(write_files(tmp_path, MODULES, {}, **files))
+    assert (settings.query_prompt, settings.passage_prompt, settings.other_prompts) == (query, passage, others)
+    assert settings.similarity == "cosine"
+    write_settings(tmp_path, settings, 32)
+    assert read_settings(tmp_path) == replace(settings, max_length=512)
+
+
+def test_an_old_layout_has_the_transformer_in_its_own_folder(tmp_path: Path) -> None:
+    old = [module("models.Transformer", "0_Transformer"), module("models.Pooling", "1_Pooling")]
+    (tmp_path / "0_Transformer").mkdir()
+    length = {"max_seq_length": 128, "do_lower_case": True}
+    settings = read_settings(write_files(tmp_path, old, {}, **{"0_Transformer/sentence_roberta_config": length}))
+    assert (settings.transformer_path, settings.max_length, settings.do_lower_case) == ("0_Transformer", 128, True)
 
 
 # --- checkpoints ------------------------------------------------------------------------------------------------------
