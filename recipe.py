@@ -5,7 +5,8 @@
 `{name: round1, stage: train, model: base, data: mined, learning_rate: 2e-5}` is train.py with that flag; its output is
 OUT/round1 (of mine: OUT/NAME.jsonl), and OUT/round1.recipe.json says what it was made from. `model`, `data`, `models`,
 `base_model` and `encoder` name stages before, `base`, or, with a slash, a path or hub model. With --val_data, base and
-OUT/model are scored. --launcher "accelerate launch --num_processes 2" starts mine, train and evaluate, not this Python.
+OUT/model are scored, each with its own prompts. --launcher "accelerate launch --num_processes 2" starts mine, train and
+evaluate, not this Python.
 """
 
 import argparse
@@ -85,7 +86,7 @@ def plan(args: argparse.Namespace) -> list[Stage]:
     if not base:
         raise UserError(f"{args.config}: lacks model_name_or_path; add it, or give --model_name_or_path")
     scored = {"name": "evaluation", "stage": "evaluate", "val_data": "$val_data", "corpus": "$corpus"}
-    scored |= {"encoder": ["base", "model"]} | (recipe.get("evaluation") or {})
+    scored |= {"encoder": ["base", "model"], "add_instruction": True} | (recipe.get("evaluation") or {})
     models, files, stages = {"base": base}, dict[str, str](), list[Stage]()
     for entry in recipe["stages"] + [scored] * bool(args.val_data):
         where = f"{args.config}: stage {(name := str(entry.pop('name', '')))!r}:"

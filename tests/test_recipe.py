@@ -308,6 +308,13 @@ def test_the_base_of_a_merge_is_named_like_any_model(tiny_bert: Path, tmp_path: 
     assert flags["models"] == [str(tmp_path / "out/round1"), str(tmp_path / "out/round2")]
 
 
+@pytest.mark.parametrize("recipe_name", ["best", "two_rounds"])
+def test_shipped_recipes_score_each_model_with_its_own_prompts(recipe_name: str, tmp_path: Path) -> None:
+    write_data(tmp_path)
+    options = {"config": ROOT / f"configs/recipes/{recipe_name}.yaml", "val_data": tmp_path / "train.jsonl"}
+    assert plan_of(Workplace(tmp_path, tmp_path), [], **options)["evaluation"].flags["add_instruction"] == ["True"]
+
+
 def test_the_shipped_recipe_gives_flags_that_every_stage_accepts(tmp_path: Path) -> None:
     write_data(tmp_path)
     file = ROOT / "configs/recipes/two_rounds.yaml"

@@ -85,6 +85,7 @@ def write_mined(
             "query_instruction": mined.query_instruction,
             "passage_instruction": mined.passage_instruction,
         },
+        **({"teacher_temperature": mined.teacher_temperature} if mined.teacher_temperature else {}),
         **({"cache": {"encoded": cache.num_encoded, "reused": cache.num_reused}} if cache else {}),
     )
     with ExitStack() as stack:  # left in reverse order

@@ -42,7 +42,8 @@ class Mined:
         neg: for each row the texts that its `neg` becomes.
         neg_score: for each row the encoder's score of each of them.
         pos_score: for each row the encoder's score of each of its positives.
-        pos_teacher, neg_teacher: a teacher's scores likewise; None without a teacher.
+        pos_teacher, neg_teacher: a teacher's scores likewise, over its temperature; None without a teacher.
+        teacher_temperature: None without a teacher.
         positive_rank: (Q,) each row's best positive in its ranking, from 0; -1: not within the depth.
         removed: for each guard and filter some of what it took out: query, positive, candidate, score.
         counts: for the report and the manifest.
@@ -55,6 +56,7 @@ class Mined:
     pos_score: list[list[float]]
     pos_teacher: list[list[float]] | None
     neg_teacher: list[list[float]] | None
+    teacher_temperature: float | None
     positive_rank: np.ndarray
     removed: dict[str, list[Row]]
     counts: dict[str, int | float]
@@ -128,8 +130,9 @@ def mine_hard_negatives(
         neg,
         neg_score,
         pos_score,
-        [teacher_scores.of(i, row["pos"]) for i, row in enumerate(rows)] if teacher_scores else None,
-        [teacher_scores.of(i, texts) for i, texts in enumerate(neg)] if teacher_scores else None,
+        [teacher_scores.over_temperature(i, row["pos"]) for i, row in enumerate(rows)] if teacher_scores else None,
+        [teacher_scores.over_temperature(i, texts) for i, texts in enumerate(neg)] if teacher_scores else None,
+        teacher.temperature if teacher else None,
         _positive_ranks(rows, ranked_QK, embedded.pool_row),
         filters.removed,
         _count(rows, own_neg, neg, pos_score, neg_score, embedded, counts, config.keep_neg),

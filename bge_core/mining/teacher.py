@@ -1,4 +1,8 @@
-"""A teacher's scores of (query, passage) pairs: a cross-encoder's, or the cosines of a second encoder."""
+"""A teacher's scores of (query, passage) pairs: a cross-encoder's, or the cosines of a second encoder.
+
+Distillation takes the softmax of what is written, so that is score / temperature: an encoder's cosines lie so close
+together that their own softmax is nearly uniform, and it was trained with cosine / 0.02 itself.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,9 +17,14 @@ from bge_core.files.records import Row
 from bge_core.runtime.config import MineConfig
 from bge_core.search.cache import EmbeddingCache
 
+COSINE_TEMPERATURE = 0.02  # that of BGE's training
+
 
 class Teacher:
     """The model that --reranker_name_or_path or --teacher_encoder names, one of which is given.
+
+    Its `temperature`, by which the scores that are written are divided: --teacher_temperature, else 0.02 for cosines
+    and 1 for a cross-encoder's logits or inner products of vectors of any length.
 
     Args:
         config: names it, and how texts are read.
@@ -33,6 +42,8 @@ class Teacher:
             self.reranker = load_reranker(name, max_length=length, **common).to(device)
         else:
             self.encoder = load_encoder(str(config.teacher_encoder), **common).to(device)
+        cosines = not config.reranker_name_or_path and self.encoder.settings.normalize
+        self.temperature = config.teacher_temperature or (COSINE_TEMPERATURE if cosines else 1.0)
         self.config, self.cache = config, cache
         self.options: dict[str, Any] = {
             "precision": precision,
@@ -72,7 +83,8 @@ class TeacherScores:
         rows: of training data; their positives and `more` texts of each are scored at once.
         more: of each row further texts.
         pool: the candidates.
-        margin: a negative scores at least this much below the row's lowest positive; None: any score will do.
+        margin: a negative scores (as the teacher does) at least this much below the row's lowest positive; None: any
+            score will do.
     """
 
     def __init__(
@@ -87,9 +99,9 @@ class TeacherScores:
         self._known: dict[tuple[int, str], float] = {}
         self._ask([(i, text) for i, row in enumerate(rows) for text in (*row["pos"], *more[i])])
 
-    def of(self, number: int, texts: Sequence[str]) -> list[float]:
-        """The scores of some texts of row `number` that were asked before."""
-        return [self._known[number, text] for text in texts]
+    def over_temperature(self, number: int, texts: Sequence[str]) -> list[float]:
+        """score / temperature of some texts of row `number` that were asked before."""
+        return [self._known[number, text] / self.teacher.temperature for text in texts]
 
     def accepts(self, candidates: Sequence[tuple[int, int]]) -> list[bool]:
         """Whether each (row, row of the pool) may be a negative."""
@@ -97,7 +109,7 @@ class TeacherScores:
         self._ask(pairs)
         if self.margin is None:
             return [True] * len(pairs)
-        lowest = {i: min(self.of(i, self.rows[i]["pos"])) for i, _ in candidates}
+        lowest = {i: min(self._known[i, text] for text in self.rows[i]["pos"]) for i, _ in candidates}
         return [self._known[i, text] <= lowest[i] - self.margin for i, text in pairs]
 
     def _ask(self, pairs: Sequence[tuple[int, str]]) -> None:

@@ -111,6 +111,9 @@ class MineConfig(CorpusStage):
     teacher_margin: float | None = flag(
         None, "A negative's teacher score is at least this much below its positive's.", FROM_0
     )
+    teacher_temperature: float | None = flag(
+        None, "Divides the scores that are written. Default: 0.02 for cosines, 1 for a cross-encoder.", ABOVE_0
+    )
     # the cache
     cache_dtype: Literal["float32", "float16"] = flag("float32", "Type of the vectors in the cache.")
     clean_cache: bool = flag(False, "When done, remove what embedding_cache_dir holds of other models and settings.")
@@ -131,12 +134,9 @@ class MineConfig(CorpusStage):
         two = self.reranker_name_or_path and self.teacher_encoder
         need(not two, "teacher_encoder", self.teacher_encoder, "cannot go with --reranker_name_or_path: choose one")
         teacher = self.reranker_name_or_path or self.teacher_encoder
-        need(
-            self.teacher_margin is None or bool(teacher),
-            "teacher_margin",
-            self.teacher_margin,
-            "needs --reranker_name_or_path or --teacher_encoder",
-        )
+        for name in ("teacher_margin", "teacher_temperature"):
+            value = getattr(self, name)
+            need(value is None or bool(teacher), name, value, "needs --reranker_name_or_path or --teacher_encoder")
         need(self.check_against is None or self.check is not None, "check_against", self.check_against, "needs --check")
         for name in () if self.check is not None else ("model_name_or_path", "input_file", "output_file"):
             if not getattr(self, name):

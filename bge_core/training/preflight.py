@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from bge_core import UserError
 from bge_core.encoder.settings import EncoderSettings
 from bge_core.encoder.tokens import tokenize
@@ -14,6 +16,7 @@ from bge_core.training.batch import Batch
 from bge_core.training.data import Example, TrainingData
 
 SAMPLED_ROWS = 500
+NEARLY_UNIFORM = 0.95  # of 8 passages: as if the teacher held 7.2 of them for equally good
 
 
 def run_facts(data: TrainingData, settings: EncoderSettings, precision: str, num_warmup: int) -> dict[str, Any]:
@@ -89,6 +92,24 @@ def warnings_of_settings(data: TrainingData, facts: Mapping[str, Any]) -> Iterat
         )
     if config.negatives_cross_device and not facts["cross-device negatives"]:
         yield "--negatives_cross_device has no effect with one process"
+    if config.knowledge_distillation and (likeness := teachers_uniformity(data)) > NEARLY_UNIFORM:
+        yield (
+            f"the teacher scores are nearly uniform ({likeness:.1%} of the entropy of equal ones): a student learns "
+            "to be uniform, too; cosines want to be divided by 0.02, as mine.py does (--teacher_temperature)"
+        )
+
+
+def teachers_uniformity(data: TrainingData) -> float:
+    """How near the teachers of a sample of rows are to uniform: mean of H(softmax(scores)) / ln(passages), 1: equal.
+
+    Of each row's first positive and its first negatives, as many as a group has; rows of one passage do not count.
+    """
+    sample, num_negatives = data.rows[: min(len(data.rows), SAMPLED_ROWS)], data.config.train_group_size - 1
+    pairs = zip(sample["pos_scores"], sample["neg_scores"], strict=True)
+    groups = [torch.tensor([pos[0], *(neg or [])[:num_negatives]]) for pos, neg in pairs]
+    shares = [group.softmax(dim=0) for group in groups if len(group) > 1]
+    found = [float(torch.special.entr(share_G).sum()) / math.log(len(share_G)) for share_G in shares]
+    return sum(found) / max(1, len(found))
 
 
 def warnings_of_mining(data: TrainingData, facts: Mapping[str, Any]) -> Iterator[str]:

@@ -437,14 +437,18 @@ def test_a_reranker_scores_and_filters(model: Path, near_files: tuple[Path, Path
 def test_a_second_encoder_as_teacher(model: Path, train_file: Path, tmp_path: Path) -> None:
     other = make_tiny_bert(tmp_path / "teacher", seed=7)
     write_settings(other, EncoderSettings(pooling="cls", normalize=True), 32)
-    code, output = run(model, train_file, "--teacher_encoder", str(other))
-    assert code == 0
-    encoder = load_encoder(other)
-    for row in read_lines(output):
-        query = encode(encoder, [row["query"]])[0]
-        for side in ("pos", "neg"):
-            assert np.allclose(row[f"{side}_scores"], encode(encoder, row[side]) @ query, atol=1e-5)
-    assert "--knowledge_distillation" not in str(manifest_of(output)["config"])
+    encoder, margin = load_encoder(other), ["--teacher_margin", "0.01"]  # of cosines, whatever is written
+    kept = []
+    for flags, temperature in (([], 0.02), (["--teacher_temperature", "1"], 1.0)):
+        code, output = run(model, train_file, "--teacher_encoder", str(other), *margin, *flags)
+        assert code == 0 and manifest_of(output)["teacher_temperature"] == temperature
+        for row in read_lines(output):
+            query = encode(encoder, [row["query"]])[0]
+            for side in ("pos", "neg"):
+                cosines = encode(encoder, row[side]) @ query
+                assert np.allclose(row[f"{side}_scores"], cosines / temperature, atol=1e-5 / temperature)
+        kept.append([row["neg"] for row in read_lines(output)])
+    assert kept[0] == kept[1]
 
 
 def test_a_second_run_from_the_cache_encodes_nothing(
