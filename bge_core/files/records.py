@@ -1,14 +1,19 @@
 """The formats between the stages: JSON lines, UTF-8, one object a line, read with file and line in every error.
 
-Reading checks a whole file, counts all bad lines, shows the first ten and only then raises.
+Reading checks a whole file, counts all bad lines, shows the first ten and only then raises. What others write is read
+as well: a JSON array, UTF-16, files that gzip packed.
 """
 
 import codecs
+import gzip
+import io
 import json
 import math
+import zlib
 from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 from bge_core import UserError
 from bge_core.files.text import text_id
@@ -16,6 +21,13 @@ from bge_core.files.text import text_id
 Row = dict[str, Any]
 Check = Callable[[Row], str | None]
 MAX_SHOWN = 10
+_OTHER_KINDS = {  # by their first bytes
+    b"PK\x03\x04": "a ZIP archive or a workbook: unpack it, or give a workbook to prepare.py",
+    b"PAR1": "a Parquet file: end its name with .parquet",
+    b"BZh": "packed by bzip2: unpack it",
+    b"\xfd7zXZ\0": "packed by xz: unpack it",
+    b"\x28\xb5\x2f\xfd": "packed by zstd: unpack it",
+}
 
 
 class BadLines:
@@ -80,27 +92,78 @@ def checked(
     bad.refuse()
 
 
-def parse_lines(path: str | Path) -> Iterator[tuple[int, Row | str]]:
-    """Yield (line number from 1, object or what is wrong with the line) of a JSON-lines file without its blank lines.
-
-    Raises:
-        UserError: no such file.
-    """
+def open_bytes(path: str | Path) -> BinaryIO:
+    """A file's bytes, unpacked where gzip packed them. UserError: no such file, or one of a kind without lines."""
     try:
         with open(path, "rb") as file:
-            for number, line in enumerate(file, start=1):
-                line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
-                if not line.strip():
-                    continue
-                try:
-                    yield number, parse_object(line.decode("utf-8"))
-                except UnicodeDecodeError as error:
-                    remedy = "convert the file, for example with iconv -f GB18030 -t UTF-8"
-                    yield number, f"not UTF-8 (byte {error.start}); {remedy}"
+            start = file.read(8)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except IsADirectoryError:
         raise UserError(f"{path}: is a folder; name a file") from None
+    for magic, kind in _OTHER_KINDS.items():
+        if start.startswith(magic):
+            raise UserError(f"{path}: is {kind}")
+    return cast(BinaryIO, gzip.open(path)) if start.startswith(b"\x1f\x8b") else open(path, "rb")
+
+
+def parse_lines(path: str | Path) -> Iterator[tuple[int, Row | str]]:
+    """Yield (line number from 1, object or what is wrong with the line) of a JSON-lines file without its blank lines.
+
+    Of a JSON array, or of one object over many lines, the number is that of the object. UTF-8, UTF-16 and UTF-32.
+
+    Raises:
+        UserError: no such file, one of another kind, or one that is damaged.
+    """
+    try:
+        with open_bytes(path) as file:
+            lines = enumerate(_utf8_lines(file), start=1)
+            first = next(((number, line) for number, line in lines if line.strip()), (1, b""))
+            if first[1].lstrip().startswith(b"[") or first[1].strip() == b"{":
+                held = [first, *lines]
+                if rows := _document(b"".join(line for _, line in held), first[0]):
+                    yield from rows
+                    return
+                lines = iter(held[1:])
+            for number, line in chain([first], lines):
+                try:
+                    if line.strip():
+                        yield number, parse_object(line.decode("utf-8"))
+                except UnicodeDecodeError as error:
+                    remedy = "convert the file, for example with iconv -f GB18030 -t UTF-8"
+                    yield number, f"not UTF-8 (byte {error.start}); {remedy}"
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise UserError(f"{path}: cannot be unpacked ({error}); copy it again") from None
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path}: cannot be read as {error.encoding} ({error.reason}); save it again as UTF-8"
+        ) from None
+
+
+def _utf8_lines(file: BinaryIO) -> Iterator[bytes]:
+    """The lines of a file in UTF-8, without a BOM, whatever Unicode encoding it has; bytes of others as they are."""
+    encoding = json.detect_encoding(file.peek(4)[:4])  # type: ignore[attr-defined]
+    if encoding.startswith("utf-8"):
+        yield file.readline().removeprefix(codecs.BOM_UTF8)
+        yield from file
+    else:
+        yield from (line.encode() for line in io.TextIOWrapper(file, encoding, newline="\n"))
+
+
+def _document(text: bytes, first_line: int) -> list[tuple[int, Row | str]]:
+    """The numbered objects of a JSON array, of {"data": [...]}, or the one object; none: these are lines."""
+    try:
+        value = json.loads(text.decode("utf-8"))
+    except json.JSONDecodeError as error:
+        place = first_line - 1 + error.lineno
+        problem = f"not JSON ({error.msg}, column {error.colno}); write [{{...}}, {{...}}], or one object a line"
+        return [] if error.msg == "Extra data" else [(place, problem)]
+    except (ValueError, RecursionError):
+        return []
+    value = value.get("data", value) if isinstance(value, dict) else value
+    rows = value if isinstance(value, list) else [value]
+    others = "is a JSON {}; write one object a line"
+    return [(i, row if isinstance(row, dict) else others.format(type(row).__name__)) for i, row in enumerate(rows, 1)]
 
 
 def parse_object(line: str) -> Row | str:

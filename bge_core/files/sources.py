@@ -1,7 +1,7 @@
 """What a stage reads, beyond one JSON-lines file: Parquet files, folders, datasets of the Hugging Face hub.
 
-data.jsonl, data.parquet      a file
-folder                        the .jsonl, .json and .parquet files below it, sorted
+data.jsonl, data.parquet      a file; also .json, and .jsonl.gz
+folder                        those below it, sorted; none that is hidden, and nothing that a stage left there
 org/name[[:config]:split]     a dataset of the hub; without a split: train
 sources.yaml                  several of them, each with its instruction and weight; for training rows:
 
@@ -12,9 +12,12 @@ sources.yaml                  several of them, each with its instruction and wei
 
 import difflib
 import hashlib
+import logging
 import math
+import os
 import re
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -27,9 +30,11 @@ from bge_core import UserError
 from bge_core.files import atomic, records
 from bge_core.files.records import Check, Row
 
+logger = logging.getLogger(__name__)
+
 Place = tuple[str, int]  # file or dataset, and the line or row in it, counted from 1
 
-SUFFIXES = (".jsonl", ".json", ".parquet")
+SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet")
 YAML_SUFFIXES = (".yaml", ".yml")
 _REFUSED = {
     **dict.fromkeys((".csv", ".tsv", ".xlsx", ".xls"), "is a table; make JSON lines of it with prepare.py"),
@@ -66,8 +71,40 @@ def is_hub_name(path: str | Path) -> bool:
     return _HUB_NAME.fullmatch(str(path)) is not None and not is_file and not Path(path).parent.exists()
 
 
+def files_below(folder: Path) -> Iterator[Path]:
+    """The files below a folder, through links, none that is hidden (or Excel's lock), and nothing that a stage left.
+
+    Raises:
+        UserError: below it lies what prepare.py wrote, and so its test questions.
+    """
+    seen: set[str] = set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        manifest = atomic.read_json(Path(place, "manifest.json")) if "manifest.json" in names else None
+        stage = manifest.get("stage") if isinstance(manifest, dict) else None
+        if stage == "prepare":
+            raise UserError(f"{place}: holds the test questions, too; name one file, as {Path(place, 'train.jsonl')}")
+        if stage in ("train", "checkpoint", "merge", "evaluate") or os.path.realpath(place) in seen:
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(place))
+        yield from (Path(place, name) for name in names if not name.startswith((".", "~$")))
+
+
+def warn_of_copies(files: Iterable[Path]) -> None:
+    """Say which files have the same content: their rows come twice."""
+    of_size, of_content = defaultdict(list), defaultdict(list)
+    for file in files:
+        of_size[file.stat().st_size].append(file)
+    for file in (file for alike in of_size.values() if len(alike) > 1 for file in alike):
+        of_content[atomic.sha256(file)].append(str(file))
+    for alike in of_content.values():
+        if len(alike) > 1:
+            logger.warning("%s have the same content: their rows are read %d times", ", ".join(alike), len(alike))
+
+
 def list_files(paths: Sequence[str | Path]) -> list[Path]:
-    """The files named, and the .jsonl, .json and .parquet files below the folders named, each once, sorted by path.
+    """The files named, and those of `SUFFIXES` below the folders named, each once, sorted by path.
 
     Raises:
         UserError: nothing there, or a table or list of sources, which is no data file.
@@ -75,15 +112,13 @@ def list_files(paths: Sequence[str | Path]) -> list[Path]:
     found: set[Path] = set()
     for path in map(Path, paths):
         if path.is_dir():
-            inside = {file for file in path.rglob("*") if file.suffix in SUFFIXES and file.is_file()}
+            inside = {file for file in files_below(path) if file.name.lower().endswith(SUFFIXES) and file.is_file()}
             inside = {file for file in inside if not file.name.endswith("manifest.json")}
-            if (atomic.read_json(path / "manifest.json") or {}).get("stage") == "prepare":
-                raise UserError(f"{path}: holds the test questions, too; name one file, as {path / 'train.jsonl'}")
             if not inside:
                 raise UserError(f"{path}: the folder holds no .jsonl file, nor .json or .parquet")
             found |= inside
-        elif path.suffix.lower() in _REFUSED:
-            raise UserError(f"{path}: {_REFUSED[path.suffix.lower()]}")
+        elif (suffix := Path(path.name.lower().removesuffix(".gz")).suffix) in _REFUSED:
+            raise UserError(f"{path}: {_REFUSED[suffix]}")
         elif not path.is_file():
             raise UserError(f"{path}: no such file or folder")
         else:
@@ -104,7 +139,9 @@ def read_source(path: str | Path, check: Check, *, streaming: bool = True) -> It
             row of a dataset of the hub, or that it cannot be had; no row at all.
     """
     num_rows = 0
-    for name in [str(path)] if is_hub_name(path) else map(str, list_files([path])):
+    files = [] if is_hub_name(path) else list_files([path])
+    warn_of_copies(files)
+    for name in map(str, files or [path]):
         if is_hub_name(path):
             rows = records.checked(name, _hub_rows(name, streaming), check, max_bad=1)
         elif name.lower().endswith(".parquet"):
@@ -187,7 +224,7 @@ def _content(path: str) -> dict[str, Any]:
         return {"revision": _revision(path.split(":")[0])}
     if not Path(path).is_dir() and not path.endswith(YAML_SUFFIXES):
         return {"sha256": atomic.sha256(path)}
-    files = [asdict(source) | _content(source.path) for source in load_sources([path])]
+    files = [asdict(source) | _content(source.path) for source in _list_sources([path])]
     contents = [[value for name, value in file.items() if name not in ("path", "files")] for file in files]
     return {"sha256": hashlib.sha256(repr(contents).encode()).hexdigest(), "files": files}
 
@@ -204,12 +241,19 @@ def _revision(name: str) -> str | None:
 def load_sources(paths: Sequence[str | Path]) -> list[Source]:
     """The sources that these names stand for, sorted; one that is named twice in the same way counts once.
 
-    A file of a folder is a source of its own; what a sources.yaml lists, folder or not, is one each.
+    A file of a folder is a source of its own; what a sources.yaml lists, folder or not, is one each. Files of the same
+    content are warned of.
 
     Raises:
         UserError: nothing there; a sources.yaml with an unknown key, a wrong type, a weight that is not above 0 or a
             missing file (file and number of the entry are named).
     """
+    found = _list_sources(paths)
+    warn_of_copies(file for file in dict.fromkeys(Path(source.path) for source in found) if file.is_file())
+    return found
+
+
+def _list_sources(paths: Sequence[str | Path]) -> list[Source]:
     found: set[Source] = set()
     for path in paths:
         if str(path).endswith(YAML_SUFFIXES):
@@ -243,8 +287,8 @@ def _source(folder: Path, entry: Any) -> Source:
         fits, what = _KEYS[key]
         if not fits(value):
             raise UserError(f"{key} is {value!r}; it must be {what}")
-    beside = folder / entry["path"]
-    path = str(beside) if beside.exists() else entry["path"]
+    named = os.path.expanduser(entry["path"])
+    path = str(folder / named) if (folder / named).exists() else named
     if not is_hub_name(path):
         list_files([path])  # is it there?
     return Source(path, entry.get("prompt"), float(entry.get("weight", 1)))

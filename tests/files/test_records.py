@@ -1,5 +1,6 @@
 """The file formats: every kind of bad line is named with its remedy."""
 
+import gzip
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -118,6 +119,51 @@ def test_good_training_lines(tmp_path: Path) -> None:
     lines = [json.dumps(row, ensure_ascii=i % 2 == 0) for i, row in enumerate(rows)]
     path.write_bytes(b"\xef\xbb\xbf" + "\r\n\r\n".join(lines).encode())
     assert list(read_jsonl(path, check_training_row)) == [(2 * i + 1, row) for i, row in enumerate(rows)]
+
+
+ROWS: list[dict[str, Any]] = [{"query": "问", "pos": ["答"], "n": i} for i in range(3)]
+LINES = "\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS)
+ARRAY = json.dumps(ROWS, ensure_ascii=False, indent=2)
+LAYOUTS = {
+    "gzip": gzip.compress(LINES.encode()),
+    "gzip of an array": gzip.compress(ARRAY.encode()),
+    "UTF-16 with BOM": LINES.encode("utf-16"),
+    "UTF-16 big-endian": LINES.encode("utf-16-be"),
+    "UTF-16 array": ("\n" + ARRAY).encode("utf-16"),
+    "UTF-32": LINES.encode("utf-32"),
+    "array": ARRAY.encode(),
+    "array in one line": json.dumps(ROWS).encode(),
+    "data in an object": json.dumps({"version": 1, "data": ROWS}, indent=1).encode(),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_what_others_write_gives_the_same_rows(layout: str, tmp_path: Path) -> None:
+    path = tmp_path / "x.data"
+    path.write_bytes(LAYOUTS[layout])
+    assert list(read_jsonl(path, check_training_row)) == list(enumerate(ROWS, start=1))
+
+
+OTHER_KINDS = {
+    "workbook": (b"PK\x03\x04...", "x.jsonl: is a ZIP archive or a workbook"),
+    "Parquet": (b"PAR1...", "x.jsonl: is a Parquet file: end its name with .parquet"),
+    "xz": (b"\xfd7zXZ\0...", "x.jsonl: is packed by xz: unpack it"),
+    "half of a gzip": (gzip.compress(LINES.encode())[:40], "x.jsonl: cannot be unpacked"),
+    "half of UTF-16": (LINES.encode("utf-16")[:-1], "x.jsonl: cannot be read as utf-16"),
+    "GB18030 in gzip": (gzip.compress(LINES.encode("gb18030")), "x.jsonl:1: not UTF-8"),
+    "broken array": (ARRAY[:-9].encode(), "1 bad line: nothing was written\n.*x.jsonl:21: not JSON .*column 8"),
+    "array of texts": (b'["q", "r"]', "x.jsonl:2: is a JSON str; write one object a line"),
+    "lists by lines": (b'["q"]\n["r"]', "x.jsonl:2: is a JSON list; write one object a line"),
+    "bad in an array": (json.dumps([*ROWS, {"query": "q"}], indent=2).encode(), "x.jsonl:4: field 'pos' is missing"),
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_KINDS)
+def test_the_kind_of_a_file_is_named(kind: str, tmp_path: Path) -> None:
+    content, message = OTHER_KINDS[kind]
+    (tmp_path / "x.jsonl").write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        list(read_jsonl(tmp_path / "x.jsonl", check_training_row))
 
 
 @pytest.mark.parametrize(

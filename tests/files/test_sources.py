@@ -1,5 +1,6 @@
 """Sources of rows: files, folders, Parquet, the hub (without a network), and sources.yaml."""
 
+import gzip
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -93,6 +94,39 @@ def test_a_folder_gives_its_files_in_order(tmp_path: Path) -> None:
     assert places[1] == (str(tmp_path / "b.jsonl"), 1)
 
 
+def test_what_a_folder_holds_beside_its_data_is_not_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Hidden files and what a run left there are passed over; links and other letters are no obstacle; copies are said."""
+    for name in ("a.jsonl", "B.JSONL", "sub/c.Json"):
+        write(tmp_path / "data" / name, row(name))
+    (tmp_path / "elsewhere").mkdir()
+    with gzip.open(tmp_path / "elsewhere/d.jsonl.gz", "wt", encoding="utf-8") as packed:
+        packed.write(json.dumps(row("d")))
+    (tmp_path / "data/linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere/loop").symlink_to(tmp_path / "data")
+    write(tmp_path / "one.jsonl", row("linked"))
+    (tmp_path / "data/z.jsonl").symlink_to(tmp_path / "one.jsonl")
+    want = ["B.JSONL", "a.jsonl", "d", "sub/c.Json", "linked"]
+    before = describe_source(tmp_path / "data", 5)["sha256"]
+    for name in (".ipynb_checkpoints/a.jsonl", "._a.jsonl", "sub/.x/y.jsonl"):
+        write(tmp_path / "data" / name, row("hidden"))
+    for stage in ("train", "checkpoint", "merge", "evaluate"):
+        write(tmp_path / f"data/out/{stage}/metrics.jsonl", row(stage))
+        write(tmp_path / f"data/out/{stage}/deeper/config.json", row(stage))
+        (tmp_path / f"data/out/{stage}/manifest.json").write_text(json.dumps({"stage": stage}))
+    assert queries(tmp_path / "data") == [one["query"] for one in read_training_rows([tmp_path / "data"])] == want
+    assert describe_source(tmp_path / "data", 5)["sha256"] == before and not caplog.records
+    write(tmp_path / "data/copy.jsonl", row("a.jsonl"))
+    load_sources([tmp_path / "data"])
+    (line,) = caplog.messages
+    assert (
+        line
+        == f"{tmp_path}/data/a.jsonl, {tmp_path}/data/copy.jsonl have the same content: their rows are read 2 times"
+    )
+    (tmp_path / "data/out/train/manifest.json").write_text('{"stage": "prepare"}')
+    with pytest.raises(UserError, match="out/train: holds the test questions, too"):
+        load_sources([tmp_path / "data"])
+
+
 def test_parquet_is_read_in_pieces_as_json_lines_are(tmp_path: Path) -> None:
     rows = [row(f"问{i}", pos_scores=[i / 7], id=i) for i in range(3000)]
     file = write_parquet(tmp_path / "a.parquet", *rows, row_group_size=700)
@@ -150,6 +184,7 @@ def make_prepared(folder: Path) -> str:
         (lambda folder: write_parquet(folder / "e.parquet"), "e.parquet: holds no row"),
         (lambda folder: folder / "table.csv", "table.csv: is a table; make JSON lines of it with prepare.py"),
         (lambda folder: folder / "Table.XLSX", "Table.XLSX: is a table"),
+        (lambda folder: folder / "table.tsv.gz", "table.tsv.gz: is a table"),
         (lambda folder: folder / "sources.yaml", "sources.yaml: a list of sources names data files"),
         (make_prepared, "holds the test questions, too; name one file, as .*train.jsonl"),
     ],
@@ -311,6 +346,12 @@ def test_a_wrong_entry_is_named(text: str, message: str, tmp_path: Path) -> None
     with pytest.raises(UserError, match=message) as caught:
         load_sources([write_yaml(tmp_path, text)])
     assert str(caught.value).startswith(str(tmp_path / "sources.yaml"))
+
+
+def test_a_list_names_files_in_the_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    file = write(tmp_path / "home/a.jsonl", row("甲"))
+    assert load_sources([write_yaml(tmp_path, "- path: ~/a.jsonl\n")]) == [Source(str(file))]
 
 
 def test_a_missing_list(tmp_path: Path) -> None:
