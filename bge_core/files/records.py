@@ -117,7 +117,7 @@ def parse_lines(path: str | Path) -> Iterator[tuple[int, Row | str]]:
     """
     try:
         with open_bytes(path) as file:
-            lines = enumerate(_utf8_lines(file), start=1)
+            lines: Iterator[tuple[int, bytes]] = enumerate(_utf8_lines(file), start=1)
             first = next(((number, line) for number, line in lines if line.strip()), (1, b""))
             if first[1].lstrip().startswith(b"[") or first[1].strip() == b"{":
                 held = [first, *lines]

@@ -141,7 +141,7 @@ def read_source(path: str | Path, check: Check, *, streaming: bool = True) -> It
     num_rows = 0
     files = [] if is_hub_name(path) else list_files([path])
     warn_of_copies(files)
-    for name in map(str, files or [path]):
+    for name in map(str, files) if files else [str(path)]:
         if is_hub_name(path):
             rows = records.checked(name, _hub_rows(name, streaming), check, max_bad=1)
         elif name.lower().endswith(".parquet"):
