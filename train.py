@@ -19,7 +19,7 @@ import logging
 import math
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
@@ -56,11 +56,13 @@ from bge_core.runtime.launch import resolve_sharding, start, tracker_options
 from bge_core.runtime.log import append_metrics
 from bge_core.training import build, checkpoint, plan, preflight, run_folder
 from bge_core.training.batch import Batch
-from bge_core.training.data import TrainingData, start_worker
+from bge_core.training.data import TrainingData
 from bge_core.training.optim import ExponentialMovingAverage, build_optimizer, learning_rate_schedule
-from bge_core.training.progress import Meter, Progress, catch_stop_signals
+from bge_core.training.progress import Meter, Progress
 from bge_core.training.random_state import restore_random_state, seed_random_state
+from bge_core.training.read_ahead import ReadAhead, lost_worker
 from bge_core.training.step import StepSettings, forward_backward, warm_up_ddp
+from bge_core.training.stop import catch_stop_signals
 
 logger = logging.getLogger(__name__)
 STOPPED_BY_SIGNAL = 75  # EX_TEMPFAIL: try again
@@ -69,19 +71,8 @@ STOPPED_BY_SIGNAL = 75  # EX_TEMPFAIL: try again
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the stage; returns the exit code."""
 
-    def stage(config: TrainConfig) -> int:
-        try:
-            return train(config, at_end)
-        except RuntimeError as error:  # torch raises it wherever the loop is when the worker ends
-            if "DataLoader worker" not in str(error):
-                raise
-            raise ChildProcessError(  # every rank says it: only one has lost a worker
-                f"{error}\nA process that reads ahead was ended from outside, most often for want of memory: use fewer "
-                "--dataloader_num_workers; --resume_from_checkpoint latest goes on from the last checkpoint"
-            ) from None
-
     with ExitStack() as at_end:
-        return run_stage(TrainConfig, stage, argv)
+        return run_stage(TrainConfig, lambda config: train(config, at_end), argv)
 
 
 def train(config: TrainConfig, at_end: ExitStack) -> int:
@@ -151,7 +142,8 @@ def train(config: TrainConfig, at_end: ExitStack) -> int:
     last_step = first_step if progress.stale >= patience else num_steps
     meter = Meter(progress.window)
     bar = tqdm(total=num_steps, initial=first_step, desc="train", unit="step", disable=None if rank == 0 else True)
-    for step, batches in enumerate(read_ahead(data, config, first_step, last_step), start=first_step + 1):
+    reader = ReadAhead(data, config.dataloader_num_workers)
+    for step, batches in enumerate(reader.steps(first_step, last_step), start=first_step + 1):
         watchdog.step_begins()
         for group in optimizer.param_groups:
             group["lr"] = lr_at(step - 1 - progress.skipped)
@@ -160,11 +152,12 @@ def train(config: TrainConfig, at_end: ExitStack) -> int:
         scaler.unscale_(optimizer)
         norm = clip_gradients(encoder.parameters(), config.max_grad_norm)
         shares["grad_norm"] = norm / world_size  # the same on every rank: their sum is the norm
-        shares |= count(batches, signals=len(signals), save_failed=saver.failed())
+        shares |= count(batches, signals=len(signals), workers_lost=reader.lost, save_failed=saver.failed())
         values = torch.stack([share.to(accelerator.device, torch.float32) for share in shares.values()])
         # the loop's one collective, and its one wait for the device
         means = dict(zip(shares, sum_over_ranks(values).tolist(), strict=True))
-        told_to_stop, grad_norm = means.pop("signals") > 0, means.pop("grad_norm")
+        told_to_stop, worker_lost = means.pop("signals") > 0, means.pop("workers_lost") > 0
+        grad_norm = means.pop("grad_norm")
         if means.pop("save_failed"):
             saver.wait()  # raises the reason
         if not math.isfinite(means["loss"]) or not (math.isfinite(grad_norm) or scaler.is_enabled()):
@@ -200,7 +193,7 @@ def train(config: TrainConfig, at_end: ExitStack) -> int:
             logger.info("step %d  %s", step, "  ".join(f"{name} {value:.4f}" for name, value in scores.items()))
             is_best = progress.add_scores(step, scores, config.metric_for_best_model)
         out_of_patience = progress.stale >= patience
-        stops = told_to_stop and step < num_steps and not out_of_patience
+        stops = (told_to_stop or worker_lost) and step < num_steps and not out_of_patience
 
         if (save_every and step % save_every == 0) or (is_best and config.load_best_model_at_end) or stops:
             state = {"progress": vars(progress), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
@@ -208,6 +201,8 @@ def train(config: TrainConfig, at_end: ExitStack) -> int:
             saver.save(step, state, f"checkpoint-{progress.best_step}" if config.load_best_model_at_end else None)
         if stops:
             saver.wait()
+            if not told_to_stop:
+                raise lost_worker(config.dataloader_num_workers, step)
             logger.info("stopped by a signal after step %d; --resume_from_checkpoint latest goes on", step)
             return STOPPED_BY_SIGNAL
         if out_of_patience:
@@ -277,18 +272,6 @@ def open_log(
         accelerator.log({name: value for name, value in values.items() if name != "step"}, step=values["step"])
 
     return log
-
-
-def read_ahead(data: TrainingData, config: TrainConfig, first_step: int, last_step: int) -> Iterable[list[Batch]]:
-    """The micro-batches of each step, tokenized ahead in other processes."""
-    return torch.utils.data.DataLoader(
-        data,
-        batch_size=None,
-        sampler=range(first_step, last_step),
-        num_workers=config.dataloader_num_workers,
-        worker_init_fn=start_worker,
-        generator=torch.Generator(),  # its own: drawing the workers' seed from the global one would shift dropout
-    )
 
 
 def count(batches: Sequence[Batch], **more: int) -> dict[str, torch.Tensor]:

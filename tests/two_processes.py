@@ -6,11 +6,15 @@ fixture `two_ranks`. A case that fails is recorded with its traceback and the pr
 
 import hashlib
 import os
+import socket
 import subprocess
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -187,9 +191,18 @@ def collective_cases(rank: int) -> Results:
     def fails(error: Exception) -> str:
         try:
             on_main(lambda: (_ for _ in ()).throw(error))
-        except UserError as caught:
-            return str(caught)
+        except Exception as caught:
+            return f"{type(caught).__name__}: {caught}"
         return "no error"
+
+    def slow() -> str:
+        time.sleep(2)
+        return "done"
+
+    timeout = partial(dist.distributed_c10d._set_pg_timeout, group=dist.group.WORLD)
+    timeout(timedelta(seconds=1))
+    slow_value = on_main(slow)
+    timeout(timedelta(minutes=30))
 
     return {
         "world": world(),
@@ -197,6 +210,8 @@ def collective_cases(rank: int) -> Results:
         "calls": calls,
         "user_error": fails(UserError("the folder is not empty")),
         "os_error": fails(OSError(28, "No space left on device")),
+        "fault": fails(ZeroDivisionError("by zero")),
+        "slow": slow_value,
         "after": on_main(lambda: "still in step"),
         "objects": gather_objects({"rank": rank}),
         "sum": sum_over_ranks(torch.tensor([rank + 1.0])).item(),
@@ -249,10 +264,10 @@ def work(job: Results, rank: int) -> Results:
 
 
 def main() -> None:
-    """One rank: two_processes.py JOB RENDEZVOUS."""
+    """One rank: two_processes.py JOB."""
     rank = int(os.environ["RANK"])
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=2)
+    dist.init_process_group("gloo")
     results = work(torch.load(sys.argv[1]), rank)
     torch.save(results, f"{sys.argv[1]}.rank{rank}")
     dist.destroy_process_group()
@@ -267,11 +282,15 @@ def run(folder: Path, job: Results) -> list[Results]:
     torch.save(job, job_file)
     root = Path(__file__).resolve().parent.parent
     path = os.pathsep.join(str(root / name) for name in ("", "tests", "benchmarks"))
-    environment = {**os.environ, "PYTHONPATH": path, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    environment = {**os.environ, "PYTHONPATH": path, **shared}
     processes, logs = [], []
     for rank in range(2):
         logs.append(open(folder / f"log{rank}.txt", "w+", encoding="utf-8"))  # noqa: SIM115
-        command = [sys.executable, str(Path(__file__).resolve()), str(job_file), str(folder / "rendezvous")]
+        command = [sys.executable, str(Path(__file__).resolve()), str(job_file)]
         variables = environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
         processes.append(subprocess.Popen(command, env=variables, stdout=logs[-1], stderr=subprocess.STDOUT))
     try:

@@ -12,10 +12,14 @@ FSDP2 is `fully_shard`, called here on every device: Accelerate supplies device,
 CPU it would ignore its own FSDP plugin and give DDP).
 """
 
+import functools
 import inspect
+import itertools
 import math
+import traceback
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -28,7 +32,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from bge_core import UserError
-from bge_core.runtime.watchdog import heartbeat
+from bge_core.runtime.watchdog import heartbeat, launcher_store
 
 T = TypeVar("T")
 
@@ -184,18 +188,46 @@ def gather_objects(value: Any) -> list[Any]:
     return list(gather_object([value])) if world()[1] > 1 else [value]
 
 
+_turns = itertools.count()
+_LONGEST_TURN = timedelta(days=20)
+_main_store = functools.cache(lambda: launcher_store("main"))
+
+
+def _wait_for_main(rank: int) -> None:
+    """Return once rank 0 is here as often as this rank: over the launcher's store, as a collective has a timeout."""
+    turn = str(next(_turns))
+    if rank == 0:
+        _main_store().set(turn, "")
+    else:
+        _main_store().wait([turn], _LONGEST_TURN)
+
+
 def on_main(function: Callable[[], T]) -> T:
-    """Run `function` on rank 0 alone and give every rank its value, or its UserError, so that all go on or all stop."""
+    """Run `function` on rank 0 alone and give every rank its value, or its error, so that all go on or all stop.
+
+    The others wait as long as it takes: no collective is begun before it has ended.
+
+    Raises:
+        UserError: `function` raised it, or an OSError.
+        Exception: what `function` raised; on the other ranks a RuntimeError with its traceback.
+    """
     heartbeat()
+    rank, world_size = world()
     value: Any = None
-    error: UserError | None = None
-    if world()[0] == 0:
+    fault: Exception | None = None
+    if rank == 0:
         try:
             value = function()
-        except (UserError, OSError) as caught:
-            error = UserError(str(caught))
-    if world()[1] > 1:
-        value, error = broadcast_object_list([value, error])
-    if error is not None:
-        raise error
+        except (UserError, OSError) as error:
+            fault = UserError(str(error))
+        except Exception as error:
+            fault = error
+    if world_size > 1:
+        _wait_for_main(rank)
+        is_known = fault is None or isinstance(fault, UserError)
+        sent = fault if is_known else RuntimeError(f"rank 0 failed:\n{''.join(traceback.format_exception(fault))}")
+        value, received = broadcast_object_list([value, sent])
+        fault = received if rank else fault
+    if fault is not None:
+        raise fault
     return value  # type: ignore[no-any-return]

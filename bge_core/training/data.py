@@ -9,7 +9,6 @@ Shapes, of one rank's micro-batch: B queries, R passages, G most passages of a q
 """
 
 import math
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -290,14 +289,6 @@ class TrainingData(torch.utils.data.Dataset[list[Batch]]):
     def _tokenize(self, tokenizer: Any, queries: list[str], passages: list[str], longest: int) -> Tokens:
         token_lists = tokenize(tokenizer, queries, min(self.query_max_len, longest))
         return Tokens.from_lists(token_lists + tokenize(tokenizer, passages, min(self.passage_max_len, longest)))
-
-
-def start_worker(number: int) -> None:
-    """For a process that reads ahead: let the tokenizer work in one thread.
-
-    Its threads are not in a forked process, and where TOKENIZERS_PARALLELISM is "true" it would wait for them forever.
-    """
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
 def _padded(rows: Sequence[Sequence[float]], fill: float) -> Tensor:

@@ -1,15 +1,12 @@
 """What the loop remembers between steps: how far it is, the best evaluation, and the figures since the last log."""
 
 import math
-import signal
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from bge_core.runtime.log import memory_mb
-
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # the second is one that a launcher can be told to ignore
 
 
 @dataclass
@@ -77,12 +74,3 @@ class Meter:
         self.window.clear()
         self._restart()
         return means | rates | {"memory_mb": round(memory_mb(), 1)}
-
-
-def catch_stop_signals(at_end: ExitStack) -> list[int]:
-    """A list to which every signal to stop is added from here on; `at_end` gives the handlers back."""
-    caught: list[int] = []
-    for number in STOP_SIGNALS:
-        at_end.callback(signal.signal, number, signal.getsignal(number))
-        signal.signal(number, lambda number, _: caught.append(number))
-    return caught

@@ -61,8 +61,18 @@ def test_what_rank_0_does_alone_reaches_both(two_ranks: Ranks) -> None:
         assert result["world"] == (rank, 2)
         assert result["value"] == {"from": 0}
         assert result["calls"] == ([0] if rank == 0 else [])
-        assert result["user_error"] == "the folder is not empty"
+        assert result["user_error"] == "UserError: the folder is not empty"
         assert "No space left on device" in result["os_error"]
+        kind, _, why = result["fault"].partition(": ")
+        if rank == 0:
+            assert (kind, why) == ("ZeroDivisionError", "by zero")
+        else:
+            assert (
+                kind == "RuntimeError"
+                and why.startswith("rank 0 failed:\nTraceback")
+                and "ZeroDivisionError: by zero" in why
+            )
+        assert result["slow"] == "done"  # the group's timeout was half of what it took
         assert result["after"] == "still in step"
         assert result["objects"] == [{"rank": 0}, {"rank": 1}]
         assert result["sum"] == 3.0

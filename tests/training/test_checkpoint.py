@@ -3,6 +3,7 @@
 import errno
 import itertools
 import json
+import multiprocessing
 import os
 import resource
 import shutil
@@ -10,7 +11,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,8 +27,10 @@ from bge_core.encoder.load import load_encoder
 from bge_core.files import atomic
 from bge_core.runtime.cli import as_dict
 from bge_core.runtime.config import TrainConfig
-from bge_core.training import checkpoint, run_folder
+from bge_core.training import checkpoint, run_folder, stop
 from bge_core.training.random_state import restore_random_state, seed_random_state
+from bge_core.training.read_ahead import ReadAhead
+from bge_core.training.stop import STOP_SIGNALS, catch_stop_signals
 
 # All that could make a resumed run another one: dropout, accumulation with a short last step of an epoch, GradCache,
 # workers, a mean over steps that a checkpoint cuts in two, evaluations, a schedule.
@@ -647,21 +650,30 @@ def slow_logging() -> None:
     train.append_metrics = append_slowly
 
 
-@pytest.mark.parametrize("num_processes", [1, 2])
+def in_a_group_of_its_own() -> None:
+    """As under a shell, `timeout` or torchrun, whose signals reach the data workers of the run, too."""
+    os.setpgrp()
+    slow_logging()
+
+
+@pytest.mark.parametrize(
+    "num_processes, number", [(1, signal.SIGTERM), (1, signal.SIGINT), (2, signal.SIGUSR1)], ids=str
+)
 def test_a_signal_stops_after_a_checkpoint(
-    unbroken: Path, tiny_bert_dropout: Path, data: Path, tmp_path: Path, resume: Callable[..., int], num_processes: int
-) -> None:
-    """Told after step 4 (the last of two processes alone): both end with 75 after a step and a checkpoint of it."""
+    unbroken: Path, tiny_bert_dropout: Path, data: Path, tmp_path: Path, resume: Callable[..., int],
+    num_processes: int, number: signal.Signals,
+) -> None:  # fmt: skip
+    """Told after step 4, with its workers (the last of two processes alone): 75 after a step and a checkpoint of it."""
     folder, log = tmp_path / "run", tmp_path / "log"
     settings = SETTINGS | {"per_device_train_batch_size": 4 // num_processes}
     argv = runs.flags(tiny_bert_dropout, data, folder, val_data=data, **settings)
     if num_processes == 1:
-        children = [runs.start(argv, log, patch=slow_logging)]
+        children = [runs.start(argv, log, patch=in_a_group_of_its_own)]
     else:
         children = runs.start_two(argv, log, slow_logging)
     while children[0].is_alive() and not logged(folder, 4):
         time.sleep(0.001)
-    os.kill(children[-1].pid, signal.SIGTERM)
+    (os.killpg if num_processes == 1 else os.kill)(children[-1].pid, number)
     assert runs.finish(children) == [75] * num_processes, [file.read_text() for file in tmp_path.glob("log*")]
     assert_nothing_half_written(folder)
     first, last = checkpoint.checkpoints(folder)
@@ -694,10 +706,10 @@ def test_a_second_run_in_the_same_folder_is_refused(
 def test_a_data_worker_that_is_killed(
     unbroken: Path, tiny_bert_dropout: Path, data: Path, tmp_path: Path, resume: Callable[..., int]
 ) -> None:
-    """As the kernel does when memory runs out: one message, exit 2, and the run can be resumed."""
+    """As the kernel does when memory runs out: the step is finished and saved, one message, exit 2."""
     folder, log = tmp_path / "run", tmp_path / "log"
     settings = SETTINGS | {"dataloader_num_workers": 1}
-    child = runs.start(runs.flags(tiny_bert_dropout, data, folder, val_data=data, **settings), log, patch=slow_logging)
+    child = runs.start(runs.flags(tiny_bert_dropout, data, folder, val_data=data, **settings), log, patch=impatient)
     while child.is_alive() and not logged(folder, 4):
         time.sleep(0.001)
     (worker,) = Path(f"/proc/{child.pid}/task/{child.pid}/children").read_text().split()
@@ -707,17 +719,64 @@ def test_a_data_worker_that_is_killed(
     assert said.count("error: ") == 1 and "DataLoader worker" in said and "fewer --dataloader_num_workers" in said
     assert "Traceback" not in said and not list(folder.glob(".*"))
     assert_nothing_half_written(folder)
+    (*_, last) = checkpoint.checkpoints(folder)
+    assert f"saved after step {last.name.split('-')[1]};" in said and last.name != "checkpoint-3"
     assert resume(folder) == 0
+    for path in set(folder.glob("checkpoint-*")) - {folder / path.name for path in unbroken.glob("checkpoint-*")}:
+        shutil.rmtree(path)  # the unbroken run has none of this step
     assert_same_run(folder, unbroken)
 
 
-def test_the_callers_signal_handler_is_given_back(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
-    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+def impatient() -> None:
+    """In a child: look after the workers ten times a second, not every five seconds."""
+    worker_loop = torch.utils.data.dataloader._MultiProcessingDataLoaderIter
+    worker_loop._try_get_data.__defaults__ = (0.1,)
+    slow_logging()
+
+
+class Broken(torch.utils.data.Dataset):
+    """Data with a fault in item 1."""
+
+    def __getitem__(self, step: int) -> list[int]:
+        if step == 1:
+            raise RuntimeError("a fault of the data")
+        return [step]
+
+
+def test_an_error_in_a_worker_is_no_lost_worker() -> None:
+    reader = ReadAhead(Broken(), 1)
+    with pytest.raises(RuntimeError, match="a fault of the data"):
+        list(reader.steps(0, 3))
+    assert not reader.lost
+
+
+def test_signal_handlers_are_given_back_and_nohup_is_kept() -> None:
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    hangup = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        assert run(tiny_bert, data, tmp_path / "run", max_steps=1) == 0
-        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+        with ExitStack() as at_end:
+            caught = catch_stop_signals(at_end)
+            for number in STOP_SIGNALS:
+                os.kill(os.getpid(), number)
+            assert sorted(caught) == sorted(set(STOP_SIGNALS) - {signal.SIGHUP})
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGHUP, hangup)
+    assert {number: signal.getsignal(number) for number in STOP_SIGNALS} == before
+
+
+def press_ctrl_c_twice() -> None:
+    caught = catch_stop_signals(ExitStack())
+    for _ in range(2):  # once by itself and once with the group: one press
+        os.kill(os.getpid(), signal.SIGINT)
+    assert caught == [signal.SIGINT] * 2
+    stop._SAME_PRESS_SECONDS = -1.0
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_second_ctrl_c_ends_at_once() -> None:
+    child = multiprocessing.get_context("fork").Process(target=press_ctrl_c_twice)
+    child.start()
+    assert runs.finish([child], 10) == [-signal.SIGINT]
 
 
 # ----------------------------------------------------------------------------------------------------------------- parts
