@@ -15,7 +15,6 @@ if __name__ == "__main__":
     gc.disable()  # until all below is imported (`run_stage`): a third of the start would be spent on collecting nothing
 
 import os
-import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +25,8 @@ import torch
 from bge_core import UserError
 from bge_core.encoder.settings import read_settings
 from bge_core.evaluation.metrics import parse_metric
+from bge_core.evaluation.tasks import evaluation_command
+from bge_core.files.atomic import read_json
 from bge_core.merging.choose import METRIC, choose, write_sweep
 from bge_core.merging.folders import refuse_output, write_merged
 from bge_core.merging.methods import check_arguments, check_weights
@@ -78,11 +79,8 @@ def merge(config: MergeConfig) -> None:
     for name, weight in named:
         print(f"{weight:.4f}  {name}")
     print(f"model: {config.output_path}")
-    encoders = shlex.join([*manifest["models"], config.output_path])
-    print(
-        f"next: python evaluate.py --encoder {encoders} --val_data data/test.jsonl --corpus data/corpus.jsonl "
-        "--add_instruction --output_dir outputs/report"
-    )
+    of_models = [(read_json(Path(model, "manifest.json")) or {}).get("config") or {} for model in manifest["models"]]
+    print(f"next: {evaluation_command([*manifest['models'], config.output_path], as_dict(config), *of_models)}")
 
 
 def refuse_merge(config: MergeConfig) -> None:

@@ -28,7 +28,7 @@ from huggingface_hub import try_to_load_from_cache
 
 from bge_core import UserError
 from bge_core.files import atomic
-from bge_core.runtime.cli import as_texts, as_words
+from bge_core.runtime.cli import as_texts, as_words, expand_home
 
 OUTPUT_FLAG = {"mine": "output_file", "train": "output_dir", "merge": "output_path", "evaluate": "output_dir"}
 DATA_FLAG = {"mine": "input_file", "train": "train_data"}
@@ -82,7 +82,7 @@ def plan(args: argparse.Namespace) -> list[Stage]:
     if missing := [f"--{name[1:]} {path}" for name, path in given.items() if not os.path.exists(path)]:
         raise UserError(f"{', '.join(missing)}: no such file")
     recipe = read_recipe(args.config)
-    base = str(args.model_name_or_path or recipe.get("model_name_or_path") or "")
+    base = expand_home(str(args.model_name_or_path or recipe.get("model_name_or_path") or ""))
     if not base:
         raise UserError(f"{args.config}: lacks model_name_or_path; add it, or give --model_name_or_path")
     scored = {"name": "evaluation", "stage": "evaluate", "val_data": "$val_data", "corpus": "$corpus"}
@@ -110,7 +110,7 @@ def resolve(
     """The flags of a stage as its script has them: names of stages and $names become the paths they stand for."""
     flags, flag_of = dict[str, list[str]](), MODEL_FLAG | {"data": DATA_FLAG.get(kind, "data")}
     for key, value in entry.items():
-        words = as_texts(value)
+        words = list(map(expand_home, as_texts(value)))
         for i, word in enumerate(words):
             names = given if word.startswith("$") else files if key == "data" else models
             if word.startswith("$") or (key in flag_of and "/" not in word):
@@ -181,7 +181,8 @@ def main(argv: list[str] | None = None) -> int:
     for flag in ("config", "train_data", "corpus", "output_dir", "val_data", "model_name_or_path", "seed", "launcher"):
         cli.add_argument(f"--{flag}", required=flag in ("config", "train_data", "corpus", "output_dir"))
     try:
-        return run(plan(args := cli.parse_args(argv)), args.launcher)
+        words = list(map(expand_home, sys.argv[1:] if argv is None else argv))
+        return run(plan(args := cli.parse_args(words)), args.launcher)
     except (UserError, OSError, yaml.YAMLError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

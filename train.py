@@ -17,7 +17,6 @@ if __name__ == "__main__":
 import json
 import logging
 import math
-import shlex
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
@@ -33,7 +32,7 @@ from tqdm import tqdm
 from bge_core.encoder.model import Encoder
 from bge_core.evaluation.evaluator import evaluate_encoder
 from bge_core.evaluation.metrics import DEFAULT_METRICS
-from bge_core.evaluation.tasks import load_task
+from bge_core.evaluation.tasks import evaluation_command, load_task
 from bge_core.files.atomic import make_manifest, write_json
 from bge_core.reports.model_card import write_model_card
 from bge_core.reports.plots import plot_curves
@@ -355,12 +354,8 @@ def publish(
     )
     finished = {"status": "finished", "scores": scores, "skipped_steps": progress.skipped}
     write_json(output_dir / "manifest.json", manifest | finished)
-    words = ["--encoder", config.model_name_or_path, str(output_dir)]
-    words += ["--val_data", config.val_data or "data/test.jsonl"]
-    if config.val_corpus or not config.val_data:
-        words += ["--corpus", config.val_corpus or "data/corpus.jsonl"]
-    words += ["--add_instruction", "--output_dir", "outputs/report"]
-    print(f"model: {output_dir}\nnext: python evaluate.py {shlex.join(words)}")
+    command = evaluation_command([config.model_name_or_path, str(output_dir)], as_dict(config))
+    print(f"model: {output_dir}\nnext: {command}")
 
 
 if __name__ == "__main__":

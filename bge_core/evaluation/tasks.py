@@ -12,6 +12,7 @@ import functools
 import itertools
 import logging
 import os
+import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -142,6 +143,28 @@ def describe_task(task: RetrievalTask, val_data: str | Path, corpus: str | Path 
     if found := corpus or (beir and beir[0]):
         files.append((_corpus_file(str(found)), len(task.corpus)))
     return [describe_source(file, num_rows) for file, num_rows in files]
+
+
+def evaluation_command(models: Sequence[str], *runs: Mapping[str, Any]) -> str:
+    """The command that compares models on the test set of the first of some runs that had one.
+
+    Args:
+        models: folders and hub names, the first compared with the others.
+        runs: their settings. One without a test set may have left prepare.py's beside its training data. Where none is
+            there, TEST.jsonl stands for it.
+    """
+    used = [(of["val_data"], of.get("val_corpus") or of.get("corpus") or "") for of in runs if of.get("val_data")]
+    trained_on = [Path(data) for of in runs for data in of.get("train_data") or ()]
+    folders = [data if data.is_dir() else data.parent for data in trained_on]
+    used += [(str(folder / "test.jsonl"), str(folder / "corpus.jsonl")) for folder in folders]
+    here = ((val, corpus) for val, corpus in used if os.path.exists(val) or is_hub_name(val))
+    val_data, corpus = next(here, ("TEST.jsonl", ""))
+    words = ["--encoder", *models, "--val_data", val_data]
+    words += ["--corpus", corpus] if os.path.exists(corpus) or is_hub_name(corpus) else []
+    reports = itertools.chain(["outputs/report"], (f"outputs/report-{i}" for i in itertools.count(2)))
+    words += ["--add_instruction", "--output_dir", next(name for name in reports if not os.path.exists(name))]
+    unknown = "  # name your test set for TEST.jsonl" if val_data == "TEST.jsonl" else ""
+    return f"python evaluate.py {shlex.join(words)}{unknown}"
 
 
 def _beir_files(path: str) -> tuple[Path, Path] | None:

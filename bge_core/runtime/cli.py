@@ -57,7 +57,7 @@ def parse_config(config_class: type[T], argv: Sequence[str] | None = None) -> T:
     Raises:
         UserError: unknown flag or key (the nearest name is offered), a value of the wrong type or range.
     """
-    words = list(sys.argv[1:] if argv is None else argv)
+    words = list(map(expand_home, sys.argv[1:] if argv is None else argv))
     parser = make_parser(config_class)
     known = {option.lstrip("-") for action in parser._actions for option in action.option_strings}
     for word in words:
@@ -69,7 +69,7 @@ def parse_config(config_class: type[T], argv: Sequence[str] | None = None) -> T:
     config_file = early.parse_known_args(words)[0].config
     from_yaml = _yaml_words(Path(config_file), known) if config_file else []
     config, _, *unknown = parser.parse_args_into_dataclasses(
-        args=from_yaml + words, look_for_args_file=False, return_remaining_strings=True
+        args=[*map(expand_home, from_yaml), *words], look_for_args_file=False, return_remaining_strings=True
     )
     stray = [word for group in unknown for word in group]
     if stray:
@@ -102,6 +102,12 @@ def as_words(values: Mapping[str, Any]) -> list[str]:
         begins = len(texts) == 1 and texts[0].startswith("-")  # what looks like a flag needs the sign
         words += [f"--{name}={texts[0]}"] if begins else [f"--{name}", *texts] if texts else []
     return words
+
+
+def expand_home(word: str) -> str:
+    """~/x and --flag=~/x with the home folder: a shell does it for a bare word, and nobody for one in a YAML file."""
+    flag, sign, path = word.partition("=") if word.startswith("--") else ("", "", word)
+    return flag + sign + os.path.expanduser(path) if path.startswith("~/") else word
 
 
 def as_texts(value: Any) -> list[str]:

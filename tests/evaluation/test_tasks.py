@@ -16,7 +16,14 @@ from pyarrow import parquet
 
 from bge_core import UserError
 from bge_core.evaluation import tasks
-from bge_core.evaluation.tasks import RetrievalTask, describe_task, load_task, load_tasks, make_unique
+from bge_core.evaluation.tasks import (
+    RetrievalTask,
+    describe_task,
+    evaluation_command,
+    load_task,
+    load_tasks,
+    make_unique,
+)
 from bge_core.evaluation.trec import read_qrels, read_run, run_as_ranking, run_name
 
 Row = dict[str, Any]
@@ -251,6 +258,27 @@ def test_a_manifest_names_all_files(tmp_path: Path) -> None:
         entries = describe_task(load_task(val, given), val, given)
         assert [(entry["path"], entry["rows"]) for entry in entries] == [(str(file), num) for file, num in want]
         assert all(len(entry["sha256"]) == 64 for entry in entries)
+
+
+def test_the_next_command_names_the_files_that_were_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def command(*runs: Row) -> str:
+        return evaluation_command(["base", "my run"], *runs).removeprefix("python evaluate.py --encoder base 'my run' ")
+
+    rest = "--add_instruction --output_dir outputs/report"
+    mined = {"train_data": ["data/mined.jsonl", "org/name"], "val_data": None}
+    assert command(mined) == f"--val_data TEST.jsonl {rest}  # name your test set for TEST.jsonl"
+    write(tmp_path / "data/test.jsonl", ROWS)
+    assert command(mined) == f"--val_data data/test.jsonl {rest}"
+    write(tmp_path / "data/corpus.jsonl", CORPUS)
+    assert command({}, mined) == f"--val_data data/test.jsonl --corpus data/corpus.jsonl {rest}"
+    write(tmp_path / "v.jsonl", ROWS)
+    assert command({"val_data": "gone.jsonl"}, mined | {"val_data": "v.jsonl"}) == f"--val_data v.jsonl {rest}"
+    trained = {"val_data": "v.jsonl", "val_corpus": "data"}
+    write(tmp_path / "outputs/report/x", "")
+    assert command(trained) == f"--val_data v.jsonl --corpus data {rest}-2"
+    assert command({"val_data": "org/v:test", "corpus": None}) == f"--val_data org/v:test {rest}-2"
 
 
 # -------------------------------------------------------------------------------------------------------------- refusals

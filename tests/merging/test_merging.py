@@ -632,15 +632,20 @@ def test_other_model_types_are_refused(model_type: str) -> None:
             call()
 
 
-def test_command_line(models: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = tmp_path / "out put"
+def test_command_line(
+    models: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, test = tmp_path / "out put", tmp_path / "my test.jsonl"
+    test.touch()
+    atomic.write_json(models[1] / "manifest.json", {"stage": "train", "config": {"val_data": str(test)}})
+    monkeypatch.chdir(tmp_path)
     assert run(models[:2], out, "--weights", "0.3", "0.7") == 0
     assert capsys.readouterr().out.splitlines() == [
         f"0.3000  {models[0]}",
         f"0.7000  {models[1]}",
         f"model: {out}",
-        f"next: python evaluate.py --encoder {models[0]} {models[1]} '{out}' --val_data data/test.jsonl --corpus data/corpus.jsonl "
-        "--add_instruction --output_dir outputs/report",
+        f"next: python evaluate.py --encoder {models[0]} {models[1]} '{out}' --val_data '{test}' --add_instruction "
+        f"--output_dir outputs/report",
     ]
     manifest = atomic.read_json(out / "manifest.json")
     assert manifest is not None and manifest["config"]["weights"] == [0.3, 0.7] and manifest["seed"] == 42

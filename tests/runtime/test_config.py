@@ -151,6 +151,15 @@ def test_the_earlier_name_of_the_vectors_folder(stage: str, caplog: pytest.LogCa
         parse_config(config_class, [*needed, *old, "--embedding_cache_dir", "w"])
 
 
+def test_the_home_folder_in_flags_and_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "run.yaml").write_text("train_data: [~/a.jsonl, b~/c]\nmodel_name_or_path: ~/bge\nrun_name: ~\n")
+    config = parse_config(TrainConfig, ["--config", "~/run.yaml", "--output_dir=~/out", "--val_data", "~/v.jsonl"])
+    assert config.train_data == [f"{tmp_path}/a.jsonl", "b~/c"] and config.model_name_or_path == f"{tmp_path}/bge"
+    assert (config.output_dir, config.val_data) == (f"{tmp_path}/out", f"{tmp_path}/v.jsonl")
+    assert config.run_name is None
+
+
 def test_an_empty_list_in_yaml_is_an_empty_list(tmp_path: Path) -> None:
     """As a manifest's resolved settings have it."""
     assert with_yaml(tmp_path, REQUIRED + "mrl_dims: []\n").mrl_dims == []
