@@ -18,16 +18,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from bge_core import UserError
-from bge_core.files.atomic import make_manifest, refuse_foreign_folder
+from bge_core.files.atomic import describe_input, make_manifest, refuse_foreign_folder
+from bge_core.files.columns import Wanted
 from bge_core.files.pairs import read_pairs
 from bge_core.files.split import OUTPUTS, choose_train, write_split
 from bge_core.files.tables import find_inputs
+from bge_core.files.understood import summarize
 from bge_core.runtime.cli import as_dict, run_stage
 from bge_core.runtime.config import PrepareConfig
 
 
 def prepare(config: PrepareConfig) -> None:
-    """Run the stage; prints what it counted and the next command.
+    """Run the stage; prints what it understood (stderr), what it counted and the next command.
 
     Raises:
         UserError: nothing to read, bad lines (all are counted), no possible split, or an output folder not ours.
@@ -35,17 +37,21 @@ def prepare(config: PrepareConfig) -> None:
     output_dir = Path(config.output_dir)
     paths = find_inputs(Path(config.input_dir), output_dir, OUTPUTS)
     refuse_foreign_folder(output_dir, config.overwrite_output_dir, OUTPUTS)
-    pairs, inputs = read_pairs(paths, config.query_field, config.answer_field)
+    wanted = Wanted(config.query_field, config.answer_field, config.min_label, config.strip_html)
+    pairs, files = read_pairs(paths, wanted)
+    print("\n".join(summarize(files)), file=sys.stderr)
     if not pairs.positives:
         raise UserError(f"--input_dir {config.input_dir}: {pairs.num_read} pairs read, none with question and answer")
     is_train = choose_train(pairs, config.train_num, config.split_by, config.seed)
     counts = {
         "files": len(paths),
-        "rows": sum(entry["rows"] for entry in inputs),
+        "rows": sum(file.rows for file in files),
+        "rows_lost": sum(file.lost.total() for file in files),
         **pairs.counts(),
         "train_rows": sum(is_train),
         "test_rows": len(is_train) - sum(is_train),
     }
+    inputs = [describe_input(file.path, file.rows) | file.as_entry() for file in files]
     manifest = make_manifest("prepare", as_dict(config), inputs, counts=counts)
     write_split(output_dir, pairs, is_train, config.split_by, manifest)
     report(output_dir, counts)

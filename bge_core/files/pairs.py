@@ -1,7 +1,5 @@
 """Questions and answers as pairs: which texts are the same question, and what belongs to it."""
 
-import functools
-import logging
 from collections import defaultdict
 from collections.abc import Container, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -9,13 +7,12 @@ from pathlib import Path
 from tqdm import tqdm
 
 from bge_core import UserError
-from bge_core.files.atomic import describe_input
-from bge_core.files.columns import find_columns
+from bge_core.files.cells import parse_row
+from bge_core.files.columns import NOTHING_SAID, Wanted, find_columns
 from bge_core.files.records import BadLines, Row
-from bge_core.files.tables import parse_row, read_file
+from bge_core.files.tables import read_file
 from bge_core.files.text import text_id
-
-logger = logging.getLogger(__name__)
+from bge_core.files.understood import Understood
 
 
 class Texts:
@@ -41,6 +38,9 @@ class Pairs:
         self.positives: list[list[int]] = []
         self.negatives: defaultdict[int, list[int]] = defaultdict(list)
         self.num_read = self.num_empty = self.num_repeated = 0
+        self._rejected: list[
+            tuple[Sequence[str], list[str]]
+        ] = []  # questions and what is known to be no answer of them
         self._seen: set[int] = set()
 
     def add(self, question: str, answers: Sequence[str], negatives: Sequence[str]) -> None:
@@ -62,6 +62,20 @@ class Pairs:
                 self.positives[number].append(answer)
         if any(negatives):
             self.negatives[number] += [self.answers.add(text) for text in negatives if text]
+
+    def reject(self, questions: Sequence[str], answers: Sequence[str]) -> None:
+        """Take what is known to be no answer; `settle` makes it a negative of the questions that have an answer."""
+        self._rejected.append((questions, [answer for answer in answers if answer]))
+
+    def settle(self) -> list[bool]:
+        """Once all rows are taken: of each `reject` whether one of its questions has an answer."""
+        used = []
+        for questions, answers in self._rejected:
+            found = [self.questions.numbers[key] for key in map(text_id, questions) if key in self.questions.numbers]
+            for number in found:
+                self.negatives[number] += map(self.answers.add, answers)
+            used.append(bool(found))
+        return used
 
     def row(self, question: int) -> Row:
         """{query, pos} of one question."""
@@ -88,29 +102,35 @@ class Pairs:
         }
 
 
-def read_pairs(
-    paths: Sequence[Path], query_field: str | None = None, answer_field: str | None = None
-) -> tuple[Pairs, list[Row]]:
-    """All pairs of raw files, and the manifest's entry of each file.
+def read_pairs(paths: Sequence[Path], wanted: Wanted = NOTHING_SAID) -> tuple[Pairs, list[Understood]]:
+    """All pairs of raw files, and what was understood of each file.
 
     Args:
         paths: the files, in the order in which their rows count.
-        query_field, answer_field: see `find_columns`.
+        wanted: what the user says of their columns.
 
     Raises:
         UserError: a file that cannot be read, or bad lines (all files' are counted).
     """
-    find = functools.partial(find_columns, query_field=query_field, answer_field=answer_field)
-    pairs, bad, inputs = Pairs(), BadLines(), []
+    pairs, bad, files, rejected_of = Pairs(), BadLines(), [], []
     for path in paths:
-        num_rows = 0
-        for row in tqdm(read_file(path, find, bad), desc=path.name, unit=" rows", disable=None):
-            pairs.add(*row)
-            num_rows += 1
-        logger.info("%s: %d rows", path, num_rows)
-        inputs.append(describe_input(path, num_rows))
+        understood = Understood(path)
+        for row in tqdm(read_file(path, wanted, bad, understood), desc=path.name, unit=" rows", disable=None):
+            if row.is_negative and not row.problem:
+                pairs.reject(row.questions, row.answers)
+                rejected_of.append(understood)
+            elif not row.is_negative and not row.left_out:
+                for question in row.questions:
+                    pairs.add(question, row.answers, row.negatives)
+        files.append(understood)
     bad.refuse()
-    return pairs, inputs
+    if wanted.min_label is not None and not any(understood.has_scores for understood in files):
+        raise UserError(f"--min_label {wanted.min_label:g}: no file has a column of scores; leave the flag out")
+    for understood, has_answer in zip(rejected_of, pairs.settle(), strict=True):
+        if not has_answer:
+            understood.negatives -= 1
+            understood.lost["a negative, and its question has no answer"] += 1
+    return pairs, files
 
 
 def to_triplets(rows: Iterable[Row]) -> Iterator[Row]:
@@ -148,7 +168,9 @@ def from_triplets(triplets: Iterable[Row]) -> Iterator[Row]:
     pairs = Pairs()
     for number, triplet in enumerate(triplets, start=1):
         try:
-            pairs.add(*parse_row(triplet, find_columns(tuple(triplet)), from_json=True))
+            columns = find_columns(tuple(triplet), {name: [value] for name, value in triplet.items()})
+            row = parse_row(triplet, columns, from_json=True)
+            pairs.add(row.questions[0], row.answers, row.negatives)
         except UserError as error:
             raise UserError(f"triplet {number}: {error}") from None
     yield from map(pairs.training_row, range(len(pairs.positives)))

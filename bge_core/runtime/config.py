@@ -56,8 +56,12 @@ class PrepareConfig(Stage):
     split_by: Literal["group", "question"] = flag(
         "group", "group: no question and no answer on both sides. question: new questions about known answers."
     )
-    query_field: str | None = flag(None, "Column of the question; default: found by common names.")
-    answer_field: str | None = flag(None, "Column of the answer; default: found by common names.")
+    query_field: str | None = flag(
+        None, "Column of the question, or its place from 1 without a header line; default: found by common names."
+    )
+    answer_field: str | None = flag(None, "Column of the answer, likewise.")
+    min_label: float | None = flag(None, "Of a column of scores: at least this much is a pair, the others are left out.")
+    strip_html: bool = flag(False, "Take the tags out of cells that hold HTML.")
     seed: int = flag(42, "Seed of the split.")
     overwrite_output_dir: bool = flag(False, "Replace the files of an earlier run in output_dir.")
 

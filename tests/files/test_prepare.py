@@ -81,7 +81,7 @@ def test_counts_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert run(write(tmp_path / "in", files), output, "--train_num", "2") == 0
     train, test, corpus, counts = read_output(output)
     assert counts == {
-        "files": 2, "rows": 8, "pairs": 11, "pairs_empty": 4, "pairs_repeated": 2, "questions": 3,
+        "files": 2, "rows": 8, "rows_lost": 3, "pairs": 11, "pairs_empty": 4, "pairs_repeated": 2, "questions": 3,
         "questions_with_several_answers": 2, "questions_with_known_negatives": 0, "answers": 5, "corpus_texts": 5,
         "train_rows": 2, "test_rows": 1,
     }  # fmt: skip
@@ -94,7 +94,7 @@ def test_counts_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert [row for row in rows if row not in train] == test
     assert corpus == ["带证件去柜台", "九点", "九点到五点", "去柜台", "带证件"]
     out = capsys.readouterr().out
-    shown = dict(line.rsplit(maxsplit=1) for line in out.splitlines()[:12])
+    shown = dict(line.rsplit(maxsplit=1) for line in out.splitlines()[:13])
     assert {name.replace(" ", "_"): int(value) for name, value in shown.items()} == counts
     assert "next: python mine.py --model_name_or_path" in out and f"--input_file '{output}/train.jsonl'" in out
 
@@ -104,7 +104,8 @@ def test_manifest(source: Path, tmp_path: Path) -> None:
     assert run(source, tmp_path / "out", "--seed", "7") == 0
     manifest = json.loads((tmp_path / "out/manifest.json").read_text(encoding="utf-8"))
     assert (manifest["stage"], manifest["seed"], manifest["config"]["split_by"]) == ("prepare", 7, "group")
-    assert manifest["inputs"] == [
+    described = [{name: entry[name] for name in ("path", "sha256", "rows")} for entry in manifest["inputs"]]
+    assert described == [
         {"path": str(source / name), "sha256": atomic.sha256(source / name), "rows": rows}
         for name, rows in (("a.jsonl", 10), ("b/c.csv", 1))
     ]
@@ -160,8 +161,8 @@ def test_split_does_not_depend_on_the_listing_of_the_folder(tmp_path: Path, monk
 @pytest.mark.parametrize(
     ("name", "content", "expected"),
     [
-        ("a.csv", "q,a\nq,a\n", "one question"),
-        ("a.csv", "q,a\nq,a\np,a\n", "--split_by question"),
+        ("a.csv", "q,a\nx,y\n", "one question"),
+        ("a.csv", "q,a\nx,y\np,y\n", "--split_by question"),
         ("a.csv", "q,a\n", "0 pairs"),
         ("a.csv", "", "0 pairs"),
         ("a.jsonl", jsonl(TEN) + "[]\n", "a.jsonl:11: is a JSON list"),

@@ -13,7 +13,7 @@ import pyarrow.parquet
 import pytest
 
 from bge_core import UserError
-from bge_core.files.columns import find_columns
+from bge_core.files.columns import Columns, Wanted, find_columns
 from bge_core.files.pairs import read_pairs
 from bge_core.files.tables import find_inputs
 
@@ -31,7 +31,7 @@ def write(file: Path, content: str | bytes) -> Path:
 
 def pairs_of(source: Path, query_field: str | None = None, answer_field: str | None = None) -> list[tuple[str, str]]:
     """What is found in `source`, in order of the questions."""
-    pairs, _ = read_pairs(find_inputs(source, source.parent / "out", ()), query_field, answer_field)
+    pairs, _ = read_pairs(find_inputs(source, source.parent / "out", ()), Wanted(query_field, answer_field))
     rows = map(pairs.row, range(len(pairs.positives)))
     return sorted((row["query"], answer) for row in rows for answer in row["pos"])
 
@@ -115,22 +115,25 @@ def test_a_few_bad_bytes_do_not_turn_utf8_into_gb18030(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("names", "expected"),
+    ("names", "question", "answer", "negatives"),
     [
-        (("query", "pos"), ("query", "pos", ())),
-        (("id", " Question ", "ANSWER"), (" Question ", "ANSWER", ())),
-        (("答案", "问题"), ("问题", "答案", ())),
-        (("提问", "回答"), ("提问", "回答", ())),
-        (("标准问（必填）", "*答复：", "分类"), ("标准问（必填）", "*答复：", ())),
-        (("Ｑ", "Ａ"), ("Ｑ", "Ａ", ())),
-        (("title", "content", "question", "answer"), ("question", "answer", ())),
-        (("anchor", "positive", "negative"), ("anchor", "positive", ("negative",))),
-        (("anchor", "positive", "negative_1", "negative_2"), ("anchor", "positive", ("negative_1", "negative_2"))),
-        (("query", "pos", "neg", "pos_scores", "neg_scores"), ("query", "pos", ("neg",))),
+        (("query", "pos"), "query", "pos", ()),
+        (("id", " Question ", "ANSWER"), " Question ", "ANSWER", ()),
+        (("答案", "问题"), "问题", "答案", ()),
+        (("標題", "質問", "回答"), "質問", "回答", ()),
+        (("标准问（必填）", "*答复：", "分类"), "标准问（必填）", "*答复：", ()),
+        (("Ｑ", "Ａ"), "Ｑ", "Ａ", ()),
+        (("content", "text", "question", "answer"), "question", "answer", ()),
+        (("sentence1", "sentence2", "id"), "sentence1", "sentence2", ()),
+        (("input", "output"), "input", "output", ()),
+        (("问题", "相似问题"), "问题", "相似问题", ()),
+        (("anchor", "positive", "negative"), "anchor", "positive", ("negative",)),
+        (("anchor", "positive", "negative_1", "negative_2"), "anchor", "positive", ("negative_1", "negative_2")),
+        (("query", "pos", "neg", "pos_scores", "neg_scores"), "query", "pos", ("neg",)),
     ],
 )
-def test_column_names(names: tuple[str, ...], expected: tuple[str, str, tuple[str, ...]]) -> None:
-    assert find_columns(names) == expected
+def test_column_names(names: tuple[str, ...], question: str, answer: str, negatives: tuple[str, ...]) -> None:
+    assert find_columns(names, dict.fromkeys(names, ())) == Columns((question,), answer, negatives)
 
 
 def test_columns_by_name(tmp_path: Path) -> None:
@@ -154,9 +157,7 @@ def test_numbers_and_dates_of_tables_are_texts(tmp_path: Path) -> None:
     assert pairs_of(tmp_path) == sorted([*((str(q), text) for q, _, text in cells), ("1", "2")])
 
 
-def test_sheets_without_the_columns_are_skipped_if_another_has_them(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_sheets_without_the_columns_are_skipped_if_another_has_them(tmp_path: Path) -> None:
     file = tmp_path / "a.xlsx"
     book = openpyxl.Workbook()
     book.active.title = "说明"
@@ -168,7 +169,8 @@ def test_sheets_without_the_columns_are_skipped_if_another_has_them(
     book.create_sheet("空")
     book.save(file)
     assert pairs_of(file) == TEN
-    assert "sheet '说明' is skipped" in caplog.text
+    (understood,) = read_pairs([file])[1]
+    assert "sheet '说明' is not read: no field 'query'" in understood.notes[0] and len(understood.notes) == 1
     del book["一"], book["二"]
     book.save(file)
     message = message_of(file)
@@ -198,7 +200,7 @@ BAD_LINES = {
     "number in the list": ('{"query": "q", "pos": ["a", 7]}', ["field 'pos[1]' is 7", "must be a string"]),
     "object": ('{"query": "q", "pos": {"text": "a"}}', ["""field 'pos' is {"text": "a"}""", "must be a string"]),
     "list of questions": ('{"query": ["q"], "pos": ["a"]}', ["""field 'query' is ["q"]""", "must be a string"]),
-    "bad negative": ('{"query": "q", "pos": ["a"], "neg": [1]}', ["field 'neg[0]' is 1", "must be a string"]),
+    "bad negative": ('{"query": "q", "pos": ["a"], "neg": ["n", 1]}', ["field 'neg[1]' is 1", "must be a string"]),
     "NUL": (r'{"query": "a\u0000", "pos": ["a"]}', ["field 'query'", "character 2", "NUL", "remove it"]),
     "lone surrogate": (r'{"query": "q", "pos": ["\ud83d"]}', ["field 'pos[0]'", "surrogate", "remove it"]),
     "endless number": ('{"query": "q", "pos": ' + "1" * 5000 + "}", ["not readable as JSON", "one object a line"]),
@@ -235,7 +237,7 @@ def test_bad_lines_of_all_files_are_counted_and_ten_are_shown(tmp_path: Path) ->
         ("a.json", '[{"q": "x", "a": "y"}, {"q": "x", "a": 3}]', ["a.json:object 2: field 'a' is 3"]),
         ("a.json", '[1, "x"]', ["a.json:object 1: is a JSON int; write objects", "object 2: is a JSON str"]),
         ("a.csv", b"\xff\xfe\x41", ["a.csv: cannot be read as .csv", "UTF-8"]),
-        ("a.xlsx", "no workbook", ["a.xlsx: not a workbook", "save it again"]),
+        ("a.xlsx", "no workbook", ["a.xlsx: not a workbook", "save it as .xlsx"]),
         ("a.parquet", "no parquet at all", ["a.parquet: cannot be read as .parquet"]),
         ("a.txt", "x", ["no file of a known kind", ".jsonl"]),
     ],
