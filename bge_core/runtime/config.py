@@ -60,7 +60,7 @@ class PrepareConfig(Stage):
         None, "Column of the question, or its place from 1 without a header line; default: found by common names."
     )
     answer_field: str | None = flag(None, "Column of the answer, likewise.")
-    min_label: float | None = flag(None, "Of a column of scores: at least this much is a pair, the others are left out.")
+    min_label: float | None = flag(None, "Of a column of scores: rows at or above this are pairs, others are left out.")
     strip_html: bool = flag(False, "Take the tags out of cells that hold HTML.")
     seed: int = flag(42, "Seed of the split.")
     overwrite_output_dir: bool = flag(False, "Replace the files of an earlier run in output_dir.")
