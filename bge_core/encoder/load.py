@@ -1,6 +1,9 @@
 """Load an encoder from the hub or a folder."""
 
+import json
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,8 +14,9 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from bge_core import UserError
 from bge_core.encoder.model import Encoder
+from bge_core.encoder.packing import max_length
 from bge_core.encoder.selfcheck import packed_or_padded
-from bge_core.encoder.settings import read_settings
+from bge_core.encoder.settings import EncoderSettings, find_file, read_settings
 from bge_core.runtime.flags import Attention, Pooling
 
 logger = logging.getLogger(__name__)
@@ -47,12 +51,20 @@ def load_encoder(
     Raises:
         UserError: not a model, not reachable, weights missing.
     """
-    hub: dict[str, Any] = {"cache_dir": cache_dir, "token": token, "trust_remote_code": trust_remote_code}
+    access: dict[str, Any] = {"cache_dir": cache_dir, "token": token}
+    stored = settings_of(name, **access)
     backbone, tokenizer, info = open_pretrained(
-        AutoModel, name, tokenizer_name=tokenizer_name, attention_dropout=attention_dropout, dtype=dtype, **hub
+        AutoModel,
+        name,
+        subfolder=stored.transformer_path,
+        tokenizer_name=tokenizer_name,
+        attention_dropout=attention_dropout,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+        **access,
     )
+    refuse_other_models(name, backbone, tokenizer)
     _refuse_missing_weights(name, backbone, info)
-    stored = read_settings(name, cache_dir=cache_dir, token=token)
     if pooling and stored.pooling and pooling != stored.pooling:
         logger.warning("%s was trained with %s pooling; you chose %s", name, stored.pooling, pooling)
     settings = replace(stored, pooling=pooling or stored.pooling or "cls")
@@ -65,12 +77,29 @@ def load_encoder(
     return Encoder(backbone, tokenizer, settings, attention).eval()
 
 
+def settings_of(name: str | Path, **access: Any) -> EncoderSettings:
+    """What a folder or hub model states, once it is known that there is a whole model.
+
+    Args:
+        name: hub name or folder.
+        access: cache_dir, token.
+
+    Raises:
+        UserError: no such model, an adapter without its base, or as `read_settings`.
+    """
+    refuse_adapter(name, **access)
+    _refuse_no_model(name, str(name))
+    with _loading(str(name), "model", Path(name)):
+        return read_settings(name, **access)
+
+
 def open_pretrained(
     kind: Any,
     name: str | Path,
     *,
     flag: str = "",
     what: str = "model",
+    subfolder: str = "",
     tokenizer_name: str | None = None,
     attention_dropout: float | None = None,
     dtype: torch.dtype = torch.float32,
@@ -82,36 +111,112 @@ def open_pretrained(
         kind: the class of transformers that loads it, as AutoModel.
         name: hub name or folder.
         flag, what: for messages: how the user named it, and what it should be.
+        subfolder: where it lies within `name`.
         options: of `from_pretrained`, of the model; those of the hub are for the tokenizer, too.
 
     Raises:
-        UserError: not such a model, not reachable, no fast tokenizer.
+        UserError: not such a model, not reachable, an adapter, model code that is not trusted, no fast tokenizer.
     """
-    folder, label = Path(name), f"{flag} {name}".strip()
+    label = f"{flag} {name}".strip()
     hub = {key: value for key, value in options.items() if key in ("cache_dir", "token", "trust_remote_code")}
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise UserError(f"{label}: is not a model folder (it has no config.json)")
-    if not folder.exists() and (str(name).startswith((".", "/", "~")) or str(name).count("/") > 1):
-        raise UserError(f"{label}: no such folder")
-    if not folder.exists() and folder.parent.is_dir() and str(folder.parent) != ".":
-        logger.warning("%s: there is no such folder in %s; taken as a name of the hub", name, folder.parent)
-    try:
-        config = AutoConfig.from_pretrained(name, **hub)
+    refuse_adapter(name, **{key: value for key, value in hub.items() if key != "trust_remote_code"})
+    _refuse_no_model(name, label, subfolder)
+    with _loading(label, what, Path(name)):
+        config = AutoConfig.from_pretrained(name, subfolder=subfolder, **hub)
         if attention_dropout is not None:
             set_attention_dropout(config, attention_dropout)
-        model, info = kind.from_pretrained(name, config=config, dtype=dtype, output_loading_info=True, **options)
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer_name or name, use_fast=True, **hub)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        if isinstance(error, OSError) and error.errno is not None and not folder.is_dir():
-            raise
-        raise UserError(
-            f"{label}: could not be loaded as a {what}: {str(error).strip().splitlines()[0]}\n"
-            "Give a folder, or a hub name; where the hub is out of reach, set HF_ENDPOINT to a mirror."
-        ) from None
+        model, info = kind.from_pretrained(
+            name, config=config, dtype=dtype, output_loading_info=True, subfolder=subfolder, **options
+        )
+        own = {} if tokenizer_name else {"subfolder": subfolder}
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_name or name, use_fast=True, **own, **hub)
+    if getattr(config, "auto_map", None) and not options.get("trust_remote_code"):
+        logger.warning("%s: comes with model code of its own, which is not run; --trust_remote_code runs it", label)
     if not tokenizer.is_fast or tokenizer.pad_token_id is None:
         label = tokenizer_name or label
         raise UserError(f"{label}: needs a fast tokenizer (tokenizer.json) with a padding token")
     return model, tokenizer, info
+
+
+def _refuse_no_model(name: str | Path, label: str, subfolder: str = "") -> None:
+    folder = Path(name)
+    files = ("config.json", "modules.json") if not subfolder else (f"{subfolder}/config.json",)
+    if folder.is_dir() and not any((folder / file).is_file() for file in files):
+        raise UserError(f"{label}: is not a model folder (it has no {files[0]})")
+    if not folder.exists() and (str(name).startswith((".", "/", "~")) or str(name).count("/") > 1):
+        raise UserError(f"{label}: no such folder")
+    if not folder.exists() and folder.parent.is_dir() and str(folder.parent) != ".":
+        logger.warning("%s: there is no such folder in %s; taken as a name of the hub", name, folder.parent)
+
+
+@contextmanager
+def _loading(label: str, what: str, folder: Path) -> Iterator[None]:
+    """What transformers raises, as the user's error."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        if isinstance(error, UserError) or (isinstance(error, OSError) and error.errno and not folder.is_dir()):
+            raise
+        if "trust_remote_code" in str(error):
+            raise UserError(
+                f"{label}: comes with model code of its own; read it, and if you trust it, add --trust_remote_code"
+            ) from None
+        raise UserError(
+            f"{label}: could not be loaded as a {what}: {str(error).strip().splitlines()[0]}\n"
+            "Give a folder, or a hub name; where the hub is out of reach, set HF_ENDPOINT to a mirror."
+        ) from None
+
+
+def refuse_adapter(name: str | Path, **access: Any) -> None:
+    """UserError for a LoRA adapter, whether or not its base lies beside it, with how to merge the two."""
+    found: Path | None = None
+    with suppress(OSError, ValueError):  # what is no model at all is told of later
+        found = find_file(name, "adapter_config.json", **access)
+    if found is None:
+        return
+    base = json.loads(found.read_text(encoding="utf-8")).get("base_model_name_or_path") or "BASE"
+    raise UserError(
+        f"{name}: is a LoRA adapter (adapter_config.json), no whole model; merge it into its base first, in Python:\n"
+        "  from peft import PeftModel\n"
+        "  from transformers import AutoModel, AutoTokenizer\n"
+        f"  adapted = PeftModel.from_pretrained(AutoModel.from_pretrained({base!r}), {str(name)!r})\n"
+        "  adapted.merge_and_unload().save_pretrained('whole_model')\n"
+        f"  AutoTokenizer.from_pretrained({base!r}).save_pretrained('whole_model')\n"
+        "and name the folder whole_model in its place"
+    )
+
+
+def refuse_other_models(name: str | Path, backbone: Any, tokenizer: Any) -> None:
+    """UserError for what gives no vector a token of a text, and for a tokenizer that knows tokens the model does not.
+
+    Special tokens without a vector are warned of: a text has to hold their very name.
+    """
+    kind = type(backbone).__name__
+    problem = "has a decoder" if backbone.config.is_encoder_decoder else None
+    if max_length(backbone) < 1:
+        problem = "states no longest text"
+    if problem is None:
+        id_sL = torch.full((2, 3), tokenizer.pad_token_id)
+        mask_sL = torch.tensor([[1, 1, 1], [1, 1, 0]])
+        try:
+            with torch.no_grad():
+                shape = tuple(backbone(input_ids=id_sL, attention_mask=mask_sL).last_hidden_state.shape)
+            if shape != (want := (2, 3, backbone.config.hidden_size)):
+                problem = f"gives vectors of the shape {shape} where {want} is needed"
+        except Exception as error:  # another author's model: it may raise anything
+            problem = f"does not run on tokens alone: {type(error).__name__}: {str(error).strip()}".splitlines()[0]
+    if problem:
+        raise UserError(f"{name}: a {kind} is no encoder that can be trained here (it {problem})")
+    num_rows = backbone.get_input_embeddings().num_embeddings
+    unknown = {number: token for token, number in tokenizer.get_vocab().items() if number >= num_rows}
+    added = tokenizer.added_tokens_decoder
+    if not all(number in added and added[number].special for number in unknown):
+        raise UserError(
+            f"{name}: its tokenizer has {max(unknown) + 1:,} tokens, as {unknown[max(unknown)]!r}, and its embedding "
+            f"{num_rows:,} rows; enlarge it: model.resize_token_embeddings({max(unknown) + 1}), and save both"
+        )
+    if unknown:
+        logger.warning("%s: texts with %s cannot be read: the model has no vector for it", name, unknown[min(unknown)])
 
 
 def set_attention_dropout(config: Any, dropout: float) -> None:

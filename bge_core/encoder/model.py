@@ -67,9 +67,20 @@ class Encoder(nn.Module):
         return packing.max_length(self.backbone)
 
     def freeze(self, *, position_embeddings: bool = False) -> None:
-        """Switch off the gradient of what gets none (BERT's pooler) and, on request, of the position embeddings."""
+        """Switch off the gradient of what gets none (BERT's pooler) and, on request, of the position embeddings.
+
+        A pass over a few tokens tells: what its graph does not reach gets no gradient.
+        """
+        was_training = self.training
+        num_tokens = min(self.backbone.get_input_embeddings().num_embeddings, self.max_length, 64)
+        self.eval()
+        id_1T = torch.arange(num_tokens, device=self.device)[None]
+        with torch.enable_grad():
+            hidden_1TD = self.backbone(input_ids=id_1T, attention_mask=torch.ones_like(id_1T)).last_hidden_state
+        self.train(was_training)
+        reached = _leaves_of(hidden_1TD)
         for name, parameter in self.backbone.named_parameters():
-            if name.startswith("pooler.") or (position_embeddings and "position_embeddings" in name):
+            if id(parameter) not in reached or (position_embeddings and "position_embeddings" in name):
                 parameter.requires_grad_(False)
 
     def forward(self, tokens: Tokens) -> Tensor:
@@ -154,6 +165,20 @@ def pool(hidden_TD: Tensor, lengths: Sequence[int], pooling: Pooling | None) -> 
     text_T = torch.arange(len(lengths)).repeat_interleave(length_S).to(hidden_TD.device, non_blocking=True)
     sum_SD = hidden_TD.new_zeros((len(lengths), hidden_TD.shape[1])).index_add(0, text_T, hidden_TD)
     return sum_SD / divisor_S[:, None].to(hidden_TD.device, non_blocking=True)
+
+
+def _leaves_of(tensor: Tensor) -> set[int]:
+    """The ids of the parameters that a backward from `tensor` would reach."""
+    leaves, seen, nodes = set(), set(), [tensor.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            leaves.add(id(node.variable))
+        nodes += [following for following, _ in node.next_functions]
+    return leaves
 
 
 def has_dropout(backbone: Any) -> bool:

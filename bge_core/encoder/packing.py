@@ -36,8 +36,10 @@ IMPLEMENTATION = "bge_packed"  # the name by which transformers finds `packed_at
 
 
 def first_position(backbone: Any) -> int:
-    """The number of a text's first position: RoBERTa and its kin keep the first ones for padding."""
-    return int(backbone.config.pad_token_id + 1) if "roberta" in backbone.config.model_type else 0
+    """The number of a text's first position: RoBERTa and its kin keep those up to the padding's for padding."""
+    tables = (module for name, module in backbone.named_modules() if name.endswith("position_embeddings"))
+    paddings = [table.padding_idx for table in tables if isinstance(table, nn.Embedding)]
+    return 0 if not paddings or paddings[0] is None else paddings[0] + 1
 
 
 def max_length(backbone: Any) -> int:

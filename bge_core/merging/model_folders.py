@@ -4,7 +4,6 @@ import functools
 import json
 import logging
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from itertools import combinations
 from pathlib import Path
@@ -17,7 +16,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer
 from transformers.utils import cached_file
 
 from bge_core import UserError
-from bge_core.encoder.load import load_encoder
+from bge_core.encoder.load import load_encoder, refuse_adapter
 from bge_core.encoder.settings import EncoderSettings, read_settings
 from bge_core.files import atomic
 from bge_core.files.records import Row
@@ -66,7 +65,7 @@ def open_model_folder(name: str, **hub: Any) -> ModelFolder:
         UserError: not a model, not reachable, damaged, weights missing, a LoRA adapter.
     """
     access = {key: hub.get(key) for key in ("cache_dir", "token")}
-    _refuse_adapter(name, **access)
+    refuse_adapter(name, **access)
     try:
         config = AutoConfig.from_pretrained(name, **hub)
         tokenizer = AutoTokenizer.from_pretrained(name, **hub)
@@ -93,24 +92,6 @@ def open_model_folder(name: str, **hub: Any) -> ModelFolder:
         state = load_encoder(name, attention="padded", **hub).backbone.state_dict()
         tensors = {key: functools.partial(state.__getitem__, key) for key in state}
     return ModelFolder(name, backbone, tokenizer, read_settings(name, **access), files, tensors)
-
-
-def _refuse_adapter(name: str, **access: Any) -> None:
-    found: str | None = None
-    with suppress(OSError, ValueError):  # what is no model at all is told of later
-        found = cached_file(name, "adapter_config.json", **access, **_QUIET)
-    if found is None:
-        return
-    base = json.loads(Path(found).read_text(encoding="utf-8")).get("base_model_name_or_path") or "BASE"
-    raise UserError(
-        f"{name}: is a LoRA adapter (adapter_config.json), no whole model; merge it into its base first, in Python:\n"
-        "  from peft import PeftModel\n"
-        "  from transformers import AutoModel, AutoTokenizer\n"
-        f"  adapted = PeftModel.from_pretrained(AutoModel.from_pretrained({base!r}), {name!r})\n"
-        "  adapted.merge_and_unload().save_pretrained('whole_model')\n"
-        f"  AutoTokenizer.from_pretrained({base!r}).save_pretrained('whole_model')\n"
-        "and name the folder whole_model in its place"
-    )
 
 
 def _read_tensor(stored: Any, key: str) -> Tensor:

@@ -1,0 +1,130 @@
+"""Folders of every kind: other architectures and layouts are loaded right, or refused by a sentence that helps."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from tiny_model import tiny_vocabulary
+from transformers import AutoTokenizer
+
+from bge_core import UserError
+from bge_core.encoder.load import load_encoder
+from bge_core.encoder.reranker import load_reranker
+from bge_core.encoder.tokens import Tokens
+
+SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+T5 = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2, "pad_token_id": 0}
+XLNET = {"d_model": 16, "n_layer": 1, "n_head": 2, "d_inner": 32, "pad_token_id": 0}
+BEHIND_PADDING = SIZES | {"max_position_embeddings": 36, "pad_token_id": 1}
+
+
+def make(folder: Path, tiny_bert: Path, kind: str, settings: dict[str, Any]) -> Any:
+    """A random model of another architecture with the tiny BERT's tokenizer."""
+    config = getattr(transformers, f"{kind.removesuffix('Encoder')}Config")(
+        vocab_size=len(tiny_vocabulary()), **settings
+    )
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{kind}Model")(config).eval()
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny_bert).save_pretrained(folder)
+    return model
+
+
+# Camembert and MPNet number positions from 2, and their names do not say so; RoFormer has a table that never learns.
+@pytest.mark.parametrize(
+    ("kind", "settings", "longest", "frozen"),
+    [
+        ("MPNet", BEHIND_PADDING, 34, {"pooler.dense.weight", "pooler.dense.bias"}),
+        ("Camembert", BEHIND_PADDING, 34, {"pooler.dense.weight", "pooler.dense.bias"}),
+        ("RoFormer", SIZES | {"max_position_embeddings": 64}, 64, {"encoder.embed_positions.weight"}),
+        ("Electra", SIZES | {"embedding_size": 8}, 512, set()),
+        ("Albert", SIZES | {"embedding_size": 8}, 512, {"pooler.weight", "pooler.bias"}),
+    ],
+)
+def test_positions_and_what_learns_nothing_are_asked_of_the_model(
+    kind: str, settings: dict[str, Any], longest: int, frozen: set[str], tiny_bert: Path, tmp_path: Path
+) -> None:
+    stock = make(tmp_path, tiny_bert, kind, settings)
+    encoder = load_encoder(tmp_path, pooling="mean", normalize=False)
+    assert encoder.max_length == longest
+    ids = encoder.tokenizer("快递" * 300, truncation=True, max_length=longest)["input_ids"]
+    want = stock(input_ids=torch.tensor([ids])).last_hidden_state[0].mean(dim=0)
+    torch.testing.assert_close(torch.from_numpy(encoder.encode(["快递" * 300, "a"])[0]), want, rtol=1e-4, atol=1e-5)
+
+    encoder.freeze()
+    assert {name for name, p in encoder.backbone.named_parameters() if not p.requires_grad} == frozen
+    encoder(Tokens.from_lists([[5, 6, 7], [8, 9]])).sum().backward()
+    assert all(p.grad is not None for p in encoder.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "why"),
+    [
+        ("T5", T5, "a T5Model is no encoder that can be trained here .it has a decoder"),
+        ("T5Encoder", T5, "a T5Model is no encoder that can be trained here .it does not run on tokens alone"),
+        ("XLNet", XLNET, "a XLNetModel is no encoder that can be trained here .it states no longest text"),
+    ],
+)
+def test_what_is_no_encoder(kind: str, settings: dict[str, Any], why: str, tiny_bert: Path, tmp_path: Path) -> None:
+    make(tmp_path, tiny_bert, kind, settings)
+    with pytest.raises(UserError, match=why) as error:
+        load_encoder(tmp_path)
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_a_model_that_wants_more_than_tokens_is_no_encoder(tiny_bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transformers.BertModel, "forward", lambda self, input_ids, pixels, **more: None)
+    with pytest.raises(
+        UserError, match="a BertModel is no encoder .*does not run on tokens alone: TypeError: .*'pixels'"
+    ):
+        load_encoder(tiny_bert)
+
+
+@pytest.mark.parametrize("special", [False, True])
+def test_tokens_without_a_vector(
+    special: bool, tiny_bert: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """EmbeddingGemma's tokenizer has a special token for images, of which its text model knows nothing."""
+    folder = Path(shutil.copytree(tiny_bert, tmp_path / "model"))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["<image>"], special_tokens=special)
+    tokenizer.save_pretrained(folder)
+    rows = len(tiny_vocabulary())
+    if special:
+        load_encoder(folder)
+        assert "texts with <image> cannot be read" in caplog.text
+        return
+    with pytest.raises(
+        UserError, match=f"its tokenizer has {rows + 1} tokens, as '<image>', and its embedding {rows} "
+    ):
+        load_encoder(folder)
+
+
+@pytest.mark.parametrize("load", [load_encoder, load_reranker])
+@pytest.mark.parametrize("with_base", [False, True])
+def test_an_adapter_is_refused_with_the_remedy(
+    load: Callable[[Path], Any], with_base: bool, tiny_bert: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(tiny_bert, tmp_path / "adapter")) if with_base else tmp_path
+    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "BAAI/bge-m3"}))
+    with pytest.raises(UserError, match=r"is a LoRA adapter .*(?s:.)*from_pretrained\('BAAI/bge-m3'\)"):
+        load(folder)
+
+
+def test_an_old_layout_gives_the_vectors_of_the_new(tiny_bert: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_bert, tmp_path / "0_Transformer")
+    kinds = {"Transformer": "0_Transformer", "Pooling": "1_Pooling"}
+    modules = [{"type": f"sentence_transformers.models.{kind}", "path": path} for kind, path in kinds.items()]
+    (tmp_path / "modules.json").write_text(json.dumps(modules))
+    old, new = load_encoder(tmp_path), load_encoder(tiny_bert, pooling="mean", normalize=False)
+    old.save(tmp_path / "saved")
+    for encoder in (old, load_encoder(tmp_path / "saved")):
+        assert torch.equal(torch.from_numpy(encoder.encode(["快递"])), torch.from_numpy(new.encode(["快递"])))
+    shutil.rmtree(tmp_path / "0_Transformer")
+    with pytest.raises(UserError, match="no 0_Transformer/config.json"):
+        load_encoder(tmp_path)
