@@ -22,6 +22,7 @@ from collections.abc import Sequence
 
 from bge_core.encoder.load import load_encoder
 from bge_core.files.records import Row
+from bge_core.mining.facts import why_short
 from bge_core.mining.file_checks import Finding, summary_lines
 from bge_core.mining.files import check_file, manifest_path, read_inputs, refuse_output, report_path, write_mined
 from bge_core.mining.mine import Mined, mine_hard_negatives
@@ -67,11 +68,7 @@ def mine(config: MineConfig) -> None:
         teacher = Teacher(config, accelerator.device, precision, cache)
     mined = mine_hard_negatives(encoder, rows, pool, config, precision=precision, cache=cache, teacher=teacher)
     if mined.counts["rows_short"]:
-        logger.warning(
-            "%d rows have fewer than %d mined negatives: the pool has no more; a larger one goes to --candidate_pool",
-            mined.counts["rows_short"],
-            config.negative_number,
-        )
+        logger.warning("%s", why_short(mined.counts, config.negative_number))
     if accelerator.is_main_process:
         findings = write_mined(config, encoder, rows, mined, inputs, precision, cache)
         print_summary(config, mined, findings)

@@ -1,7 +1,7 @@
 """What a run of mining did, and what in it one should look at twice."""
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
@@ -133,6 +133,19 @@ def closest_in_words(rows: Sequence[Row], mined: Mined, most: int = 20) -> list[
     ]
 
 
+def why_short(counts: Mapping[str, int | float], negative_number: int) -> str:
+    """Why some rows have fewer negatives than were asked for: the pool is small, or what it has was taken out."""
+    short, small = counts["rows_short"], counts["rows_short_of_pool"]
+    text = f"{short:,} rows have fewer than {negative_number} mined negatives"
+    if small:
+        text += f"; for {small:,} the pool of {counts['pool']:,} is too small, a larger one goes to --candidate_pool"
+    if short > small:
+        took = [f"{name} {num:,}" for name in (*EXCLUDED_BECAUSE, "teacher") if (num := counts.get(f"{name}_dropped"))]
+        text += f"; for {short - small:,} guards or filters took out too many"
+        text += f" ({', '.join(took)})" if took else ""
+    return text
+
+
 def mining_warnings(report: MiningReport) -> list[Finding]:
     """What in a run of mining should make one look twice, the worst first.
 
@@ -158,7 +171,8 @@ def mining_warnings(report: MiningReport) -> list[Finding]:
          "Read some below: if they are answers, set --relative_margin 0.05, or use --reranker_name_or_path."),
         ("rows_short", counts.get("rows_short", 0), counts["rows"], (0.01, 0.5),
          "of the rows have fewer negatives than asked for",
-         "Give more texts to choose from (--candidate_pool), or ask for fewer (--negative_number)."),
+         "Give more texts to choose from (--candidate_pool), or ask for fewer (--negative_number)."
+         if counts.get("rows_short_of_pool") else "Loosen the guard or filter that took out most."),
         ("negatives_at_random", counts.get("negatives_at_random", 0), num_neg, (0.05, 0.5),
          "of the negatives were drawn at random, as too few were left in the range, and are easy",
          "Widen --range_for_sampling, or loosen the guard that took out most."),

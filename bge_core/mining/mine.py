@@ -20,11 +20,11 @@ import numpy as np
 
 from bge_core.encoder.model import Encoder
 from bge_core.files.records import Row, distinct_texts
-from bge_core.files.text import text_id
+from bge_core.files.text import letters, text_id
 from bge_core.mining.filters import CandidateFilter
 from bge_core.mining.guards import Guards, GuardSettings, common_words
 from bge_core.mining.retrieve import Embedded, embed, index_key, rank_pool
-from bge_core.mining.select import select_negatives
+from bge_core.mining.select import query_ids, select_negatives
 from bge_core.mining.teacher import Teacher, TeacherScores
 from bge_core.runtime.config import MineConfig
 from bge_core.runtime.distributed import on_main
@@ -108,11 +108,12 @@ def mine_hard_negatives(
     guards = _make_guards(rows, pool, embedded, config) if config.guards else None
     filters = CandidateFilter(rows, pool, embedded, config, [min(scores) for scores in pos_score], guards)
     teacher_scores = TeacherScores(teacher, rows, own_neg, pool, config.teacher_margin) if teacher else None
+    pool_ids = list(embedded.pool_row)
     chosen, counts = select_negatives(
-        [row["query"] for row in rows],
+        query_ids([row["query"] for row in rows], pool, pool_ids),
         positives,
         ranked_QK,
-        list(embedded.pool_row),
+        pool_ids,
         sampling_range=config.sampling_range,
         negative_number=config.negative_number,
         seed=config.seed,
@@ -190,8 +191,9 @@ def _positives(rows: Sequence[Row]) -> list[list[str]]:
 def _own_negatives(rows: Sequence[Row], positives: Sequence[Sequence[str]]) -> Iterator[list[str]]:
     """For each row its `neg`, each text once, without the query and its positives."""
     for row, known in zip(rows, positives, strict=True):
-        excluded = {text_id(row["query"]), *map(text_id, known)}
-        yield [text for text in distinct_texts([row], "neg") if text_id(text) not in excluded]
+        excluded, query = {text_id(row["query"]), *map(text_id, known)}, letters(row["query"])
+        own = (text for text in distinct_texts([row], "neg") if text_id(text) not in excluded)
+        yield [text for text in own if not query or letters(text) != query]
 
 
 def _positive_ranks(rows: Sequence[Row], ranked_QK: np.ndarray, pool_row: Mapping[int, int]) -> np.ndarray:

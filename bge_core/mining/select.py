@@ -3,13 +3,13 @@
 import math
 import random
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from itertools import chain, islice
 from typing import Literal, NamedTuple
 
 import numpy as np
 
-from bge_core.files.text import text_id
+from bge_core.files.text import letters, text_id
 from bge_core.mining.filters import CandidateFilter
 from bge_core.mining.retrieve import Embedded
 from bge_core.mining.teacher import TeacherScores
@@ -18,7 +18,8 @@ COUNTS = (
     "positives_dropped", "queries_dropped", "kept_dropped",  # hits of the range that were taken out, and why
     "rows_sampled",  # had more hits than needed
     "rows_filled_at_random", "negatives_at_random",
-    "rows_short", "rows_without_negatives",  # the pool had too few; had none at all
+    "rows_short", "rows_without_negatives",  # got fewer than asked for; got none at all
+    "rows_short_of_pool",  # of the short: the pool, without the row's own texts, is too small, whatever was taken out
 )  # fmt: skip
 
 
@@ -29,8 +30,18 @@ class Negatives(NamedTuple):
     filled: list[int]
 
 
+def query_ids(queries: Sequence[str], pool: Sequence[str], pool_ids: Sequence[int]) -> list[set[int]]:
+    """For each query the `text_id` of itself and of all texts of the pool with its letters: marks and spaces aside."""
+    asked = {letters(query) for query in queries} - {""}
+    found: dict[str, set[int]] = {}
+    for text, number in zip(pool, pool_ids, strict=True):
+        if (form := letters(text)) in asked:
+            found.setdefault(form, set()).add(number)
+    return [{text_id(query)} | found.get(letters(query), set()) for query in queries]
+
+
 def select_negatives(
-    queries: Sequence[str],
+    queries: Sequence[Set[int]],
     positives: Sequence[Sequence[str]],
     ranked_QK: np.ndarray,
     pool_ids: Sequence[int],
@@ -56,7 +67,7 @@ def select_negatives(
     A row's choice is a function of its own ranking and texts, the pool, the seed and its number in the file.
 
     Args:
-        queries: Q texts.
+        queries: of each row the ids of what is its query, see `query_ids`.
         positives: texts that are no negatives of that query, whether or not the pool holds them.
         ranked_QK: (Q, K) int64, rows of the pool, best first, each once, padded with -1. K may be below b.
         pool_ids: `text_id` of each text of the pool; all different.
@@ -78,9 +89,10 @@ def select_negatives(
     counts = Counter(dict.fromkeys(COUNTS, 0))
     rank_of_hit: list[dict[int, int]] = []
     orders: list[Iterator[int]] = []  # of each row, what it takes next
-    for number, query in enumerate(queries):
+    available: list[int] = []  # for each row, before anything is taken out
+    for number, own in enumerate(queries):
         known = {text_id(text): "kept_dropped" for text in (kept[number] if kept is not None else ())}
-        known[text_id(query)] = "queries_dropped"
+        known |= dict.fromkeys(own, "queries_dropped")
         known |= dict.fromkeys(map(text_id, positives[number]), "positives_dropped")
         hits = _hits_in_range(ranked_QK[number], sampling_range, known, pool_ids, counts)
         hits = _exclude(number, hits, filters, counts)
@@ -94,13 +106,15 @@ def select_negatives(
             assert embedded is not None
             order = _draw_by_score(hits, embedded.scores(number, hits), temperature, chance)
         orders.append(chain(order, _others(number, negative_number, {*hits}, {*known}, pool_ids, chance, filters)))
+        available.append(_num_others(known, pool_ids, negative_number))
     chosen = []
-    for rows, rank in zip(_take(orders, negative_number, teacher, counts), rank_of_hit, strict=True):
+    for rows, rank, most in zip(_take(orders, negative_number, teacher, counts), rank_of_hit, available, strict=True):
         ranked, filled = sorted(set(rows) & rank.keys(), key=rank.__getitem__), [row for row in rows if row not in rank]
         chosen.append(Negatives(ranked, filled))
         counts["rows_filled_at_random"] += bool(filled)
         counts["negatives_at_random"] += len(filled)
         counts["rows_short"] += len(rows) < negative_number
+        counts["rows_short_of_pool"] += most < negative_number
         counts["rows_without_negatives"] += not rows
     return chosen, counts
 
@@ -116,6 +130,13 @@ def _hits_in_range(
     hits = [row for row in ranked_K[slice(*sampling_range)].tolist() if row >= 0]
     counts.update(known[pool_ids[row]] for row in hits if pool_ids[row] in known)
     return [row for row in hits if pool_ids[row] not in known]
+
+
+def _num_others(known: dict[int, str], pool_ids: Sequence[int], enough: int) -> int:
+    """How many texts of the pool are not known, as far as up to `enough` matters."""
+    if len(pool_ids) - len(known) >= enough:
+        return enough
+    return sum(number not in known for number in pool_ids)
 
 
 def _exclude(number: int, hits: list[int], filters: CandidateFilter | None, counts: Counter[str]) -> list[int]:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from bge_core.files.records import distinct_texts
 from bge_core.files.text import text_id
-from bge_core.mining.select import COUNTS, Negatives, select_negatives
+from bge_core.mining.select import COUNTS, Negatives, query_ids, select_negatives
 from bge_core.search.exact import exact_search
 
 GOLDEN = json.loads((ROOT / "tests" / "golden" / "hn_mine.json").read_text(encoding="utf-8"))
@@ -27,7 +27,8 @@ def select(
     """select_negatives with a pool of texts; everything in range, five negatives, unless told otherwise."""
     options = {"sampling_range": (0, 1000), "negative_number": 5, "seed": 0} | options
     array = np.array(ranked, dtype=np.int64).reshape(len(queries), -1)
-    chosen, counts = select_negatives(queries, positives, array, [text_id(text) for text in pool], **options)
+    ids = [text_id(text) for text in pool]
+    chosen, counts = select_negatives(query_ids(queries, pool, ids), positives, array, ids, **options)
     return chosen, {name: count for name, count in counts.items() if count}
 
 
@@ -40,7 +41,7 @@ def test_candidates_equal_those_of_flagembedding(case: Row) -> None:
     passages = np.array([GOLDEN["passage_embeddings"][text] for text in pool], dtype=np.float32)
     ranked = exact_search(queries, passages, end)[1]
     chosen, _ = select_negatives(
-        [row["query"] for row in rows], [row["pos"] for row in rows], ranked, list(map(text_id, pool)),
+        [{text_id(row["query"])} for row in rows], [row["pos"] for row in rows], ranked, list(map(text_id, pool)),
         sampling_range=(start, end), negative_number=10**6, seed=0,
     )  # fmt: skip
     assert [[pool[i] for i in choice.ranked] for choice in chosen] == case["expected"]
@@ -71,7 +72,15 @@ def test_texts_are_compared_normalized() -> None:
     pool = ["ＡＢＣ  公司", "其他", " 问题？"]
     chosen, counts = select(["问题?"], [["ABC 公司"]], [[0, 1, 2]], pool)
     assert chosen == [Negatives([1], [])]
-    assert counts == {"positives_dropped": 1, "queries_dropped": 1, "rows_short": 1}
+    assert counts == {"positives_dropped": 1, "queries_dropped": 1, "rows_short": 1, "rows_short_of_pool": 1}
+
+
+@pytest.mark.parametrize("text", ["退货要几天", "退货 要几天？", "退货要几天 ?", "【退货】要几天。"])
+def test_a_query_is_no_negative_of_itself_whatever_its_marks_and_spaces(text: str) -> None:
+    for ranked in ([[0, 1]], [[-1, -1]]):  # found, or drawn at random
+        chosen, _ = select(["退货要几天？"], [["p0"]], ranked, [text, "换货要几天？"])
+        assert [*chosen[0].ranked, *chosen[0].filled] == [1]
+    assert select(["？"], [["p0"]], [[0, 1]], ["！", "。"])[0][0].ranked == [0, 1]  # no letters: other texts
 
 
 @pytest.mark.parametrize("pool", [[], ["p0"], ["q"], ["p0", "q"]])
