@@ -63,10 +63,15 @@ def flags(model: Path, data: Path, output_dir: Path, **settings: Any) -> list[st
     return words
 
 
+def reset() -> None:
+    """Forget what an earlier run in this process left behind."""
+    for state in (AcceleratorState, GradientState):
+        state._reset_state(*([True] if state is AcceleratorState else []))
+
+
 def run(model: Path, data: Path, output_dir: Path, **settings: Any) -> int:
     """train.py in this process; its exit code."""
-    for state in (AcceleratorState, GradientState):  # what an earlier run in this process left behind
-        state._reset_state(*([True] if state is AcceleratorState else []))
+    reset()
     return train.main(flags(model, data, output_dir, **settings))
 
 
