@@ -92,7 +92,9 @@ CLS, MEAN = (pooling("cls"), NORMALIZE), (pooling("mean"), NORMALIZE)
 # ------------------------------------------------------------------------------------------------------ tokenizers
 
 
-def _wordpiece(*, lowercase: bool, specials: tuple[str, ...], start: str, end: str, unknown: str = "[UNK]") -> Tokenizer:
+def _wordpiece(
+    *, lowercase: bool, specials: tuple[str, ...], start: str, end: str, unknown: str = "[UNK]"
+) -> Tokenizer:
     pieces = [piece for piece in tiny_vocabulary() if not piece.startswith("[") or len(piece) == 1]
     vocabulary = {token: index for index, token in enumerate(dict.fromkeys([*specials, *pieces]))}
     tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token=unknown, max_input_chars_per_word=100))
@@ -222,7 +224,7 @@ TOKENIZERS: dict[str, tuple[Callable[[], Tokenizer], Json]] = {
 
 # ------------------------------------------------------------------------------------------ code of a folder's own
 
-CONFIGURATION = '''
+CONFIGURATION = """
 from transformers import PretrainedConfig
 
 
@@ -239,9 +241,9 @@ class CLASSConfig(PretrainedConfig):
         self.vocab_size, self.layer_norm_eps, self.positions = vocab_size, layer_norm_eps, positions
         self.SIZE, self.LAYERS, self.HEADS, self.INNER = SIZE, LAYERS, HEADS, INNER
         self.MAX_POSITIONS, self.rope_theta, self.rope_scaling = MAX_POSITIONS, rope_theta, rope_scaling
-'''
+"""
 
-MODELING = '''
+MODELING = """
 import math
 
 import torch
@@ -304,9 +306,9 @@ class CLASSModel(PreTrainedModel):
         for layer in self.layers:
             hidden = layer(hidden, bias, position_ids, self.config)
         return BaseModelOutput(last_hidden_state=hidden)
-'''
+"""
 
-POSITIONS = '''
+POSITIONS = """
 import torch
 
 
@@ -322,10 +324,16 @@ def alibi(heads, length):
     slopes = 2.0 ** (-8.0 * torch.arange(1, heads + 1) / heads)
     place = torch.arange(length)
     return -slopes[:, None, None] * (place[:, None] - place[None, :]).abs()
-'''
+"""
 STOCK_NAMES = {"SIZE": "hidden_size", "LAYERS": "num_hidden_layers", "HEADS": "num_attention_heads",
                "INNER": "intermediate_size", "MAX_POSITIONS": "max_position_embeddings"}  # fmt: skip
-GPT_NAMES = {"SIZE": "n_embd", "LAYERS": "n_layer", "HEADS": "n_head", "INNER": "n_inner", "MAX_POSITIONS": "n_positions"}
+GPT_NAMES = {
+    "SIZE": "n_embd",
+    "LAYERS": "n_layer",
+    "HEADS": "n_head",
+    "INNER": "n_inner",
+    "MAX_POSITIONS": "n_positions",
+}
 
 
 def own_code(model: str, model_type: str, config_file: str, model_file: str, names: dict[str, str]) -> dict[str, str]:
@@ -759,7 +767,10 @@ CORPUS = [*ANSWERS, *OTHERS]
 
 def write_rows(folder: Path) -> tuple[Path, Path]:
     """Training rows (query, pos, neg) and the corpus, as files."""
-    rows = [{"query": q, "pos": [a], "neg": [OTHERS[i % 5]]} for i, (q, a) in enumerate(zip(QUESTIONS, ANSWERS, strict=True))]
+    rows = [
+        {"query": q, "pos": [a], "neg": [OTHERS[i % 5]]}
+        for i, (q, a) in enumerate(zip(QUESTIONS, ANSWERS, strict=True))
+    ]
     files = folder / "rows.jsonl", folder / "corpus.jsonl"
     for file, lines in zip(files, (rows, [{"text": text} for text in CORPUS]), strict=True):
         file.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
