@@ -213,7 +213,7 @@ def train(config: TrainConfig, at_end: ExitStack) -> int:
     # ---- 4. the final model
     saver.wait()
     watchdog.stop()
-    weights = whole_copy(encoder.backbone.state_dict()) if is_sharded(model) else None
+    weights = whole_copy(encoder.state_dict()) if is_sharded(model) else None
     accelerator.wait_for_everyone()
     if rank == 0:
         publish(config, encoder, weights, ema, progress, manifest)

@@ -126,7 +126,19 @@ def gradients_of(encoder: Encoder) -> Gradients:
 def encode_one(encoder: Encoder, text: int) -> Tensor:
     """The unit CLS vector of one text, without padding, mask or batch."""
     hidden_LD = encoder.backbone(input_ids=torch.tensor([tokens_of(text)])).last_hidden_state[0]
-    return hidden_LD[0] / hidden_LD[0].dot(hidden_LD[0]).sqrt()
+    vector_D = behind_pooling(encoder, hidden_LD[0])
+    return vector_D / vector_D.dot(vector_D).sqrt()
+
+
+def behind_pooling(encoder: Encoder, vector_D: Tensor) -> Tensor:
+    """What the Dense modules make of a vector, by their formula: tanh(W x + b) or W x, and + x or + R x."""
+    weights = dict(encoder.dense.named_parameters())
+    for i, stated in enumerate(encoder.settings.dense):
+        product = weights[f"{i}.linear.weight"] @ vector_D + weights.get(f"{i}.linear.bias", 0)
+        product = product.tanh() if stated.activation.endswith("Tanh") else product
+        residual = weights[f"{i}.residual.weight"] @ vector_D if f"{i}.residual.weight" in weights else vector_D
+        vector_D = product + residual if stated.residual else product
+    return vector_D
 
 
 def true_gradients(

@@ -42,7 +42,7 @@ from batches import (
     tokens_of,
 )
 from batches import true_gradients as slow_gradients
-from tiny_model import make_tiny_bert
+from tiny_model import add_dense, make_tiny_bert
 from transformers.utils import logging as transformers_logging
 
 import bge_core
@@ -228,6 +228,14 @@ def checkpointing(chunk: int | None, rank: Rank) -> Result:
     return rank.errors(shares["loss"], encoder, rank.truth["info_nce", "uneven", 2])
 
 
+def behind_pooling(chunk: int | None, attention: str, rank: Rank) -> Result:
+    """Dense modules learn, too."""
+    encoder = load(rank.folder / "dense", torch.float64, attention=attention)
+    settings = rank.settings("info_nce", "float64", chunk, 0)
+    shares = forward_backward(wrap(encoder), rank.batches(global_batch("uneven", 2), "info_nce"), settings)
+    return rank.errors(shares["loss"], encoder, rank.truth["info_nce", "dense modules", 2])
+
+
 def bfloat16(chunk: int | None, rank: Rank) -> Result:
     """Autocast to bfloat16, whose numbers have a relative error of up to 2^-9 each."""
     autocast = partial(torch.autocast, "cpu", torch.bfloat16)
@@ -257,6 +265,9 @@ def extras() -> Iterator[Extra]:
             yield Extra(W, f"dropout, {loss}, chunk {chunk}", BOUNDS["float64"], partial(dropout, loss, chunk))
         for chunk in (None, 3):
             yield Extra(W, f"checkpointing, chunk {chunk}", BOUNDS["float64"], partial(checkpointing, chunk))
+            for attention in ("padded", "auto"):
+                compute = partial(behind_pooling, chunk, attention)
+                yield Extra(W, f"dense modules, {attention}, chunk {chunk}", BOUNDS["float64"], compute)
             yield Extra(W, f"loss scaling, chunk {chunk}", BOUNDS["float32"], partial(loss_scaling, chunk))
             # Two layers are about 20 roundings in a row, forward and back, of 2^-9 each: 20 * 2^-9 = 4 %, at
             # temperature 1 (0.02 would magnify an error of the cosine 50 times).
@@ -282,6 +293,7 @@ def make_inputs(_: int, folder: Path) -> None:
     make_tiny_bert(folder / "model")
     make_tiny_bert(folder / "guide", seed=1)
     make_tiny_bert(folder / "dropout", dropout=0.1)
+    add_dense(make_tiny_bert(folder / "dense"))
     truth = {}
     for loss in LOSSES:
         guide = folder / "guide" if loss == "gist" else None
@@ -292,6 +304,7 @@ def make_inputs(_: int, folder: Path) -> None:
     truth["info_nce", "temperature 1", 2] = slow_gradients(
         folder / "model", global_batch("uneven", 2), "info_nce", temperature=1.0
     )
+    truth["info_nce", "dense modules", 2] = slow_gradients(folder / "dense", global_batch("uneven", 2), "info_nce")
     torch.save(truth, folder / "truth.pt")
 
 
@@ -355,7 +368,7 @@ def run(
         if not inputs.exists():
             fork("truth", make_inputs, folder)
             inputs.mkdir(parents=True)
-            for made in ("model", "guide", "dropout", "truth.pt"):
+            for made in ("model", "guide", "dropout", "dense", "truth.pt"):
                 shutil.move(folder / made, inputs / made)
         for W in worlds:
             cells = [cell for cell in CELLS if cell.world_size == W and cell.dtype in dtypes]

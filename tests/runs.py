@@ -96,8 +96,10 @@ def manifest(folder: Path) -> Row:
 
 
 def weights(folder: Path) -> dict[str, Tensor]:
-    """The tensors of a model folder."""
-    return load_file(folder / "model.safetensors")
+    """The tensors of a model folder, those of its Dense modules with the module's name before theirs."""
+    dense = {file.parent.name: load_file(file) for file in folder.glob("*_Dense/model.safetensors")}
+    behind = {f"{name}.{key}": tensor for name, tensors in dense.items() for key, tensor in tensors.items()}
+    return load_file(folder / "model.safetensors") | behind
 
 
 def equal_weights(one: Path, other: Path) -> bool:

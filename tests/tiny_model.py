@@ -9,6 +9,9 @@ from pathlib import Path
 import torch
 from transformers import BertConfig, BertModel, BertTokenizer
 
+from bge_core.encoder.dense import save_dense
+from bge_core.encoder.settings import DenseSettings, EncoderSettings, write_settings
+
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
 # Frequent characters of written Chinese; what is missing becomes [UNK], as it would with a real vocabulary.
@@ -30,6 +33,32 @@ def tiny_vocabulary() -> dict[str, int]:
     ascii_characters = [chr(code) for code in range(33, 127)]
     pieces = [*SPECIAL_TOKENS, *ascii_characters, *("##" + c for c in ascii_characters), *CHINESE_CHARACTERS]
     return {token: index for index, token in enumerate(dict.fromkeys(pieces))}
+
+
+DENSE = (
+    DenseSettings("2_Dense", 32, 48, activation="torch.nn.modules.activation.Tanh"),
+    DenseSettings("3_Dense", 48, 24, bias=False, activation="torch.nn.modules.linear.Identity", residual=True),
+    DenseSettings("4_Dense", 24, 24, residual=True),
+)
+
+
+def add_dense(folder: Path, dtype: torch.dtype = torch.float32, **settings: object) -> Path:
+    """Put DENSE behind a tiny BERT of hidden size 32, with random weights: three layers, 24 dimensions at the end."""
+    generator = torch.Generator().manual_seed(0)
+    weights = {}
+    for i, dense in enumerate(DENSE):
+        shapes = {"linear.weight": (dense.out_features, dense.in_features), "linear.bias": (dense.out_features,)}
+        if not dense.bias:
+            del shapes["linear.bias"]
+        if dense.residual and dense.in_features != dense.out_features:
+            shapes["residual.weight"] = shapes["linear.weight"]
+        for name, shape in shapes.items():
+            noise = torch.randn(shape, generator=generator, dtype=torch.float64) / dense.in_features**0.5
+            weights[f"{i}.{name}"] = noise.to(dtype)
+    save_dense(folder, DENSE, weights)
+    stated = EncoderSettings(**{"pooling": "cls", "normalize": True, **settings}, dense=DENSE)  # type: ignore[arg-type]
+    write_settings(folder, stated, embedding_size=24)
+    return folder
 
 
 def make_tiny_bert(

@@ -25,7 +25,7 @@ def fingerprint(encoder: Any) -> str:
     config = [type(encoder.backbone).__name__, _influential(encoder.backbone.config.to_dict())]
     settings = [encoder.tokenizer.truncation_side, encoder.settings.pooling, encoder.settings.normalize]
     digest = xxhash.xxh3_128(_json([config, settings, _tokenizer_text(encoder.tokenizer.backend_tokenizer)]))
-    for name, tensor in encoder.backbone.state_dict().items():
+    for name, tensor in [*encoder.backbone.state_dict().items(), *encoder.dense.state_dict().items()]:
         digest.update(_json([name, str(tensor.dtype), list(tensor.shape)]))
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

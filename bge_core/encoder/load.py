@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from bge_core import UserError
+from bge_core.encoder.dense import load_dense
 from bge_core.encoder.model import Encoder
 from bge_core.encoder.packing import max_length
 from bge_core.encoder.selfcheck import packed_or_padded
@@ -65,6 +66,7 @@ def load_encoder(
     )
     refuse_other_models(name, backbone, tokenizer)
     _refuse_missing_weights(name, backbone, info)
+    dense = load_dense(name, stored.dense, backbone.config.hidden_size, dtype, **access)
     if pooling and stored.pooling and pooling != stored.pooling:
         logger.warning("%s was trained with %s pooling; you chose %s", name, stored.pooling, pooling)
     settings = replace(stored, pooling=pooling or stored.pooling or "cls")
@@ -74,7 +76,7 @@ def load_encoder(
         settings = replace(settings, normalize=True)
     if attention != "padded":
         attention = packed_or_padded(name, backbone, attention)
-    return Encoder(backbone, tokenizer, settings, attention).eval()
+    return Encoder(backbone, tokenizer, settings, attention, dense).eval()
 
 
 def settings_of(name: str | Path, **access: Any) -> EncoderSettings:

@@ -1,6 +1,6 @@
 """The encoder: a stock transformers backbone, pooling and normalization; loaded from and saved for everybody.
 
-    text -> tokens -> backbone -> pooling (cls, mean or last_token) -> normalization -> vector
+    text -> tokens -> backbone -> pooling -> Dense modules, if any -> normalization -> vector
 
 A saved folder opens in transformers, in sentence-transformers (which would silently use mean pooling without the files
 that state otherwise) and in FlagEmbedding, and gives the same vectors.
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from bge_core import UserError
 from bge_core.encoder import packing
+from bge_core.encoder.dense import save_dense
 from bge_core.encoder.dropout import replace_dropout
 from bge_core.encoder.encode import encode
 from bge_core.encoder.settings import EncoderSettings, save_tokenizer, write_settings
@@ -28,23 +29,31 @@ from bge_core.runtime.flags import POOLINGS, Attention, Pooling
 
 
 class Encoder(nn.Module):
-    """Backbone, pooling and normalization.
+    """Backbone, pooling, Dense modules and normalization.
 
     Args:
         backbone: a transformers encoder whose output has `last_hidden_state`.
         tokenizer: its fast tokenizer.
         settings: pooling and normalize must be stated.
         attention: the kernel to pack with (packing.py), or "padded".
+        dense: the modules that `settings.dense` states, with their weights.
     """
 
     def __init__(
-        self, backbone: Any, tokenizer: Any, settings: EncoderSettings, attention: Attention = "padded"
+        self,
+        backbone: Any,
+        tokenizer: Any,
+        settings: EncoderSettings,
+        attention: Attention = "padded",
+        dense: nn.Sequential | None = None,
     ) -> None:
         super().__init__()
         if settings.pooling not in POOLINGS:
             raise UserError(f"pooling {settings.pooling!r}: use one of {', '.join(POOLINGS)}")
         replace_dropout(backbone)
         self.backbone = backbone
+        self.dense = nn.Sequential() if dense is None else dense
+        assert len(self.dense) == len(settings.dense)
         self.tokenizer = tokenizer
         self.settings = settings
         self.attention = attention
@@ -59,7 +68,8 @@ class Encoder(nn.Module):
     @property
     def embedding_size(self) -> int:
         """D."""
-        return int(self.backbone.config.hidden_size)
+        stated = self.settings.dense
+        return stated[-1].out_features if stated else int(self.backbone.config.hidden_size)
 
     @property
     def max_length(self) -> int:
@@ -99,7 +109,7 @@ class Encoder(nn.Module):
             tokens, place_S = tokens.distinct()
         token_vectors = self._padded if self.attention == "padded" else self._packed
         hidden_TD, lengths, order = token_vectors(tokens)
-        vector_SD = pool(hidden_TD, lengths, self.settings.pooling)
+        vector_SD = self.dense(pool(hidden_TD, lengths, self.settings.pooling))
         vector_SD = vector_SD[torch.tensor(order).argsort()[place_S].to(vector_SD.device, non_blocking=True)]
         return F.normalize(vector_SD, dim=-1) if self.settings.normalize else vector_SD
 
@@ -131,15 +141,21 @@ class Encoder(nn.Module):
 
         Args:
             folder: where to.
-            weights: a copy of the backbone's state dict, to be saved in the place of its own.
+            weights: a copy of the state dict, to be saved in the place of its own.
         """
         folder = Path(folder)
+        parts: dict[str, dict[str, Tensor]] = {}
+        for name, tensor in (self.state_dict() if weights is None else weights).items():
+            part, _, name = name.partition(".")
+            parts.setdefault(part, {})[name] = tensor
         try:
-            self.backbone.save_pretrained(folder, state_dict=weights)
+            self.backbone.save_pretrained(folder, state_dict=parts["backbone"])
+            save_dense(folder, self.settings.dense, parts.get("dense", {}))
         except SafetensorError as error:  # what safetensors makes of a full disk
             raise OSError(f"{folder}: the weights could not be written: {str(error).split('error: ')[-1]}") from None
-        for file in folder.glob("*.safetensors"):  # the library makes them readable by their owner alone
-            file.chmod((folder / "config.json").stat().st_mode)
+        for path in ("", *(dense.path for dense in self.settings.dense)):
+            for file in (folder / path).glob("*.safetensors"):  # the library makes them readable by their owner alone
+                file.chmod((folder / "config.json").stat().st_mode)
         save_tokenizer(self.tokenizer, folder)
         write_settings(folder, self.settings, self.embedding_size, min(self.max_length, 8192))
 

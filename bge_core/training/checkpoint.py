@@ -84,7 +84,7 @@ def write_checkpoint(
     Args:
         folder: checkpoint-<step>; an earlier one of that name is replaced.
         encoder: gives all but the weights.
-        weights: the backbone's state dict.
+        weights: the encoder's state dict.
         state: what `load_checkpoint` shall give back.
         manifest: gets the size and SHA-256 of every file, and its own.
 
@@ -123,7 +123,8 @@ class Saver:
     def __init__(self, output_dir: Path, encoder: Encoder, manifest: dict[str, Any], limit: int | None) -> None:
         self.output_dir, self.manifest, self.limit = output_dir, manifest, limit
         # A tokenizer of its own: saving changes it, while the loop goes on using the other.
-        self.encoder = Encoder(encoder.backbone, copy.deepcopy(encoder.tokenizer), encoder.settings)
+        tokenizer = copy.deepcopy(encoder.tokenizer)
+        self.encoder = Encoder(encoder.backbone, tokenizer, encoder.settings, dense=encoder.dense)
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
 
@@ -140,7 +141,7 @@ class Saver:
         """
         self.wait()
         random_states = gather_objects(random_state())
-        weights = whole_copy(self.encoder.backbone.state_dict())
+        weights = whole_copy(self.encoder.state_dict())
         state = whole_copy({**state, "step": step, "random_states": random_states})
         if world()[0] == 0:
             self._thread = threading.Thread(target=self._write, args=(step, weights, state, keep))

@@ -2,6 +2,7 @@
 
 import functools
 import os
+import shutil
 import sys
 import traceback
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import runs
 import torch
 from batches import Gradients, assert_same_gradients, load, true_gradients
 from runs import Row
+from tiny_model import add_dense
 from torch.distributed.tensor import DTensor
 from two_processes import ENCODE_CASES, EVEN, PROMPT, UNEVEN, StepCase, forward_backward_of, rank_batches
 
@@ -130,6 +132,10 @@ def work(folder: Path, model_folder: str) -> None:
         for name in (name for name, of_dtype in STEPS if of_dtype == dtype_name):
             record(f"step/{name}/{dtype_name}", lambda m=model, n=name: step_case(m, n, rank))
     record("layout", lambda: layout(model))
+    record(
+        "dense",
+        lambda: step_case(wrap(load(f"{model_folder}_dense", torch.float64), shard=True), "info_nce_cached", rank),
+    )
     for max_norm in (0.0, 0.05):
         record(f"clip/{max_norm}", lambda n=max_norm: clipped(model, rank, n))
     for name, (texts, batch_size) in ENCODE_CASES.items():
@@ -149,7 +155,9 @@ def work(folder: Path, model_folder: str) -> None:
 @pytest.fixture(scope="module")
 def two_ranks(tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Row]:
     folder = tmp_path_factory.mktemp("fsdp")
-    patch = functools.partial(work, folder, str(tiny_bert))
+    add_dense(Path(shutil.copytree(tiny_bert, folder / "bert_dense")))
+    (folder / "bert").symlink_to(tiny_bert)
+    patch = functools.partial(work, folder, str(folder / "bert"))
     codes = runs.finish(runs.start_two([], folder / "log", patch), 240)
     assert codes == [0, 0], "\n".join(log.read_text(encoding="utf-8")[-4000:] for log in folder.glob("log.*"))
     return [torch.load(folder / f"results.rank{rank}", weights_only=False) for rank in range(2)]
@@ -181,6 +189,14 @@ def test_shards_hold_the_gradient_of_the_global_batch(
     for shares, got in of_both(two_ranks, f"step/{name}/{dtype}"):
         assert shares["loss"] == pytest.approx(want_loss, rel=RTOL[dtype])
         assert_same_gradients(got, want, RTOL[dtype])
+
+
+def test_dense_modules_lie_in_shards_and_learn(two_ranks: list[Row], tiny_bert: Path, tmp_path: Path) -> None:
+    folder = add_dense(Path(shutil.copytree(tiny_bert, tmp_path / "dense")))
+    _, want = true_gradients(folder, CASES["info_nce_cached"].pools(), "info_nce")
+    assert sum(name.startswith("dense.") for name in want) == 6
+    for _, got in of_both(two_ranks, "dense"):
+        assert_same_gradients(got, want, RTOL["float64"])
 
 
 def test_the_norm_is_that_of_all_shards(two_ranks: list[Row], tiny_bert: Path) -> None:

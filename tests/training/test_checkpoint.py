@@ -20,10 +20,12 @@ import pytest
 import runs
 import torch
 from runs import Row, read_lines, read_steps, run
+from tiny_model import DENSE, add_dense
 
 import train
 from bge_core import UserError
 from bge_core.encoder.load import load_encoder
+from bge_core.encoder.settings import read_settings
 from bge_core.files import atomic
 from bge_core.runtime.cli import as_dict
 from bge_core.runtime.config import TrainConfig
@@ -132,6 +134,22 @@ def test_a_run_with_a_moving_average_resumes_to_the_same_bits(
     assert resume(again, ema_decay=0.5) == 2
     assert resume(again, ema_decay=0.5, allow_changed="ema_decay") == 0
     assert not runs.equal_weights(again, folder)
+
+
+def test_dense_modules_are_trained_averaged_and_resumed_to_the_same_bits(
+    tiny_bert_dropout: Path, data: Path, tmp_path: Path
+) -> None:
+    model = add_dense(Path(shutil.copytree(tiny_bert_dropout, tmp_path / "model")))
+    settings = SETTINGS | {"ema_decay": 0.3, "val_data": data}
+    assert run(model, data, tmp_path / "whole", **settings) == 0
+    before, after = runs.weights(model), runs.weights(tmp_path / "whole")
+    learned = {name for name in before if not torch.equal(before[name], after[name])}
+    assert learned == {name for name in before if "pooler" not in name}
+    assert sum("_Dense" in name for name in learned) == 6
+    folder = runs.copy_run(tmp_path / "whole", tmp_path / "run", "checkpoint-6")
+    assert run(model, data, folder, resume_from_checkpoint="latest", **settings) == 0
+    assert_same_run(folder, tmp_path / "whole")
+    assert read_settings(folder).dense == DENSE and load_encoder(folder).embedding_size == 24
 
 
 def test_a_moving_average_may_begin_where_a_run_is_resumed(
