@@ -77,7 +77,8 @@ class LossInput:
         positive_B: column (of candidate_ND) of each query's positive.
         own_BG: columns of the query's own passages, the positive first; -1 where it has fewer.
         candidate_id_N: hash of each passage's normalized text, >= 0.
-        excluded_BX: hashes that are never a negative of this query (its positives, itself); -1 is padding.
+        excluded_BX: hashes that are never a negative of this query: its positives, those of equal queries, itself; -1
+            is padding.
         teacher_BG: teacher scores of `own_BG` (any number where own_BG is -1), or None.
         guide_query_BE, guide_candidate_NE: a frozen guide model's vectors, or None.
     """

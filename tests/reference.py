@@ -38,6 +38,14 @@ Passages = tuple[Tensor, list[int]]  # vectors (N, D) and the text id of each
 # ---------------------------------------------------------------------------------------------------------- definitions
 
 
+def excluded_of(queries: Sequence[str], positives: Sequence[Sequence[str]]) -> list[set[str]]:
+    """For each row the texts that are no negative of it: what answers its query in any row, and the query itself."""
+    return [
+        {query} | {text for other, texts in zip(queries, positives, strict=True) if other == query for text in texts}
+        for query in queries
+    ]
+
+
 def negatives_of(row: Row, ids: list[int], *, in_batch_negatives: bool, exclude_positives: bool) -> list[int]:
     """Indices of the passages that are a negative of this row."""
     negatives = []

@@ -15,7 +15,8 @@ class Batch:
         tokens: the B queries, then the R passages.
         own_BG: columns (of this rank's R passages) of each query's passages, the positive first, -1 where fewer.
         passage_id_R: hash of each passage's normalized text.
-        excluded_BX: hashes that are never a negative of a query: its positives and itself; -1 is padding.
+        excluded_BX: hashes that are never a negative of a query: its positives, those of equal queries, itself; -1 is
+            padding.
         teacher_BG: teacher scores of `own_BG`, or None.
         rank_counts: (queries, passages) of this micro-batch on each rank.
         rows: the B numbers of the rows.

@@ -9,8 +9,8 @@ Shapes, of one rank's micro-batch: B queries, R passages, G most passages of a q
 """
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -22,21 +22,11 @@ from torch import Tensor
 
 from bge_core import UserError
 from bge_core.encoder.tokens import Tokens, tokenize
-from bge_core.files.sources import YAML_SUFFIXES, Source, describe_source, load_sources, read_training_source
-from bge_core.files.text import text_id
+from bge_core.files.sources import load_sources
 from bge_core.runtime.config import TrainConfig
 from bge_core.training.batch import Batch
-
-_FEATURES = datasets.Features(
-    {
-        "query": datasets.Value("string"),
-        "pos": datasets.List(datasets.Value("string")),
-        "neg": datasets.List(datasets.Value("string")),
-        "pos_scores": datasets.List(datasets.Value("float64")),
-        "neg_scores": datasets.List(datasets.Value("float64")),
-        "prompt": datasets.Value("string"),
-    }
-)
+from bge_core.training.random_state import generators
+from bge_core.training.rows import KnownPositives, keys_alone, read_rows, records, texts_of
 
 
 @dataclass(frozen=True)
@@ -142,34 +132,50 @@ def assign_to_ranks(costs: Sequence[float], num_ranks: int) -> list[list[int]]:
     return [sorted(positions) for positions in of_ranks]
 
 
-def choose_example(row: int, record: dict[str, Any], rng: np.random.Generator, config: TrainConfig) -> Example:
+def choose_passages(
+    keys: dict[str, Any], known_ids: Iterable[int], rng: np.random.Generator, config: TrainConfig
+) -> dict[int, int]:
     """Choose a row's positive and its negatives without repeats; fewer where it has fewer.
 
     With `exclude_positives` a negative that is a known positive (as normalized text) or the query is passed over.
+
+    Args:
+        keys: of the row, see `rows.py`.
+        known_ids: its known positives and the query.
+        rng: of this row in this epoch.
+        config: the run's settings.
+
+    Returns:
+        Place in (query, *pos, *neg) -> id of each passage, the positive first.
     """
-    chosen = int(rng.integers(len(record["pos"])))
-    passages, teacher = [record["pos"][chosen]], []
-    known_ids = list(dict.fromkeys([*map(text_id, record["pos"]), text_id(record["query"])]))
-    passage_ids = [text_id(passages[0])]
-    used = set(known_ids) if config.exclude_positives else {passage_ids[0]}
-    negatives = record["neg"] or []
-    picked = []
-    for i in rng.permutation(len(negatives)):
-        if len(passages) == config.train_group_size:
+    ids, num_positives = [keys["query_id"], *keys["pos_ids"], *keys["neg_ids"]], len(keys["pos_ids"])
+    positive = 1 + int(rng.integers(num_positives))
+    chosen = {positive: ids[positive]}
+    used = set(known_ids) if config.exclude_positives else {ids[positive]}
+    for i in rng.permutation(len(keys["neg_ids"])).tolist():
+        if len(chosen) == config.train_group_size:
             break
-        negative_id = text_id(negatives[i])
-        if negative_id not in used:
-            used.add(negative_id)
-            picked.append(int(i))
-            passages.append(negatives[i])
-            passage_ids.append(negative_id)
-    if config.knowledge_distillation:
-        teacher = [record["pos_scores"][chosen], *(record["neg_scores"][i] for i in picked)]
-    query = instructed(record["query"], record["prompt"], config)
+        place = 1 + num_positives + i
+        if ids[place] not in used:
+            used.add(ids[place])
+            chosen[place] = ids[place]
+    return chosen
+
+
+def make_example(
+    row: int, record: dict[str, Any], chosen: dict[int, int], known_ids: list[int], config: TrainConfig
+) -> Example:
+    """The texts that were chosen of a row, with their instructions, ids and scores."""
+    texts = [record["query"], *record["pos"], *record["neg"]]
+    passages, teacher = [texts[place] for place in chosen], None
     if config.passage_instruction_for_retrieval:
         join = config.passage_instruction_format.format
         passages = [join(config.passage_instruction_for_retrieval, passage) for passage in passages]
-    return Example(row, query, passages, passage_ids, known_ids, teacher or None)
+    if config.knowledge_distillation:
+        scores = [*record["pos_scores"], *record["neg_scores"]]
+        teacher = [scores[place - 1] for place in chosen]
+    query = instructed(record["query"], record["prompt"], config)
+    return Example(row, query, passages, list(chosen.values()), known_ids, teacher)
 
 
 def instructed(query: str, prompt: str | None, config: TrainConfig) -> str:
@@ -208,8 +214,10 @@ class TrainingData(torch.utils.data.Dataset[list[Batch]]):
         self.passage_max_len = min(config.passage_max_len, max_positions)
         sources = load_sources(config.train_data)
         self.files = [Path(source.path) for source in sources]
-        parts, self.inputs = _read_sources(sources, config)
-        self.rows = datasets.concatenate_datasets(parts)
+        parts, self.inputs = read_rows(sources, config)
+        self.table = datasets.concatenate_datasets(parts)
+        self.rows, self.keys = texts_of(self.table), keys_alone(self.table)
+        self.known_positives = KnownPositives(self.keys)
         self.plan = BatchPlan(
             tuple(len(part) for part in parts),
             world_size * config.per_device_train_batch_size,
@@ -247,22 +255,34 @@ class TrainingData(torch.utils.data.Dataset[list[Batch]]):
         epoch, micro_batches = self.plan.locate(step)
         for draws in self._epoch(epoch)[micro_batches]:
             rows = draws % self.plan.num_rows
+            keys = records(self.keys, rows)
+            elsewhere = self.known_positives.of([of_row["query_id"] for of_row in keys])
+            rngs = generators(self.config.seed, epoch, draws)
             chosen = [
-                choose_example(row, record, np.random.default_rng((self.config.seed, epoch, draw)), self.config)
-                for draw, row, record in zip(draws.tolist(), rows.tolist(), self._records(rows), strict=True)
+                choose_passages(of_row, [*of_row["pos_ids"], *more, of_row["query_id"]], rng, self.config)
+                for of_row, more, rng in zip(keys, elsewhere, rngs, strict=True)
             ]
-            of_ranks = assign_to_ranks([self._cost(example) for example in chosen], self.world_size)
-            counts = [(len(positions), sum(len(chosen[i].passages) for i in positions)) for positions in of_ranks]
-            yield [chosen[i] for i in of_ranks[self.rank]], counts
+            of_ranks = assign_to_ranks(self._costs(keys, chosen), self.world_size)
+            counts = [(len(positions), sum(len(chosen[i]) for i in positions)) for positions in of_ranks]
+            here = {passage_id for of_row in chosen for passage_id in of_row.values()}  # of all ranks
+            own, examples = of_ranks[self.rank], []
+            for i, record in zip(own, records(self.table, rows[own]) if own else (), strict=True):
+                known = [*record["pos_ids"], *filter(here.__contains__, elsewhere[i]), record["query_id"]]
+                examples.append(make_example(int(rows[i]), record, chosen[i], list(dict.fromkeys(known)), self.config))
+            yield examples, counts
 
-    def _records(self, row_numbers: np.ndarray) -> list[dict[str, Any]]:
-        columns = self.rows[row_numbers]
-        return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-
-    def _cost(self, example: Example) -> float:
+    def _costs(self, keys: Sequence[dict[str, Any]], chosen: Sequence[Iterable[int]]) -> list[float]:
         """About the number of tokens, from the characters: tokenizing other ranks' rows would cost every rank all."""
-        passages = sum(min(len(text) * self.tokens_per_char, self.passage_max_len) for text in example.passages)
-        return min(len(example.query) * self.tokens_per_char, self.query_max_len) + passages
+        config, ratio, longest = self.config, self.tokens_per_char, self.passage_max_len
+        instruction = config.passage_instruction_for_retrieval
+        more = len(config.passage_instruction_format.format(instruction, "")) if instruction else 0
+        costs = []
+        for of_row, places in zip(keys, chosen, strict=True):
+            lengths = of_row["lengths"]
+            query = len(instructed("", of_row["prompt"], config)) + lengths[0]
+            passages = sum([min((lengths[place] + more) * ratio, longest) for place in places])
+            costs.append(min(query * ratio, self.query_max_len) + passages)
+        return costs
 
     def __getitem__(self, step: int) -> list[Batch]:
         return [self.collate(*micro_batch) for micro_batch in self.examples(step)]
@@ -295,39 +315,3 @@ def _padded(rows: Sequence[Sequence[float]], fill: float) -> Tensor:
     width = max(map(len, rows), default=0)
     dtype = torch.int64 if isinstance(fill, int) else torch.float64
     return torch.tensor([[*row, *[fill] * (width - len(row))] for row in rows], dtype=dtype).reshape(len(rows), width)
-
-
-def _read_rows(source: Source, content: str, with_scores: bool) -> Iterator[dict[str, Any]]:
-    """The rows of a source, reduced to known fields. `content` makes the cache of `datasets` follow the content."""
-    for row in read_training_source(source, with_scores=with_scores, streaming=False):
-        yield {name: row.get(name) for name in _FEATURES} | {"neg": row.get("neg") or []}
-
-
-def _read_sources(
-    sources: Sequence[Source], config: TrainConfig
-) -> tuple[list[datasets.Dataset], list[dict[str, Any]]]:
-    """The rows of each source, at most `max_example_num_per_dataset` drawn with the seed, and the manifest's inputs."""
-    parts, inputs = [], []
-    for i, source in enumerate(sources):
-        entry = describe_source(source.path, 0)
-        entry = {"path": source.path, "sha256": entry.get("revision")} | entry
-        rows = _load_rows(replace(source, weight=1.0), entry["sha256"], config.knowledge_distillation)
-        inputs.append(entry | {"rows": len(rows)})
-        if len(rows) > config.max_example_num_per_dataset:
-            order = np.random.default_rng((config.seed, i)).permutation(len(rows))
-            rows = rows.select(np.sort(order[: config.max_example_num_per_dataset]))
-        parts.append(rows)
-    # A list of sources decides, by its prompts and weights, about the order of the data as its files do.
-    inputs += [describe_source(path, 0) for path in config.train_data if path.endswith(YAML_SUFFIXES)]
-    return parts, inputs
-
-
-def _load_rows(source: Source, content: str, with_scores: bool) -> datasets.Dataset:
-    arguments = {"source": source, "content": content, "with_scores": with_scores}
-    try:
-        rows = datasets.Dataset.from_generator(_read_rows, features=_FEATURES, gen_kwargs=arguments)
-    except datasets.exceptions.DatasetGenerationError as error:
-        if isinstance(error.__cause__, UserError):
-            raise error.__cause__ from None
-        raise
-    return rows

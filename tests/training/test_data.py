@@ -2,19 +2,22 @@
 
 import json
 import os
+import random
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pyarrow
 import pytest
+import reference
 import runs
 import torch
 from conftest import ROOT
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from pyarrow import parquet
 from transformers import AutoTokenizer
@@ -23,7 +26,8 @@ from bge_core import UserError
 from bge_core.files import atomic
 from bge_core.files.atomic import write_jsonl
 from bge_core.files.sources import list_files
-from bge_core.files.text import text_id
+from bge_core.files.text import normalize_text, text_id
+from bge_core.loss import LossConfig, LossInput, training_loss
 from bge_core.runtime.config import TrainConfig
 from bge_core.training.batch import Batch
 from bge_core.training.data import (
@@ -31,9 +35,12 @@ from bge_core.training.data import (
     Example,
     TrainingData,
     assign_to_ranks,
-    choose_example,
+    choose_passages,
     instructed,
+    make_example,
 )
+from bge_core.training.random_state import generators
+from bge_core.training.rows import keys_of, records
 
 
 def make_config(file: Path | list[str], **options: Any) -> TrainConfig:
@@ -219,7 +226,11 @@ RECORD: dict[str, Any] = {
 
 
 def choose(record: dict[str, Any] | None = None, seed: int = 0, **options: Any) -> Example:
-    return choose_example(7, RECORD | (record or {}), np.random.default_rng(seed), make_config([], **options))
+    config, row = make_config([], **options), RECORD | (record or {})
+    row |= keys_of(row)
+    known_ids = [*row["pos_ids"], row["query_id"]]
+    chosen = choose_passages(row, known_ids, np.random.default_rng(seed), config)
+    return make_example(7, row, chosen, known_ids, config)
 
 
 def test_a_positive_and_distinct_negatives_are_drawn() -> None:
@@ -240,13 +251,12 @@ def test_a_positive_and_distinct_negatives_are_drawn() -> None:
     "negatives, want",
     [
         ([], []),
-        (None, []),
         (["错"], ["错"]),
         (["错", "错", " 错", "Ａ", "A"], ["A", "错"]),  # the same text once, however it is spelled
         (["答一", "答二 ", "问", "错"], ["错"]),  # known positives (chosen or not) and the query
     ],
 )
-def test_fewer_negatives_where_there_are_fewer(negatives: list[str] | None, want: list[str]) -> None:
+def test_fewer_negatives_where_there_are_fewer(negatives: list[str], want: list[str]) -> None:
     for seed in range(5):
         found = choose({"neg": negatives}, seed=seed, train_group_size=8).passages[1:]
         assert sorted(text.replace("Ａ", "A").strip() for text in found) == want
@@ -431,6 +441,109 @@ def test_a_worker_does_not_wait_for_the_tokenizers_threads(
     )
     assert done.returncode == 0, done.stderr.decode()
     assert b"TOKENIZERS_PARALLELISM" not in done.stderr  # no warning of the library's
+
+
+# --- equal queries ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def equal_queries(tmp_path: Path) -> list[str]:
+    """Two sources; "还款" stands on three rows, each with other positives, which are negatives of yet other rows."""
+    first = [
+        {"query": "还款", "pos": ["柜台"], "neg": ["错一", "网银"]},
+        {"query": "　还款 ", "pos": ["网银", "手机"], "neg": ["错二", "柜台", "还款"]},
+        {"query": "挂失", "pos": ["电话"], "neg": ["自动扣款", "错三"]},
+    ]
+    second = [
+        {"query": "还款", "pos": ["自动扣款"], "neg": ["电话"]},
+        {"query": "开卡", "pos": ["身份证"], "neg": ["手机", "还款", "错一"]},
+    ]
+    return [str(write(tmp_path / f"{name}.jsonl", *rows)) for name, rows in (("a", first), ("b", second))]
+
+
+@pytest.mark.parametrize("exclude_positives", [True, False])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_what_answers_an_equal_query_is_no_negative(
+    world_size: int, exclude_positives: bool, equal_queries: list[str], tiny_bert: Path
+) -> None:
+    """Loss, gradient and `masked_negatives` of all ranks together, against loops over texts."""
+    options = {"per_device_train_batch_size": 6 // world_size, "exclude_positives": exclude_positives}
+    data = [make_data(equal_queries, tiny_bert, rank, world_size, **options) for rank in range(world_size)]
+    of_ranks = [next(of_rank.examples(0)) for of_rank in data]
+    examples, texts = [e for of_rank, _ in of_ranks for e in of_rank], data[0].rows[:]
+    known = reference.excluded_of(
+        [normalize_text(query) for query in texts["query"]],
+        [[normalize_text(text) for text in of_row] for of_row in texts["pos"]],
+    )
+    generator, rows, start = torch.Generator().manual_seed(0), [], 0
+    for e in examples:
+        own = list(range(start, start := start + len(e.passages)))
+        rows.append(reference.Row(own, frozenset(map(text_id, known[e.row])), []))
+        own_negatives = {normalize_text(passage) for passage in e.passages[1:]}
+        assert not own_negatives & known[e.row] or not exclude_positives
+    vectors = [
+        torch.nn.functional.normalize(torch.randn(n, 8, generator=generator, dtype=torch.float64), dim=1)
+        for n in (len(examples), start)
+    ]
+    query_MD, candidate_ND = (vector.clone().requires_grad_() for vector in vectors)
+    passages = (candidate_ND, [i for e in examples for i in e.passage_ids])
+    want = reference.reference_loss(query_MD, passages, rows, exclude_positives=exclude_positives)
+    metrics = reference.reference_metrics(query_MD, passages, rows, exclude_positives=exclude_positives)
+    gradients = torch.autograd.grad(want, (query_MD, candidate_ND))
+
+    losses, masked, first, config = [], [], 0, LossConfig(exclude_positives=exclude_positives)
+    for rank, (own_examples, counts) in enumerate(of_ranks):
+        batch, offset = data[rank].collate(own_examples, counts), sum(passages for _, passages in counts[:rank])
+        own_BG = torch.where(batch.own_BG >= 0, batch.own_BG + offset, -1)
+        query_BD = query_MD[first : (first := first + batch.num_queries)]
+        ids_N = torch.tensor(passages[1])
+        x = LossInput(query_BD, query_MD, 0, candidate_ND, own_BG[:, 0], own_BG, ids_N, batch.excluded_BX)
+        output = training_loss(x, config)
+        losses.append(output.loss * batch.num_queries / len(rows))
+        masked.append(output.metrics["masked_negatives"] * batch.num_queries / len(rows))
+    assert sum(losses).item() == pytest.approx(want.item(), rel=1e-12)
+    assert sum(masked).item() == pytest.approx(metrics["masked_negatives"]) and metrics["masked_negatives"] > 1
+    for got, gradient in zip(torch.autograd.grad(sum(losses), (query_MD, candidate_ND)), gradients, strict=True):
+        assert torch.allclose(got, gradient, rtol=1e-9, atol=1e-12)
+
+
+def test_positives_of_queries_on_several_rows(tiny_bert: Path, tmp_path: Path) -> None:
+    """Whatever the order of the rows, and where every query has a row of its own."""
+    rng = random.Random(0)
+    rows = [{"query": f"问{rng.randrange(12)}", "pos": [f"答{i}", f"答{i}之二"][: 1 + i % 2]} for i in range(40)]
+    data = make_data(write(tmp_path / "a.jsonl", *rows), tiny_bert)
+    known = data.known_positives.of([text_id(f"问{i}") for i in range(13)])
+    for i, found in enumerate(known):
+        of_query = [row["pos"] for row in rows if row["query"] == f"问{i}"]
+        assert sorted(found) == sorted(text_id(text) for pos in of_query for text in pos if len(of_query) > 1)
+    alone = make_data(write(tmp_path / "b.jsonl", {"query": "甲", "pos": ["答"]}), tiny_bert).known_positives
+    assert alone.of([text_id("甲"), text_id("乙")]) == [[], []] and len(alone.id_K) == 0
+
+
+# --- a rank's own work ------------------------------------------------------------------------------------------------
+
+
+def test_a_rank_reads_the_texts_of_its_own_rows_and_hashes_nothing(
+    training_file: Path, tiny_bert: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[int] = []
+
+    def remember(rows: datasets.Dataset, numbers: Any) -> Any:
+        read.extend(numbers.tolist() if "query" in rows.column_names else [])
+        return records(rows, numbers)
+
+    data = make_data(training_file, tiny_bert, 1, 4, per_device_train_batch_size=6)
+    monkeypatch.setattr("bge_core.training.data.records", remember)
+    monkeypatch.setattr("bge_core.files.text.hashlib", None)
+    (batch,) = data[0]
+    assert batch.num_queries == 6 and read == batch.rows
+
+
+@given(st.integers(0, 2**33), st.integers(0, 2**33), st.lists(st.integers(0, 2**33), max_size=4))
+@example(42, 0, [0, 1, 2**32 - 1])
+def test_generators_are_numpys(seed: int, epoch: int, draws: list[int]) -> None:
+    found = [rng.bit_generator.state for rng in generators(seed, epoch, np.array(draws, dtype=np.int64))]
+    assert found == [np.random.default_rng((seed, epoch, draw)).bit_generator.state for draw in draws]
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
