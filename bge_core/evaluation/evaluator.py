@@ -26,7 +26,7 @@ from bge_core.encoder.model import Encoder
 from bge_core.evaluation.costs import Cost
 from bge_core.evaluation.metrics import DEFAULT_METRICS, mean_metrics, per_query_metrics, search_depth
 from bge_core.evaluation.significance import Comparison, Threshold, bootstrap_means, compare_to_baseline, thresholds
-from bge_core.evaluation.tasks import RetrievalTask, load_task
+from bge_core.evaluation.tasks import Paths, RetrievalTask, load_task
 from bge_core.search.cache import EmbeddingCache
 from bge_core.search.exact import exact_search, score_pairs
 
@@ -146,7 +146,7 @@ class EvaluationResult:
 def evaluate(
     models: Any,
     data: RetrievalTask | str | Path,
-    corpus: str | Path | None = None,
+    corpus: Paths | None = None,
     *,
     k: int = 100,
     metrics: Sequence[str] = DEFAULT_METRICS,
@@ -219,17 +219,27 @@ def bge_instruction(name: str, queries: list[str]) -> str:
 def task_vectors(encoder: Encoder, task: RetrievalTask, *, cache: EmbeddingCache | None = None, **encoding: Any) -> Any:
     """The vectors of the questions (Q, D) and of the passages (N, D), on every process; arrays or views of the cache.
 
+    A question's own prompt replaces `query_prompt`.
+
     Args:
         encoder: on the device to use.
         task: see `load_task`.
         cache: where vectors are kept; None: nowhere.
         encoding: query_prompt, passage_prompt, query_max_len, passage_max_len; the rest goes to `encode`.
     """
-    query = {"prompt": encoding.pop("query_prompt", ""), "max_length": encoding.pop("query_max_len")}
+    prompt, query_max_len = encoding.pop("query_prompt", ""), encoding.pop("query_max_len")
     passage = {"prompt": encoding.pop("passage_prompt", ""), "max_length": encoding.pop("passage_max_len")}
     vectors_by: Any = cache.vectors if cache else encode
     corpus_ND = vectors_by(encoder, task.corpus, description="corpus", **passage, **encoding)
-    return vectors_by(encoder, task.queries, description="queries", **query, **encoding), corpus_ND
+    options = {"description": "queries", "max_length": query_max_len} | encoding
+    if not task.query_prompts:
+        return vectors_by(encoder, task.queries, prompt=prompt, **options), corpus_ND
+    prompts = np.array([prompt if own is None else own for own in task.query_prompts], dtype=object)
+    query_QD = np.empty((len(prompts), corpus_ND.shape[1]), corpus_ND.dtype)
+    for one in dict.fromkeys(prompts):
+        places = np.flatnonzero(prompts == one)
+        query_QD[places] = vectors_by(encoder, [task.queries[i] for i in places], prompt=one, **options)
+    return query_QD, corpus_ND
 
 
 def evaluate_encoder(

@@ -12,7 +12,7 @@ from bge_core.evaluation.metrics import mean_metrics
 from bge_core.evaluation.report import write_evaluation_report
 from bge_core.evaluation.score import macro_average
 from bge_core.evaluation.significance import Comparison
-from bge_core.evaluation.tasks import describe_task
+from bge_core.evaluation.tasks import corpora_of, describe_task
 from bge_core.evaluation.trec import write_run
 from bge_core.files import atomic
 from bge_core.files.records import Row
@@ -33,10 +33,10 @@ def write_results(config: EvaluateConfig, results: Sequence[EvaluationResult], c
     _clear(folder)
     for result in results:
         _write_result(folder / result.task.name if len(results) > 1 else folder, config, result)
-    corpora = config.corpus * (len(results) if len(config.corpus) == 1 else 1) or [""] * len(results)
+    corpora = corpora_of(config.val_data, config.corpus)
     inputs: dict[str, Row] = {}
     for result, val_data, corpus in zip(results, config.val_data, corpora, strict=True):
-        inputs |= {line["path"]: line for line in describe_task(result.task, val_data, corpus or None)}
+        inputs |= {line["path"]: line for line in describe_task(result.task, val_data, corpus)}
     used = {of.task.name: {name: asdict(model) for name, model in of.models.items()} for of in results}
     kept = {"cache": {"encoded": cache.num_encoded, "reused": cache.num_reused}} if cache else {}
     manifest = atomic.make_manifest(
@@ -57,7 +57,8 @@ def _write_result(folder: Path, config: EvaluateConfig, result: EvaluationResult
     folder.mkdir(parents=True, exist_ok=True)
     _clear(folder)
     for name, ranking in result.rankings.items():
-        write_run(folder / f"run.{name}.trec", name, task.query_ids, task.corpus_ids, ranking.rows, ranking.scores)
+        file, ids = folder / f"run.{name}.trec", (task.query_ids, task.corpus_ids)
+        write_run(file, name, *ids, ranking.rows, ranking.scores, task.judged_ids)
     per_query = {name: ranking.per_query for name, ranking in result.rankings.items()}
     _write_per_query(folder, per_query, result.comparisons, task.query_ids, task.queries)
     if result.costs:

@@ -13,24 +13,34 @@ import itertools
 import logging
 import os
 import shlex
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from bge_core import UserError
+from bge_core.evaluation.corpus import (
+    Corpus,
+    Judged,
+    corpus_file,
+    keep_judged_apart,
+    make_corpus,
+    own_row,
+    read_corpus,
+    read_with_ids,
+    resolve,
+)  # fmt: skip
 from bge_core.evaluation.trec import read_qrels, refuse_without_positives
 from bge_core.files import records
-from bge_core.files.records import Check, Row
-from bge_core.files.sources import describe_source, is_hub_name, read_source
+from bge_core.files.records import Row
+from bge_core.files.sources import describe_source, is_hub_name
 from bge_core.files.text import text_id
 
 logger = logging.getLogger(__name__)
 
-Key = int | str  # what a judgement names: a text, by the hash of its normalized form, or the document of that id
-Judged = dict[Key, tuple[int, str]]  # of a question: key -> grade, and how a message shows it
+Paths = str | Path | Sequence[str | Path]
 
 
 @dataclass(frozen=True)
@@ -39,7 +49,7 @@ class RetrievalTask:
 
     Args:
         name: the file's stem or the folder's name; of a split that was named, both, as scifact-dev.
-        query_ids, queries: (Q,) equal questions stay separate.
+        query_ids, queries: (Q,) equal questions of rows without ids are one, others stay apart.
         corpus_ids, corpus: (N,) each normalized text once (the first of equal ones).
         relevant: (Q,) for each question {corpus row: grade}.
         missing: (Q,) for each question the grades of the positives that the corpus lacks.
@@ -48,6 +58,10 @@ class RetrievalTask:
             text or a list of them), as far as it is there.
         own_rows: (Q,) the row of the corpus that is the question itself, which is no hit; -1: there is none. Empty:
             no question has one.
+        query_prompts: (Q,) what stands before a question in place of the query instruction; None: that. Empty: no
+            question has a prompt of its own.
+        judged_ids: (Q,) for each question {row: id} of positives that the corpus holds as another document of the same
+            text. Empty: it holds none so.
     """
 
     name: str
@@ -60,6 +74,8 @@ class RetrievalTask:
     missing_texts: list[str]
     query_facts: list[dict[str, Any]]
     own_rows: list[int] = field(default_factory=list)
+    query_prompts: list[str | None] = field(default_factory=list)
+    judged_ids: list[dict[int, str]] = field(default_factory=list)
 
     def depth(self, k: int) -> int:
         """How many hits to search, so that k remain after `drop_own`; one above the corpus may be asked for."""
@@ -74,55 +90,69 @@ class RetrievalTask:
 
 
 @dataclass(frozen=True)
-class _Corpus:
-    """`row_of` knows each text's hash and each id, those of the repeated texts included; `bodies` have no titles."""
+class _Question:
+    """A question and what is right for it; `facts` and `prompt` as in `RetrievalTask`."""
 
-    name: str
-    ids: list[str]
-    texts: list[str]
-    bodies: list[str]
-    row_of: dict[Key, int]
-
-
-ReadCorpus = Callable[[str, bool], _Corpus]
+    id: str
+    text: str
+    judged: Judged
+    facts: Row = field(default_factory=dict)
+    prompt: str | None = None
 
 
-def load_task(val_data: str | Path, corpus: str | Path | None = None) -> RetrievalTask:
+ReadCorpus = Callable[[tuple[str, ...], bool], Corpus]
+
+
+def load_task(val_data: str | Path, corpus: Paths | None = None) -> RetrievalTask:
     """Read one test set; see `load_tasks`."""
-    return load_tasks([val_data], None if corpus is None else [corpus])[0]
+    return load_tasks([val_data], _as_list(corpus))[0]
 
 
 def load_tasks(val_data: Sequence[str | Path], corpus: Sequence[str | Path] | None = None) -> list[RetrievalTask]:
     """Read test sets.
 
-    Of a BEIR folder the questions that have a line in the qrels are the test set; title and text are joined by a space.
-    Its split is test.tsv, or the only file there is. A grade below 0 counts as 0. Where equal texts were judged, the
-    one that is kept gets the largest grade. As in BEIR, a document of a question's own id is no hit (ArguAna, Quora);
-    here it must also have the question's text and not be judged right, for ids may be equal by chance. Warned of and
-    counted: empty questions, repeated texts, positives that the corpus lacks (misses), judged questions that there are
-    not.
+    Rows that ask the same without ids of their own (and under the same prompt) are one question with all their
+    positives. Of a BEIR folder the questions that have a line in the qrels are the test set; title and text are joined
+    by a space. Its split is test.tsv, or the only file there is. A grade below 0 counts as 0. A text that stands under
+    several ids is one document, which has the largest of their grades, and of a question that has several of them as
+    its positives as many. A text of the corpus that is the question itself, and not judged right, is no hit. Warned of
+    and counted: empty questions, repeated texts, positives that the corpus lacks (misses), judged questions that there
+    are not.
 
     Args:
         val_data: a file of rows, a dataset of the hub or a BEIR folder each.
-        corpus: files of text and optional id and title, or BEIR folders: one for all, or one for each set. None: each
-            set's own, corpus.jsonl of a BEIR folder, otherwise the distinct `pos` and `neg` texts.
+        corpus: files of text and optional id and title, folders of them, or BEIR folders. Of one test set all of them
+            together; of several sets one for all, or one for each. None: each set's own, corpus.jsonl of a BEIR folder,
+            otherwise the distinct `pos` and `neg` texts.
 
     Returns:
         A task for each, in order. Equal names get -2, -3 and so on. Sets with the same corpus share its lists.
 
     Raises:
-        UserError: a file is missing, empty or has bad lines, an id stands twice, no question has a positive, the qrels
-            are those of another test set or corpus, or the number of corpora does not fit.
+        UserError: a file is missing, empty or has bad lines, an id stands twice, no question has a positive, or none in
+            the corpus, the qrels are those of another test set or corpus, or the number of corpora does not fit.
 
     Source: BEIR's folders, beir/datasets/data_loader.py (GenericDataLoader) of https://github.com/beir-cellar/beir.
     """
-    paths, corpora = [str(path) for path in val_data], [str(path) for path in corpus or [""]]
-    corpora *= len(paths) if len(corpora) == 1 else 1
-    if len(corpora) != len(paths):
-        raise UserError(f"{len(corpora)} corpora for {len(paths)} test sets: name one for all, one for each, or none")
-    read_corpus = functools.cache(_read_corpus)  # what several sets search is read once
-    names = make_unique(map(_name, paths))
-    return [_load(*one, read_corpus) for one in zip(names, paths, corpora, strict=True)]
+    paths = [str(path) for path in val_data]
+    read = functools.cache(read_corpus)  # what several sets search is read once
+    names, corpora = make_unique(map(_name, paths)), corpora_of(paths, corpus)
+    return [_load(*one, read) for one in zip(names, paths, corpora, strict=True)]
+
+
+def corpora_of(val_data: Sequence[str], corpus: Sequence[str | Path] | None) -> list[tuple[str, ...]]:
+    """The names of each test set's corpus, none: its own; see `load_tasks`. UserError: their number does not fit."""
+    given = [str(path) for path in corpus or ()]
+    if len(val_data) == 1 or not given:
+        return [tuple(given)] * len(val_data)
+    if len(given) not in (1, len(val_data)):
+        remedy = "name one for all, one for each (a folder may hold several files), or none"
+        raise UserError(f"{len(given)} corpora for {len(val_data)} test sets: {remedy}")
+    return [(path,) for path in (given if len(given) > 1 else given * len(val_data))]
+
+
+def _as_list(paths: Paths | None) -> list[str | Path]:
+    return [paths] if isinstance(paths, (str, Path)) else list(paths or ())
 
 
 def make_unique(names: Iterable[str]) -> list[str]:
@@ -134,14 +164,14 @@ def make_unique(names: Iterable[str]) -> list[str]:
     return unique
 
 
-def describe_task(task: RetrievalTask, val_data: str | Path, corpus: str | Path | None = None) -> list[Row]:
+def describe_task(task: RetrievalTask, val_data: str | Path, corpus: Paths | None = None) -> list[Row]:
     """A manifest's entries of what `task` was read from; the arguments are those of `load_task`."""
     files = [(str(val_data), len(task.queries))]
     if beir := _beir_files(str(val_data)):
         num_judged = sum(map(len, task.relevant)) + sum(map(len, task.missing))
         files = [(str(beir[0] / "queries.jsonl"), len(task.queries)), (str(beir[1]), num_judged)]
-    if found := corpus or (beir and beir[0]):
-        files.append((_corpus_file(str(found)), len(task.corpus)))
+    found = _as_list(corpus) or (_as_list(beir[0]) if beir else [])
+    files += [(corpus_file(str(path)), len(task.corpus)) for path in found]
     return [describe_source(file, num_rows) for file, num_rows in files]
 
 
@@ -193,86 +223,91 @@ def _name(path: str) -> str:
     return folder if Path(path).is_dir() else f"{folder}-{beir[1].stem}"
 
 
-def _load(name: str, path: str, corpus: str, read_corpus: ReadCorpus) -> RetrievalTask:
+def _load(name: str, path: str, corpus: tuple[str, ...], read: ReadCorpus) -> RetrievalTask:
     beir = _beir_files(path)
-    pairs, judged, passages = _read_beir(*beir, corpus, read_corpus) if beir else _read_rows(path, corpus, read_corpus)
+    questions, passages = _read_beir(*beir, corpus, read) if beir else _read_rows(path, corpus, read)
     path = str(beir[1]) if beir else path
-    queries = [row["text" if beir else "query"] for _, row in pairs]
-    if num_empty := sum(not query.strip() for query in queries):
+    if num_empty := sum(not question.text.strip() for question in questions):
         logger.warning("%s: %d questions are empty; they are scored like the others", path, num_empty)
-    relevant, missing, lacking = _resolve(judged, passages.row_of)
+    relevant, missing, lacking, judged_ids = resolve([question.judged for question in questions], passages)
+    if not any(grade > 0 for grades in relevant for grade in grades.values()):
+        remedy = "name the corpus that holds them"
+        remedy += "" if beir else "; a positive is the text of a passage, with or without its title"
+        raise UserError(
+            f"{passages.name}: holds none of the {len(lacking)} positives of {path}, as {lacking[0][:60]!r}: {remedy}"
+        )
     if lacking:
         first = "".join(f"\n  {text[:60]}" for text in lacking[:3])
         text = "%s lacks %d positives of %s, which count as misses; first:%s"
         logger.warning(text, passages.name, len(lacking), path, first)
-    ids, facts = [one for one, _ in pairs], [_facts(row) for _, row in pairs]
-    task = RetrievalTask(name, ids, queries, passages.ids, passages.texts, relevant, missing, lacking, facts)
-    return replace(task, own_rows=_own_rows(task, passages)) if beir else task
+    own_rows = [own_row(passages, of.text, of.id, rows) for of, rows in zip(questions, relevant, strict=True)]
+    if num_own := sum(row >= 0 for row in own_rows):
+        logger.info("%s: %d questions are themselves in the corpus; that is no hit", name, num_own)
+    prompts = [question.prompt for question in questions]
+    if num_prompts := sum(prompt is not None for prompt in prompts):
+        logger.info("%s: %d questions have a prompt, which replaces the query instruction", name, num_prompts)
+    return RetrievalTask(
+        name,
+        [question.id for question in questions],
+        [question.text for question in questions],
+        passages.ids,
+        passages.texts,
+        relevant,
+        missing,
+        lacking,
+        [question.facts for question in questions],
+        own_rows if num_own else [],
+        prompts if num_prompts else [],
+        judged_ids if any(judged_ids) else [],
+    )
 
 
-def _read_rows(path: str, corpus: str, read_corpus: ReadCorpus) -> tuple[list[tuple[str, Row]], list[Judged], _Corpus]:
-    """The (id, row) of each question, what is right for it, the corpus: rows of query and pos."""
-    pairs = list(_read(path, records.check_evaluation_row, "id"))
-    judged: list[Judged] = [{text_id(text): (1, text) for text in row["pos"]} for _, row in pairs]
+def _read_rows(path: str, corpus: tuple[str, ...], read: ReadCorpus) -> tuple[list[_Question], Corpus]:
+    """The questions and the corpus of rows of query and pos."""
+    rows = list(read_with_ids([path], records.check_evaluation_row, "id"))
+    found: dict[Any, _Question] = {}
+    for name, row in rows:
+        prompt, asked = row.get("prompt"), text_id(row["query"])
+        question = _Question(name, row["query"], {}, _facts(row), prompt)
+        question = found.setdefault((asked, prompt) if row.get("id") is None else name, question)
+        question.judged.update({text_id(text): (1, text) for text in row["pos"]})
+    if len(found) < len(rows):
+        text = "%s: %d rows ask again what another row asks; they are one question with all its positives"
+        logger.info(text, path, len(rows) - len(found))
+    if num_apart := len(found) - len({(text_id(of.text), of.prompt) for of in found.values()}):
+        text = "%s: %d questions are asked again under another id; they stay apart, each with its own positives"
+        logger.warning(text, path, num_apart)
     if corpus:
-        return pairs, judged, read_corpus(corpus, False)
-    texts = records.distinct_texts((row for _, row in pairs), "pos", "neg")
-    return pairs, judged, _make_corpus(path, [str(i) for i in range(len(texts))], texts, texts)
+        return list(found.values()), read(corpus, False)
+    texts = records.distinct_texts((row for _, row in rows), "pos", "neg")
+    return list(found.values()), make_corpus(path, [str(i) for i in range(len(texts))], texts, texts)
 
 
-def _read_beir(
-    folder: Path, file: Path, corpus: str, read_corpus: ReadCorpus
-) -> tuple[list[tuple[str, Row]], list[Judged], _Corpus]:
+def _read_beir(folder: Path, file: Path, corpus: tuple[str, ...], read: ReadCorpus) -> tuple[list[_Question], Corpus]:
     """The same of a BEIR folder and its qrels; the questions are those that the qrels judge."""
     queries, qrels = folder / "queries.jsonl", read_qrels(file)
-    pairs = [pair for pair in _read(str(queries), records.check_beir_row, "_id") if pair[0] in qrels]
-    if not pairs:
+    asked = [pair for pair in read_with_ids([str(queries)], records.check_beir_row, "_id") if pair[0] in qrels]
+    if not asked:
         num = len(qrels)
         raise UserError(
             f"{file}: judges {num} questions (column query-id), none of {queries}: qrels of another test set"
         )
-    if unknown := qrels.keys() - {name for name, _ in pairs}:
+    if unknown := qrels.keys() - {name for name, _ in asked}:
         text = "%s judges %d questions that %s lacks; they are left out, as %s"
         logger.warning(text, file, len(unknown), queries, min(unknown))
-    refuse_without_positives(str(file), (qrels[name] for name, _ in pairs))
-    judged: list[Judged] = [{key: (grade, key) for key, grade in qrels[name].items()} for name, _ in pairs]
-    passages = read_corpus(corpus or str(folder), not corpus)
-    documents = {key for grades in judged for key in grades}
+    refuse_without_positives(str(file), (qrels[name] for name, _ in asked))
+    questions = [
+        _Question(name, row["text"], {key: (grade, key) for key, grade in qrels[name].items()}, _facts(row))
+        for name, row in asked
+    ]
+    passages = read(corpus or (str(folder),), not corpus)
+    documents = {key for question in questions for key in question.judged}
     if documents.isdisjoint(passages.row_of):
         raise UserError(
             f"{file}: none of its {len(documents)} documents (column corpus-id) is in {passages.name}: these are"
             " qrels of another corpus; name the corpus that they judge"
         )
-    return pairs, judged, passages
-
-
-def _own_rows(task: RetrievalTask, corpus: _Corpus) -> list[int]:
-    """See `RetrievalTask.own_rows`."""
-    rows = [corpus.row_of.get(one, -1) for one in task.query_ids]
-    for i, (row, query) in enumerate(zip(rows, task.queries, strict=True)):
-        same = text_id(query) in map(text_id, (corpus.texts[row], corpus.bodies[row]))
-        if not same or not query.strip() or task.relevant[i].get(row, 0) > 0:
-            rows[i] = -1
-    if num_own := sum(row >= 0 for row in rows):
-        logger.info("%s: %d questions are in the corpus under their own id; that is no hit", task.name, num_own)
-    return rows if num_own else []
-
-
-def _resolve(
-    judged: Sequence[Judged], row_of: Mapping[Key, int]
-) -> tuple[list[dict[int, int]], list[list[int]], list[str]]:
-    """For each question {row: grade} and the grades of the positives without a row; these positives, each once."""
-    relevant: list[dict[int, int]] = [{} for _ in judged]
-    missing: list[list[int]] = [[] for _ in judged]
-    lacking: dict[Key, str] = {}
-    for grades, found, not_found in zip(judged, relevant, missing, strict=True):
-        for key, (grade, shown) in grades.items():
-            if key in row_of:
-                found[row_of[key]] = max(found.get(row_of[key], 0), grade)
-            elif grade > 0:
-                not_found.append(grade)
-                lacking[key] = shown
-    return relevant, missing, list(lacking.values())
+    return questions, keep_judged_apart(passages, (question.judged for question in questions))
 
 
 def _facts(row: Row) -> Row:
@@ -281,54 +316,3 @@ def _facts(row: Row) -> Row:
     if not isinstance(answer, str) and not (isinstance(answer, list) and all(isinstance(one, str) for one in answer)):
         answer = None
     return {name: value for name, value in (("source", source), ("answer", answer)) if value}
-
-
-def _read(path: str, check: Check, *fields: str) -> Iterator[tuple[str, Row]]:
-    """Yield (id, row): the first of `fields` that the row has, otherwise the line's number from 0.
-
-    Raises:
-        UserError: see `read_source`; after the last row: an id stands on several lines.
-    """
-    line_of: dict[str, int] = {}
-    bad = records.BadLines()
-    for (_, number), row in read_source(path, check, streaming=False):
-        field = next((field for field in fields if row.get(field) is not None), None)
-        name = str(row[field]) if field else str(number - 1)
-        if not name.strip():
-            bad.add(path, number, f"{field} is empty; give it a value, or leave it out")
-        elif line_of.setdefault(name, number) == number:
-            yield name, row
-        else:
-            remedy = "make ids unique" if field == "_id" else "make ids unique, or leave them out"
-            bad.add(path, number, f"the id {name!r} is that of line {line_of[name]}, too; {remedy}")
-    bad.refuse()
-
-
-def _corpus_file(path: str) -> str:
-    return str(Path(path) / "corpus.jsonl") if Path(path).is_dir() else path
-
-
-def _read_corpus(path: str, is_beir: bool) -> _Corpus:
-    def check(row: Row) -> str | None:
-        return records.check_beir_row(row) if is_beir or "_id" in row else records.check_corpus_row(row)
-
-    ids, texts, bodies = [], [], []
-    for name, row in _read(_corpus_file(path), check, "_id", "id"):
-        text = records.passage_text(row)
-        ids.append(name)
-        texts.append(text.strip() if "_id" in row else text)
-        bodies.append(row["text"] or "")
-    return _make_corpus(_corpus_file(path), ids, texts, bodies)
-
-
-def _make_corpus(name: str, ids: list[str], texts: list[str], bodies: list[str]) -> _Corpus:
-    row_of: dict[Key, int] = {}
-    kept: list[int] = []
-    for i, text in enumerate(texts):
-        row_of[ids[i]] = row = row_of.setdefault(text_id(text), len(kept))
-        if row == len(kept):
-            kept.append(i)
-    if len(kept) < len(texts):
-        logger.warning("%s: %d repeated texts were left out of the corpus", name, len(texts) - len(kept))
-    ids, texts, bodies = ([of[i] for i in kept] for of in (ids, texts, bodies))
-    return _Corpus(name, ids, texts, bodies, row_of)

@@ -103,7 +103,7 @@ def run_as_ranking(
     """A run in the form that `metrics.per_query_metrics` scores: documents become rows of a corpus, all of the run's.
 
     Every question of the qrels counts (trec_eval -c): one that the run lacks has an empty ranking. What the run has
-    without a judgement is left out, with a warning.
+    without a judgement is left out, with a warning. White space in their ids counts as %20, which `write_run` writes.
 
     Args:
         run: see `read_run`.
@@ -117,6 +117,7 @@ def run_as_ranking(
     Raises:
         UserError: no question of the run is judged, or none has a positive.
     """
+    qrels = {_as_word(name): {_as_word(one): grade for one, grade in of.items()} for name, of in qrels.items()}
     refuse_without_positives("the qrels", qrels.values())
     unjudged = [question for question in run if question not in qrels]
     if len(unjudged) == len(run):
@@ -183,6 +184,7 @@ def write_run(
     corpus_ids: Sequence[str],
     rows: np.ndarray,
     scores: np.ndarray,
+    judged_ids: Sequence[Mapping[int, str]] = (),
 ) -> None:
     """Write a ranking as a TREC run of this name, whole or not at all.
 
@@ -190,13 +192,21 @@ def write_run(
         query_ids, corpus_ids: (Q,), (N,). White space in them becomes %20, as in an address of the web.
         rows, scores: (Q, k) of the corpus, best first; -1: the corpus has no more. Ties are written as scores that
             fall, for trec_eval would order them by id.
+        judged_ids: (Q,) of each question {row: id} of documents that stand there under the id of an equal text, but are
+            judged under their own; empty: there is none.
     """
+    own_ids = judged_ids or [{}] * len(query_ids)
     with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
-        for query_id, found, of in zip(query_ids, rows, scores, strict=True):
+        for query_id, found, of, own in zip(query_ids, rows, scores, own_ids, strict=True):
             for place, (row, score) in enumerate(zip(found, decreasing_scores(of), strict=True), start=1):
                 if row >= 0:
-                    columns = (query_id, "Q0", corpus_ids[row], str(place), f"{score:.9g}", name)
-                    file.write(" ".join(re.sub(r"\s", lambda space: quote(space[0]), word) for word in columns) + "\n")
+                    document = own.get(int(row), corpus_ids[row])
+                    columns = (query_id, "Q0", document, str(place), f"{score:.9g}", name)
+                    file.write(" ".join(map(_as_word, columns)) + "\n")
+
+
+def _as_word(name: str) -> str:
+    return re.sub(r"\s", lambda space: quote(space[0]), name)
 
 
 def decreasing_scores(scores: np.ndarray) -> np.ndarray:

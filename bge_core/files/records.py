@@ -264,6 +264,7 @@ def check_evaluation_row(row: Row) -> str | None:
         (None if row.get("query") == "" else _check_field(row, "query", required=True))
         or _check_list(row, "pos", required=True)
         or _check_list(row, "neg", required=False)
+        or _check_field(row, "prompt", required=False)
     )
 
 

@@ -147,7 +147,14 @@ def _choose_by_sweep(config: MergeConfig, folders: list[ModelFolder], hub: dict[
 def _sweep_key(config: MergeConfig, tasks: Sequence[RetrievalTask], folders: Sequence[ModelFolder]) -> str:
     """A hash of all that a weight's scores depend on."""
     parts: list[Any] = [
-        [task.queries, task.corpus, [sorted(of.items()) for of in task.relevant], task.missing, task.own_rows]
+        [
+            task.queries,
+            task.corpus,
+            [sorted(of.items()) for of in task.relevant],
+            task.missing,
+            task.own_rows,
+            task.query_prompts,
+        ]
         for task in tasks
     ]
     parts += [config.metric or METRIC, config.max_input_length, config.fp16, config.bf16]

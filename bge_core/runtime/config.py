@@ -365,7 +365,8 @@ class EvaluateConfig(CorpusStage):
     val_data: list[str] = required("Test sets: JSONL with query and pos, BEIR folders, hub names; with --run: qrels.")
     encoder: list[str] = flag([], "One or more hub names or folders; the first is what the others are compared with.")
     corpus: list[str] = flag(
-        [], "JSONL with text: one for all, or one a test set. Default: each set's own pos and neg."
+        [],
+        "JSONL with text, folders. One test set: all of them; several: one for all, or one each. Default: own texts.",
     )
     run: list[str] = flag([], "TREC run files to score, in place of encoders.")
     k: int = flag(100, "Depth of the ranking; a deeper one of --metrics counts.", ABOVE_0)
@@ -401,7 +402,7 @@ class EvaluateConfig(CorpusStage):
             )
             need(self.lang == "en", "lang", self.lang, "has no meaning with --run, which writes no report")
             need(len(self.val_data) == 1, "val_data", self.val_data, "with --run: one file of qrels")
-        fits = len(self.corpus) in (0, 1, len(self.val_data))
+        fits = len(self.val_data) == 1 or len(self.corpus) in (0, 1, len(self.val_data))
         need(fits, "corpus", self.corpus, f"give one for all, or one for each of {len(self.val_data)} test sets")
         for dtype in self.dtypes:
             need_one_of("dtypes", dtype, ("float32", "float16", "int8", "binary"))

@@ -14,10 +14,13 @@ import pytrec_eval
 from tiny_model import make_tiny_bert
 
 import evaluate
+from bge_core.encoder.load import load_encoder
 from bge_core.encoder.settings import EncoderSettings, read_settings, write_settings
 from bge_core.evaluation import evaluator, score
-from bge_core.evaluation.evaluator import BGE_QUERY_INSTRUCTION
+from bge_core.evaluation.evaluator import BGE_QUERY_INSTRUCTION, task_vectors
+from bge_core.evaluation.tasks import load_task
 from bge_core.evaluation.trec import read_qrels, read_run, run_as_ranking
+from bge_core.search.cache import EmbeddingCache
 
 Row = dict[str, Any]
 NAMES = ["MRR@1", "MRR@10", "MRR@100", "Recall@1", "Recall@10", "Recall@100", "nDCG@10"]
@@ -92,7 +95,7 @@ def test_figures_by_hand(by_hand: dict[str, str], tmp_path: Path, capsys: pytest
         [
             {"query": "问一", "pos": ["正", "中"]},  # ranks 1 and 3
             {"query": "问二", "pos": ["近"]},  # rank 3
-            {"query": "问一", "pos": ["反", "缺"]},  # rank 5; the other is not in the corpus
+            {"query": "问一", "pos": ["反", "缺"], "id": "apart"},  # rank 5; the other is not in the corpus
         ],
     )
     assert run(tmp_path / "m", val, corpus=corpus) == 0
@@ -113,6 +116,33 @@ def test_figures_by_hand(by_hand: dict[str, str], tmp_path: Path, capsys: pytest
     assert printed(capsys.readouterr().out) == [metrics]
 
 
+def test_positives_on_several_rows_of_a_question(
+    by_hand: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ranks 1 and 2 of one question are all that there is to find; of two questions they would give .75."""
+    corpus = write_lines(tmp_path / "corpus.jsonl", [{"text": text} for text in ("反", "远", "中", "近", "正", "问一")])
+    val = write_lines(tmp_path / "val.jsonl", [{"query": "问一", "pos": [text]} for text in ("近", "正")])
+    assert run(tmp_path / "m", val, corpus=corpus) == 0  # nor is the question itself in the way
+    (metrics,) = printed(capsys.readouterr().out)
+    assert metrics == pytest.approx(dict.fromkeys(NAMES, 1.0) | {"Recall@1": 0.5}, rel=1e-12)
+    assert run(tmp_path / "m", val, corpus=write_lines(tmp_path / "other.jsonl", [{"text": "中"}])) == 2
+    assert "other.jsonl: holds none of the 2 positives of" in capsys.readouterr().err
+
+
+def test_a_rows_prompt_stands_before_its_question(tiny_bert: Path, tmp_path: Path) -> None:
+    rows = [
+        {"query": f"问{i}", "pos": ["答"], "prompt": prompt}
+        for i, prompt in enumerate([None, "指：", "", "指：", None])
+    ]
+    task = load_task(write_lines(tmp_path / "val.jsonl", rows))
+    encoder, options = load_encoder(tiny_bert), {"query_max_len": 64, "passage_max_len": 64}
+    cache = EmbeddingCache(str(tmp_path / "cache"))
+    for found in (task_vectors(encoder, task, query_prompt="流：", **options),
+                  task_vectors(encoder, task, query_prompt="流：", cache=cache, **options)):  # fmt: skip
+        want = encoder.encode(["流：问0", "指：问1", "问2", "指：问3", "流：问4"])
+        np.testing.assert_allclose(found[0], want, atol=1e-6)
+
+
 def test_missing_positives_are_counted_and_named(
     by_hand: dict[str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -129,7 +159,7 @@ def test_missing_positives_are_counted_and_named(
 
 
 def test_the_default_corpus_is_pos_and_neg_of_the_data(by_hand: dict[str, str], tmp_path: Path) -> None:
-    rows = [{"query": "问一", "pos": ["正"], "neg": ["远", "近"]}, {"query": "问一", "pos": ["近"], "neg": ["正"]}]
+    rows = [{"query": "问一", "pos": ["正"], "neg": ["远", "近"]}, {"query": "问二", "pos": ["近"], "neg": ["正"]}]
     val = write_lines(tmp_path / "val.jsonl", rows)
     assert run(tmp_path / "m", val, output_dir=tmp_path / "out") == 0
     trec = (tmp_path / "out" / "run.m.trec").read_text(encoding="utf-8").splitlines()
@@ -139,7 +169,7 @@ def test_the_default_corpus_is_pos_and_neg_of_the_data(by_hand: dict[str, str], 
         ["0", "Q0", "1", "3"],
     ]
     assert len(trec) == 6  # k = 100, but three texts
-    assert [row["query_id"] for row in read_lines(tmp_path / "out" / "per_query.jsonl")] == ["0", "1"]  # equal, but two
+    assert [row["query_id"] for row in read_lines(tmp_path / "out" / "per_query.jsonl")] == ["0", "1"]
 
 
 STORED = EncoderSettings(query_prompt="存：", passage_prompt="文：")
@@ -254,6 +284,38 @@ def test_trec_eval_finds_the_same(
                 assert row[metric] == pytest.approx(truth[row["query_id"]][theirs], abs=1e-9), metric
             assert row["MRR@10"] == (row["MRR@100"] if row["MRR@100"] >= 0.1 else 0)
             assert row["MRR@1"] == (row["MRR@100"] == 1)
+
+
+@pytest.mark.parametrize("space", ["", " "])
+def test_a_run_scored_elsewhere_gives_the_printed_figures(tiny_bert: Path, tmp_path: Path, space: str) -> None:
+    """Texts stand under two and three ids, of which some, one or none is judged; an id may hold a space, too."""
+    rng = np.random.default_rng(1)
+    folder, out = tmp_path / "set", tmp_path / "out"
+    (folder / "qrels").mkdir(parents=True)
+    texts = ["".join(rng.choice(list("信用卡贷款密码快递退款酒店签证"), size=5)) for _ in range(40)]
+    write_lines(folder / "corpus.jsonl", [{"_id": f"d{space}{i}", "text": texts[i % 40]} for i in range(100)])
+    write_lines(folder / "queries.jsonl", [{"_id": f"q{space}{i}", "text": texts[i][:4]} for i in range(20)])
+    judged = [(i, d, rng.integers(0, 4)) for i in range(20) for d in {*rng.choice(100, size=6), i, i + 40}]
+    lines = [f"q{space}{i}\td{space}{d}\t{grade}\n" for i, d, grade in judged]
+    (folder / "qrels/test.tsv").write_text("query-id\tcorpus-id\tscore\n" + "".join(lines), encoding="utf-8")
+    names = ["MRR@100", "Recall@5", "nDCG@10", "MAP@100", "Precision@5"]
+    words = ["--val_data", str(folder), "--encoder", str(tiny_bert), "--metrics", *names, "--output_dir", str(out)]
+    assert evaluate.main(words) == 0
+    (printed_here,) = json.loads((out / "metrics.json").read_text()).values()
+    words = ["--run", str(next(out.glob("run.*"))), "--val_data", str(folder / "qrels/test.tsv"), "--metrics", *names]
+    assert evaluate.main([*words, "--output_dir", str(tmp_path / "again")]) == 0
+    (scored,) = json.loads((tmp_path / "again/metrics.json").read_text()).values()
+    assert scored == printed_here
+    if not space:
+        qrels: dict[str, dict[str, int]] = {}
+        for i, d, grade in judged:
+            qrels.setdefault(f"q{i}", {})[f"d{d}"] = int(grade)
+        with open(next(out.glob("run.*")), encoding="utf-8") as file:
+            ranking = pytrec_eval.parse_run(file)
+        measures = {"recip_rank", "recall.5", "ndcg_cut.10", "map_cut.100", "P.5"}
+        truth = pytrec_eval.RelevanceEvaluator(qrels, measures).evaluate(ranking)
+        for name, theirs in zip(names, ("recip_rank", "recall_5", "ndcg_cut_10", "map_cut_100", "P_5"), strict=True):
+            assert printed_here[name] == pytest.approx(np.mean([of[theirs] for of in truth.values()]), abs=1e-9), name
 
 
 def test_several_models_are_compared(

@@ -70,9 +70,9 @@ FACTS = [{}, {"source": "书", "answer": "三"}, {"source": "网", "answer": ["�
 def test_rows_search_their_own_texts(tmp_path: Path) -> None:
     file = write(tmp_path / "faq.v2.jsonl", ROWS)
     assert load_task(file) == RetrievalTask(
-        name="faq.v2", query_ids=["0", "b", "2"], queries=["甲", "乙", "甲"], corpus_ids=["0", "1", "2"],
-        corpus=["丹", "二", "三"], relevant=[{0: 1, 1: 1}, {2: 1}, {0: 1}], missing=[[], [], []], missing_texts=[],
-        query_facts=FACTS,
+        name="faq.v2", query_ids=["0", "b"], queries=["甲", "乙"], corpus_ids=["0", "1", "2"],
+        corpus=["丹", "二", "三"], relevant=[{0: 1, 1: 1}, {2: 1}], missing=[[], []], missing_texts=[],
+        query_facts=FACTS[:2],
     )  # fmt: skip
 
 
@@ -111,8 +111,66 @@ def test_rows_in_a_corpus(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> N
 
 def test_no_more_than_three_missing_positives_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     corpus = write(tmp_path / "c.jsonl", [{"text": "丹"}])
-    load_task(write(tmp_path / "v.jsonl", [{"query": "甲", "pos": [f"缺{i}" for i in range(5)]}]), corpus)
+    load_task(write(tmp_path / "v.jsonl", [{"query": "甲", "pos": ["丹", *(f"缺{i}" for i in range(5))]}]), corpus)
     assert "lacks 5 positives" in caplog.text and "缺2" in caplog.text and "缺3" not in caplog.text
+
+
+def test_rows_that_ask_the_same_are_one_question(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Without ids of their own; under another prompt something else is asked."""
+    rows = [
+        {"query": "甲", "pos": ["丹"]}, {"query": "乙", "pos": ["三"]}, {"query": " 甲 ", "pos": ["二", "丹"], "neg": ["四"]},
+        {"query": "甲", "pos": ["三"], "prompt": "指："}, {"query": "甲", "pos": ["四"], "id": "x"},
+    ]  # fmt: skip
+    with caplog.at_level("INFO"):
+        task = load_task(write(tmp_path / "v.jsonl", rows))
+    assert (task.query_ids, task.queries) == (["0", "1", "3", "x"], ["甲", "乙", "甲", "甲"])
+    assert task.corpus == ["丹", "三", "二", "四"] and task.relevant == [{0: 1, 2: 1}, {1: 1}, {1: 1}, {3: 1}]
+    assert task.query_prompts == [None, None, "指：", None]
+    assert "v.jsonl: 1 rows ask again what another row asks; they are one question" in caplog.text
+    assert "v.jsonl: 1 questions are asked again under another id; they stay apart" in caplog.text
+    assert "v: 1 questions have a prompt, which replaces the query instruction" in caplog.text
+
+
+def test_a_question_that_the_corpus_holds_is_no_hit(tmp_path: Path) -> None:
+    passages = [
+        {"text": "甲"},
+        {"text": "丹"},
+        {"text": "乙", "title": "题"},
+        {"text": "丙"},
+        {"text": "", "title": "丁"},
+    ]
+    rows = [{"query": query, "pos": ["丹"]} for query in (" 甲", "乙", "题 乙", "戊", "")]
+    rows.append({"query": "丙", "pos": ["丙", "丹"]})  # judged right
+    corpus = write(tmp_path / "c.jsonl", passages)
+    assert load_task(write(tmp_path / "v.jsonl", rows), corpus).own_rows == [0, 2, 2, -1, -1, -1]
+    lines = ("q1 d1 1", "q2 d1 1", "q3 d3 1")
+    queries = [{"_id": f"q{i}", "text": text} for i, text in enumerate("二三三", start=1)]
+    assert load_task(beir(tmp_path / "b", *lines, queries=queries)).own_rows == [1, 2, -1]
+
+
+def test_a_positive_is_found_without_the_title(tmp_path: Path) -> None:
+    passages = [
+        {"text": "二", "title": "甲"},
+        {"text": "二", "title": "乙"},
+        {"text": "丹", "title": "丙"},
+        {"text": "丹"},
+    ]
+    corpus = write(tmp_path / "c.jsonl", passages)
+    task = load_task(
+        write(tmp_path / "v.jsonl", [{"query": "问", "pos": ["二"]}, {"query": "答", "pos": ["丹"]}]), corpus
+    )
+    assert task.relevant == [{0: 1, 1: 1}, {3: 1}] and task.missing == [[], []]  # of a text alone the text alone
+
+
+def test_a_corpus_without_any_positive_is_refused(tmp_path: Path) -> None:
+    corpus = write(tmp_path / "c.jsonl", [{"text": "丹砂"}])
+    val = write(tmp_path / "v.jsonl", [{"query": "甲", "pos": ["丹", "二"]}])
+    with pytest.raises(
+        UserError, match=r"c.jsonl: holds none of the 2 positives of .*v.jsonl, as '丹': name the corpus that"
+    ):
+        load_task(val, corpus)
+    with pytest.raises(UserError, match=r"corpus.jsonl: holds none of the 1 positives of .*test.tsv, as 'd9'"):
+        load_task(beir(tmp_path / "b", "q1 d9 1", "q1 d1 0"))
 
 
 # ---------------------------------------------------------------------------------------------------------------- BEIR
@@ -126,8 +184,8 @@ def test_a_beir_folder_by_hand(tmp_path: Path, caplog: pytest.LogCaptureFixture)
     task = load_task(folder)
     assert task == RetrievalTask(
         name="sci", query_ids=["q3", "q1"], queries=["甲", "甲"],  # q2 is not judged
-        corpus_ids=["d1", "d2", "d3", "d5"], corpus=["丹", "题 二", "三", "只有题"],
-        relevant=[{0: 3, 1: 0, 2: 0}, {3: 1}], missing=[[], [2, 1]], missing_texts=["d9", "d7"],
+        corpus_ids=["d1", "d2", "d3", "d5", "d4"], corpus=["丹", "题 二", "三", "只有题", "丹"],
+        relevant=[{4: 3, 0: 1, 1: 0, 2: 0}, {3: 1}], missing=[[], [2, 1]], missing_texts=["d9", "d7"],
         query_facts=[{"source": "书"}, {}],
     )  # fmt: skip
     qrels, corpus = folder / "qrels" / "test.tsv", folder / "corpus.jsonl"
@@ -161,9 +219,10 @@ def test_a_question_that_the_corpus_holds_under_its_own_id_is_no_hit(tmp_path: P
     ]
 
 
-@pytest.mark.parametrize("lines", [("q1 d1 3", "q1 d4 1"), ("q1 d4 3", "q1 d1 1"), ("q1 d1 1", "q1 d4 3")])
-def test_of_equal_texts_the_largest_grade_counts(tmp_path: Path, lines: tuple[str, str]) -> None:
-    assert load_task(beir(tmp_path, *lines)).relevant == [{0: 3}]
+@pytest.mark.parametrize("lines", [("q1 d1 0", "q1 d4 3"), ("q1 d4 3", "q1 d1 0"), ("q1 d4 3", "q2 d1 1")])
+def test_of_equal_texts_the_one_judged_right_is_found(tmp_path: Path, lines: tuple[str, str]) -> None:
+    task = load_task(beir(tmp_path, *lines))
+    assert task.relevant[0] == {0: 3} and task.corpus_ids[0] == "d1" and task.judged_ids[0] == {0: "d4"}
 
 
 def test_questions_without_a_positive_are_not_judged(tmp_path: Path) -> None:
@@ -185,9 +244,9 @@ def test_a_beir_folder_and_equal_rows_are_one_task(tmp_path: Path) -> None:
     passages = [{"id": "d1", "text": "丹"}, {"id": "d2", "title": "题", "text": "二"}, {"id": "d3", "text": "三"}]
     passages += [{"id": "d4", "text": "丹"}, {"id": "d5", "text": "只有题"}]
     want = load_task(write(tmp_path / "set.jsonl", rows), write(tmp_path / "c.jsonl", passages))
-    assert load_task(folder) == want
+    assert load_task(folder) == replace(want, judged_ids=[{}, {}, {0: "d4"}])
     assert load_task(tmp_path / "set.jsonl", folder) == want  # rows in BEIR's corpus: by their text
-    assert load_task(folder, tmp_path / "c.jsonl") == replace(want, corpus=["丹", "题 二", "三", "只有题"])
+    assert load_task(folder, tmp_path / "c.jsonl") == load_task(folder)
 
 
 def test_ids_may_be_numbers_and_texts_empty(tmp_path: Path) -> None:
@@ -221,23 +280,39 @@ def test_several_sets_and_their_corpora(tmp_path: Path, monkeypatch: pytest.Monk
     one, two = write(tmp_path / "1" / "faq.jsonl", ROWS), write(tmp_path / "2" / "faq.jsonl", ROWS[:1])
     folder = beir(tmp_path / "faq", "q1 d1 1")
     small, large = (
-        write(tmp_path / f"{n}.jsonl", [{"id": f"d{i}", "text": f"文{i}"} for i in range(n)]) for n in (2, 9)
+        write(tmp_path / f"{n}.jsonl", [{"id": f"d{i}", "text": f"文{i}" if i else "丹"} for i in range(n)])
+        for n in (2, 9)
     )
     sets = [one, two, folder]
     assert [task.name for task in load_tasks(sets)] == ["faq", "faq-2", "faq-3"]
     assert [len(task.corpus) for task in load_tasks(sets)] == [3, 3, 4]
     assert [len(task.corpus) for task in load_tasks(sets, [small, large, small])] == [2, 9, 2]
     read = []
-    original = tasks._read_corpus
-    monkeypatch.setattr(tasks, "_read_corpus", lambda *args: read.append(args) or original(*args))
+    original = tasks.read_corpus
+    monkeypatch.setattr(tasks, "read_corpus", lambda *args: read.append(args) or original(*args))
     shared = load_tasks(sets, [large])
     assert [len(task.corpus) for task in shared] == [9, 9, 9] and len(read) == 1
     assert shared[0].corpus is shared[2].corpus
     assert load_tasks([]) == []
-    with pytest.raises(UserError, match="2 corpora for 3 test sets: name one for all, one for each, or none"):
+    with pytest.raises(UserError, match="2 corpora for 3 test sets: name one for all, one for each \\(a folder"):
         load_tasks(sets, [small, large])
-    with pytest.raises(UserError, match="2 corpora for 1 test sets"):
-        load_tasks(sets[:1], [small, large])
+
+
+def test_one_set_in_several_files(tmp_path: Path) -> None:
+    """Or in a folder of them. Ids that are not given go on through the files."""
+    files = [
+        write(tmp_path / "c/a.jsonl", [{"text": "丹"}, {"text": "二"}]),
+        write(tmp_path / "c/b.jsonl", [{"text": "三"}, {"text": "丹"}, {"text": "四", "id": "x"}]),
+    ]
+    val = write(tmp_path / "v.jsonl", ROWS)
+    task = load_task(val, files)
+    assert (task.corpus_ids, task.corpus) == (["0", "1", "2", "x"], ["丹", "二", "三", "四"])
+    assert load_task(val, tmp_path / "c") == load_tasks([val], [tmp_path / "c"])[0] == task
+    assert [entry["path"] for entry in describe_task(task, val, files)] == [str(val), *map(str, files)]
+    assert [len(entry.get("files", [])) for entry in describe_task(task, val, tmp_path / "c")] == [0, 2]
+    write(files[0], [{"text": "丹", "id": "x"}])
+    with pytest.raises(UserError, match=r"b.jsonl:3: the id 'x' is that of .*a.jsonl:1, too; make ids unique"):
+        load_task(val, files)
 
 
 def test_later_equal_names_get_numbers_that_are_free() -> None:
@@ -249,9 +324,9 @@ def test_a_manifest_names_all_files(tmp_path: Path) -> None:
     corpus = write(tmp_path / "c.jsonl", [{"id": "d1", "text": "丹"}])
     of_folder = [(folder / "queries.jsonl", 1), (folder / "qrels" / "test.tsv", 3)]
     for val, given, want in (
-        (rows, None, [(rows, 3)]),
-        (rows, corpus, [(rows, 3), (corpus, 1)]),
-        (rows, folder, [(rows, 3), (folder / "corpus.jsonl", 4)]),
+        (rows, None, [(rows, 2)]),
+        (rows, corpus, [(rows, 2), (corpus, 1)]),
+        (rows, folder, [(rows, 2), (folder / "corpus.jsonl", 4)]),
         (folder, None, [*of_folder, (folder / "corpus.jsonl", 4)]),
         (folder / "qrels" / "test.tsv", None, [*of_folder, (folder / "corpus.jsonl", 4)]),
     ):
