@@ -23,7 +23,13 @@ from bge_core.evaluation.metrics import mean_metrics
 from bge_core.evaluation.results import OWN_FILES, write_results, write_run_results
 from bge_core.evaluation.score import macro_average, refuse_evaluation, results_of, score_encoders, score_runs
 from bge_core.evaluation.significance import compare_to_baseline
-from bge_core.evaluation.tables import comparison_tables, cost_table, model_card_section
+from bge_core.evaluation.tables import (
+    SCORED_DIFFERENTLY,
+    comparison_tables,
+    cost_table,
+    model_card_section,
+    scored_by,
+)
 from bge_core.evaluation.tasks import load_tasks
 from bge_core.files.atomic import refuse_foreign_folder
 from bge_core.reports.model_card import add_to_model_card
@@ -61,7 +67,8 @@ def evaluate(config: EvaluateConfig) -> None:
         scored.append(found)
         if is_main:
             on_set = f" on {found.task.name}" if len(tasks) > 1 else ""
-            how = f"{found.model.pooling} pooling, query instruction {found.model.query_instruction!r}"
+            scoring = "" if found.model.similarity == "cosine" else f"{found.model.similarity} scores, "
+            how = f"{found.model.pooling} pooling, {scoring}query instruction {found.model.query_instruction!r}"
             print(f"# {found.name}{on_set} ({how})\n{found.ranking.means}", flush=True)
             if found.costs:
                 print(cost_table(found.costs))
@@ -72,6 +79,8 @@ def evaluate(config: EvaluateConfig) -> None:
     for result in results if len(config.encoder) > 1 else ():
         title = f"{result.task.name}\n" if len(tasks) > 1 else ""
         print(f"\n{title}{comparison_tables(result.metrics, result.comparisons)}")
+        if result.similarities:
+            print(f"\n{SCORED_DIFFERENTLY}: {scored_by(result)}")
     if len(tasks) > 1:
         print(f"\nmean of {len(tasks)} test sets")
         for name, means in macro_average(results).items():

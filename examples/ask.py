@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import transformers
 
-from bge_core.encoder.encode import encode
+from bge_core.encoder.encode import encode_for_search
 from bge_core.encoder.load import load_encoder
 from bge_core.encoder.model import Encoder
 from bge_core.files import atomic, sources
@@ -36,7 +36,7 @@ def main() -> int:
     models = {"before": load_encoder(folder if folder.is_dir() else base), "after": load_encoder(DEMO / "trained")}
     print(f"reading {len(answers)} answers with both models ...", file=sys.stderr, flush=True)
     corpora = {
-        name: encode(model, answers, prompt=model.settings.passage_prompt or "", max_length=128)
+        name: encode_for_search(model, answers, prompt=model.settings.passage_prompt or "", max_length=128)
         for name, model in models.items()
     }
     while question := ask():
@@ -56,7 +56,7 @@ def ask() -> str:
 
 def top_answers(model: Encoder, corpus: np.ndarray, answers: list[str], question: str) -> list[str]:
     """The five best answers, two lines each: score with the first half, then the second half."""
-    query = encode(model, [question], prompt=model.settings.query_prompt or "", max_length=64)
+    query = encode_for_search(model, [question], prompt=model.settings.query_prompt or "", max_length=64)
     scores, rows = exact_search(query, corpus, TOP)
     lines = []
     for score, row in zip(scores[0], rows[0], strict=True):

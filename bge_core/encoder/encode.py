@@ -33,6 +33,7 @@ def encode(
     *,
     prompt: str = "",
     max_length: int = 512,
+    unit_length: bool = False,
     output: np.ndarray | None = None,
     description: str = "encode",
     **options: Any,
@@ -44,12 +45,13 @@ def encode(
         texts: n strings; an empty one is fine.
         prompt: put before each text.
         max_length: longest text in tokens, cut to what the backbone takes.
+        unit_length: scale vectors to length 1, whether the encoder does so or not.
         output: (n, D) float32 or float16 to write into, a memory map for example; None: a new float32 array.
         description: of the progress bar.
         options: batch_size, max_tokens and precision of `run_batches`.
 
     Returns:
-        (n, D), in input order, of length 1 where the encoder normalizes: `output`, if it was given.
+        (n, D), in input order: `output`, if it was given.
 
     Raises:
         UserError: a vector is not finite; the text is named.
@@ -64,7 +66,8 @@ def encode(
         return tokenize(encoder.tokenizer, [prompt + text for text in block], max_length)
 
     def vectors(batch: list[list[int]]) -> Tensor:
-        return encoder(Tokens.from_lists(batch).to(encoder.device))  # type: ignore[no-any-return]
+        vector_SD: Tensor = encoder(Tokens.from_lists(batch).to(encoder.device))
+        return torch.nn.functional.normalize(vector_SD, dim=-1) if unit_length else vector_SD
 
     broken = run_batches(encoder, texts, token_lists, vectors, result, description=description, **options)
     if broken:
@@ -73,6 +76,12 @@ def encode(
             "is it broken?"
         )
     return result
+
+
+def encode_for_search(encoder: Any, texts: Sequence[str], **options: Any) -> np.ndarray:
+    """As `encode`, with inner products that are the model's own scores: of length 1 where they are cosines."""
+    settings = encoder.settings
+    return encode(encoder, texts, unit_length=settings.scored_by == "cosine" and not settings.normalize, **options)
 
 
 def run_batches(

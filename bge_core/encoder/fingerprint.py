@@ -6,12 +6,17 @@ from typing import Any
 import torch
 import xxhash
 
-# Where a config came from and how it is run. Fields that begin with "_" or name a dropout do not change a vector, too.
-_NO_INFLUENCE = {"transformers_version", "architectures", "auto_map", "dtype", "torch_dtype", "use_cache"}
+# Where a config came from, how its weights were drawn, how it is run, what stands behind an encoder or makes texts.
+_NO_INFLUENCE = {
+    "transformers_version", "architectures", "auto_map", "dtype", "torch_dtype", "use_cache", "return_dict",
+    "id2label", "label2id", "num_labels", "problem_type", "finetuning_task", "tie_word_embeddings",
+    "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id", "chunk_size_feed_forward", "gradient_checkpointing",
+}  # fmt: skip
+_NO_INFLUENCE_BEGIN = ("_", "classifier_", "initializer_", "output_")
 
 
 def fingerprint(encoder: Any) -> str:
-    """Hash of what determines a vector: weights, config, tokenizer, pooling, normalization; not where they came from.
+    """Hash of what determines a score: weights, config, tokenizer, pooling, similarity; not where they came from.
 
     Device and attention kernel are left out: they change last bits. So is dropout, which encoding switches off.
 
@@ -22,16 +27,16 @@ def fingerprint(encoder: Any) -> str:
     Returns:
         32 hexadecimal digits.
     """
-    config = [type(encoder.backbone).__name__, _influential(encoder.backbone.config.to_dict())]
-    settings = [encoder.tokenizer.truncation_side, encoder.settings.pooling, encoder.settings.normalize]
-    digest = xxhash.xxh3_128(_json([config, settings, _tokenizer_text(encoder.tokenizer.backend_tokenizer)]))
+    config = [type(encoder.backbone).__name__, influential(encoder.backbone.config.to_dict())]
+    settings = [encoder.tokenizer.truncation_side, encoder.settings.scoring]
+    digest = xxhash.xxh3_128(_json([config, settings, tokenizer_text(encoder.tokenizer.backend_tokenizer)]))
     for name, tensor in [*encoder.backbone.state_dict().items(), *encoder.dense.state_dict().items()]:
         digest.update(_json([name, str(tensor.dtype), list(tensor.shape)]))
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
-def _tokenizer_text(tokenizer: Any) -> str:
+def tokenizer_text(tokenizer: Any) -> str:
     """The tokenizer as JSON, without what its last call left behind in it; that is put back."""
     truncation, padding = tokenizer.truncation, tokenizer.padding
     tokenizer.no_truncation()
@@ -48,9 +53,12 @@ def _json(value: Any) -> bytes:
     return json.dumps(value, sort_keys=True, default=str).encode()
 
 
-def _influential(value: Any) -> Any:
-    """A config, and each part of it, without the fields that do not change a vector."""
+def influential(value: Any) -> Any:
+    """A config, and each part of it, without the fields that do not change a vector; no dropout does."""
     if isinstance(value, dict):
-        names = [n for n in value if n not in _NO_INFLUENCE and not str(n).startswith("_") and "drop" not in str(n)]
-        return {str(name): _influential(value[name]) for name in names}
-    return [_influential(item) for item in value] if isinstance(value, (list, tuple)) else value
+        return {str(key): influential(of) for key, of in value.items() if _influences(str(key))}
+    return [influential(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _influences(name: str) -> bool:
+    return name not in _NO_INFLUENCE and not name.startswith(_NO_INFLUENCE_BEGIN) and "drop" not in name

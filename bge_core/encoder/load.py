@@ -41,7 +41,8 @@ def load_encoder(
     Args:
         name: hub name or folder.
         pooling: None: what the checkpoint's sentence-transformers files say, else cls. A contradiction is warned of.
-        normalize: None: what those files say, else True. Chosen, it decides the similarity, too: cosine or dot.
+        normalize: None: what those files say, else True. Chosen, it decides the score: cosine or inner product. A
+            contradiction to what the files say is warned of.
         dtype: of the weights; float32 master weights unless told otherwise, whatever the checkpoint was saved in.
         attention: how a batch is computed, see packing.py. A model that packed texts change is padded, with a warning.
         attention_dropout: of the attention weights in training; None: what the checkpoint says.
@@ -71,7 +72,9 @@ def load_encoder(
         logger.warning("%s was trained with %s pooling; you chose %s", name, stored.pooling, pooling)
     settings = replace(stored, pooling=pooling or stored.pooling or "cls")
     if normalize is not None:
-        settings = replace(settings, normalize=normalize, similarity="cosine" if normalize else "dot")
+        settings = replace(settings, normalize=normalize, similarity=stored.similarity if normalize else "dot")
+        if stored.normalize is not None and settings.scored_by != stored.scored_by:
+            logger.warning("%s states %s scores; here they are %s", name, stored.scored_by, settings.scored_by)
     elif stored.normalize is None:
         settings = replace(settings, normalize=True)
     if attention != "padded":

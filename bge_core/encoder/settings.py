@@ -1,7 +1,7 @@
 """What a model folder states beyond its weights, read and written in the one place: modules, prompts, similarity."""
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
@@ -58,7 +58,7 @@ class EncoderSettings:
         query_prompt, passage_prompt: put before each text; None: not stated.
         other_prompts: those of other names.
         default_prompt_name: that which sentence-transformers' `encode` takes where none is named.
-        similarity: how two vectors are compared; cosine where nothing is stated, as in sentence-transformers.
+        similarity: how two vectors are compared, as stated; cosine where nothing is, as in sentence-transformers.
         do_lower_case: texts are put into lower case before the tokenizer sees them.
         include_prompt: the tokens of the prompt take part in the pooling.
         dense: the linear layers behind the pooling.
@@ -78,6 +78,20 @@ class EncoderSettings:
     include_prompt: bool = True
     dense: tuple[DenseSettings, ...] = ()
     transformer_path: str = field(default="", compare=False)
+
+    @property
+    def scored_by(self) -> Similarity:
+        """How two vectors are compared in effect: of those of length 1 the inner product is the cosine."""
+        return "cosine" if self.normalize else self.similarity
+
+    @property
+    def scoring(self) -> dict[str, Any]:
+        """All that changes the score of two texts that already have their prompts and are not cut; None: not stated."""
+        stated = asdict(self) | {"similarity": self.scored_by}
+        for name in ("max_length", "query_prompt", "passage_prompt", "other_prompts", "default_prompt_name"):
+            del stated[name]
+        del stated["transformer_path"]
+        return stated | {"dense": [{**of, "path": ""} for of in stated["dense"]]}
 
     @property
     def prompts(self) -> dict[str, str]:
@@ -142,7 +156,11 @@ def read_settings(name: str | Path, **hub: Any) -> EncoderSettings:
     known = {"query": prompts.get("query"), **{key: passage_prompt for key in _PASSAGE_NAMES}}
     similarity: Any = stated.get("similarity_fn_name") or "cosine"
     if similarity not in get_args(Similarity):
-        raise UserError(f"{name}: states the similarity {similarity!r}, which is not known here{_REMEDY}")
+        raise UserError(
+            f"{name}: states the similarity {similarity!r}, and scores here are cosines or inner products: write "
+            '"similarity_fn_name": "cosine" into its config_sentence_transformers.json if that will do '
+            "(it ranks as euclidean does where a Normalize module stands)"
+        )
     return EncoderSettings(
         pooling=_pooling(name, configs[1]),
         normalize="Normalize" in kinds,

@@ -17,6 +17,7 @@ import numpy as np
 from bge_core import UserError
 from bge_core.evaluation.metrics import mean_metrics, per_query_metrics, search_depth
 from bge_core.evaluation.tasks import RetrievalTask
+from bge_core.runtime.flags import Similarity
 from bge_core.search.approximate import approximate_search, empty_index
 from bge_core.search.exact import import_faiss
 
@@ -48,10 +49,10 @@ class Cost:
         return {"dimension": self.dimension, "type": self.type} | self.metrics | speed
 
 
-def cut(vectors: np.ndarray, dim: int) -> np.ndarray:
-    """The first `dim` numbers of each vector, scaled to length 1 (Matryoshka; Kusupati et al. 2022, sec. 3)."""
+def cut(vectors: np.ndarray, dim: int, similarity: Similarity = "cosine") -> np.ndarray:
+    """The first `dim` numbers of each vector, for cosines of length 1 (Matryoshka; Kusupati et al. 2022, sec. 3)."""
     part = np.ascontiguousarray(vectors[:, :dim], dtype=np.float32)
-    return part / np.maximum(np.linalg.norm(part, axis=1, keepdims=True), 1e-12)
+    return part if similarity == "dot" else part / np.maximum(np.linalg.norm(part, axis=1, keepdims=True), 1e-12)
 
 
 def refuse_costs(size: int, dims: Sequence[int], dtypes: Sequence[str], factories: Sequence[str]) -> None:
@@ -74,6 +75,7 @@ def measure_costs(
     factories: Sequence[str] = (),
     k: int = 100,
     metrics: Sequence[str] = COST_METRICS,
+    similarity: Similarity = "cosine",
 ) -> list[Cost]:
     """Quality, bytes and speed of every dimension with every number type, then of the index types at full size.
 
@@ -85,11 +87,12 @@ def measure_costs(
     Args:
         query_QD, corpus_ND: float32 or float16.
         task: whose texts they are.
-        dims: d; empty: D alone. Vectors that are cut, and those of the first row, are scaled to length 1.
+        dims: d; empty: D alone.
         dtypes: some of float32, float16, int8 and binary.
         factories: faiss's index_factory strings; bytes are those of the index without the vectors that rescore.
         k: depth; a metric that needs a deeper one gets it.
         metrics: names as in `per_query_metrics`.
+        similarity: of the model; cosine: what is left of a vector is scaled to length 1.
 
     Returns:
         One for each dimension with each type, then for each index type.
@@ -116,7 +119,7 @@ def measure_costs(
 
     k = task.depth(search_depth(k, metrics, task.relevant, task.missing))
     for dim in dims or (size,):
-        queries, corpus = cut(query_QD, dim), cut(corpus_ND, dim)
+        queries, corpus = cut(query_QD, dim, similarity), cut(corpus_ND, dim, similarity)
         for dtype in dtypes:
             if dtype == "binary":
                 add(dim, dtype, dim / 8, _binary_search(corpus, k), queries)

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from bge_core import UserError
-from bge_core.encoder.encode import encode
+from bge_core.encoder.encode import encode_for_search
 from bge_core.encoder.load import load_encoder
 from bge_core.encoder.model import Encoder
 from bge_core.evaluation.costs import Cost
@@ -68,11 +68,15 @@ class Ranking:
 
 @dataclass(frozen=True)
 class Model:
-    """How a model was used: its folder or hub name, the hash of its weights, pooling, instructions, precision."""
+    """How a model was used: its folder or hub name, the hash of its weights, pooling, instructions, precision.
+
+    `similarity` is how it was scored: by cosine, or by dot, the inner product of vectors of any length.
+    """
 
     model: str
     fingerprint: str | None
     pooling: str | None
+    similarity: str
     query_instruction: str
     passage_instruction: str
     precision: str
@@ -96,6 +100,12 @@ class EvaluationResult:
     seed: int = 0
     models: dict[str, Model] = field(default_factory=dict)
     costs: dict[str, list[Cost]] = field(default_factory=dict)
+
+    @property
+    def similarities(self) -> dict[str, str]:
+        """{model: how it was scored}, where not all were scored alike, so that their scores have no common scale."""
+        found = {name: model.similarity for name, model in self.models.items()}
+        return found if len(set(found.values())) > 1 else {}
 
     @property
     def metrics(self) -> dict[str, dict[str, float]]:
@@ -217,7 +227,7 @@ def bge_instruction(name: str, queries: list[str]) -> str:
 
 
 def task_vectors(encoder: Encoder, task: RetrievalTask, *, cache: EmbeddingCache | None = None, **encoding: Any) -> Any:
-    """The vectors of the questions (Q, D) and of the passages (N, D), on every process; arrays or views of the cache.
+    """What is searched: vectors of the questions (Q, D) and passages (N, D), on every process; arrays or cache views.
 
     A question's own prompt replaces `query_prompt`.
 
@@ -225,11 +235,11 @@ def task_vectors(encoder: Encoder, task: RetrievalTask, *, cache: EmbeddingCache
         encoder: on the device to use.
         task: see `load_task`.
         cache: where vectors are kept; None: nowhere.
-        encoding: query_prompt, passage_prompt, query_max_len, passage_max_len; the rest goes to `encode`.
+        encoding: query_prompt, passage_prompt, query_max_len, passage_max_len; the rest goes to `encode_for_search`.
     """
     prompt, query_max_len = encoding.pop("query_prompt", ""), encoding.pop("query_max_len")
     passage = {"prompt": encoding.pop("passage_prompt", ""), "max_length": encoding.pop("passage_max_len")}
-    vectors_by: Any = cache.vectors if cache else encode
+    vectors_by: Any = cache.vectors if cache else encode_for_search
     corpus_ND = vectors_by(encoder, task.corpus, description="corpus", **passage, **encoding)
     options = {"description": "queries", "max_length": query_max_len} | encoding
     if not task.query_prompts:

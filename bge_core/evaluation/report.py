@@ -11,7 +11,7 @@ import numpy as np
 import yaml
 
 from bge_core.evaluation.evaluator import EvaluationResult, is_positive
-from bge_core.evaluation.tables import interval, markdown_report
+from bge_core.evaluation.tables import interval, markdown_report, scored_by
 from bge_core.files.atomic import atomic_path
 from bge_core.reports.page import Page
 from bge_core.reports.plots import draw_histograms, draw_recall, draw_training
@@ -124,7 +124,7 @@ def _add_scores(page: Page, result: EvaluationResult, words: Words) -> None:
         for of in found:
             known = before.get((of.target, of.value))
             moved = None
-            if known is not None and of.threshold is not None and name != first:
+            if known is not None and of.threshold is not None and name != first and not result.similarities:
                 moved = f"{of.threshold - known:+.3f}"
             spread = None if None in (of.low, of.high) else f"[{of.low:.3f}, {of.high:.3f}]"
             rows.append([name, words[of.target].format(of.value), of.threshold, spread, of.reached, of.recall, moved])
@@ -181,6 +181,9 @@ def _warnings(result: EvaluationResult, headline: str, words: Words) -> list[tup
     low, high = result.intervals[first][headline]
     if (high - low) / 2 > 0.03:
         found.append(("note", words["few"].format(len(result.task.queries), (high - low) / 2), words["few_do"]))
+    if result.similarities:
+        text = words["scored_differently"].format(scored_by(result))
+        found.append(("note", text, words["scored_differently_do"]))
     if result.task.missing_texts:
         found.append(("warning", words["missing"].format(len(result.task.missing_texts)), words["missing_do"]))
     for line in result.comparisons:

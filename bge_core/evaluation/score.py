@@ -97,8 +97,10 @@ def score_encoders(
                     factories=config.index_factories,
                     k=config.k,
                     metrics=config.metrics or COST_METRICS,
+                    similarity=encoder.settings.scored_by,
                 )
-            model = Model(path, known, encoder.settings.pooling, query_prompt, passage_prompt, precision)
+            settings = encoder.settings
+            model = Model(path, known, settings.pooling, settings.scored_by, query_prompt, passage_prompt, precision)
             yield Scored(task, name, model, ranking, costs)
 
 

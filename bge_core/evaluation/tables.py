@@ -7,6 +7,8 @@ from bge_core.evaluation.evaluator import EvaluationResult
 from bge_core.evaluation.significance import Comparison
 from bge_core.reports.tables import text_table
 
+SCORED_DIFFERENTLY = "scored as each model states, which differs"
+
 
 def comparison_tables(metrics: Mapping[str, Mapping[str, float]], comparisons: Sequence[Comparison]) -> str:
     """One line a model with every metric, the best ones marked *, then how each differs from the first, and how surely.
@@ -36,6 +38,11 @@ def comparison_tables(metrics: Mapping[str, Mapping[str, float]], comparisons: S
     return text_table(["model", *columns], rows) + "\n\n" + text_table(header, lines)
 
 
+def scored_by(result: EvaluationResult) -> str:
+    """Which model was scored by what, where not all were scored alike."""
+    return ", ".join(f"{name} by {similarity}" for name, similarity in result.similarities.items())
+
+
 def cost_table(costs: Sequence[Cost]) -> str:
     """What smaller vectors cost."""
     rows = [cost.row() for cost in costs]
@@ -60,6 +67,8 @@ def markdown_report(result: EvaluationResult) -> str:
             f"- {line.model} - {line.baseline}, {line.metric}: {line.difference:+.4f} "
             f"[{line.low:+.4f}, {line.high:+.4f}], p {line.p_adjusted:.3g}"
         )
+    if result.similarities:
+        lines += ["", f"{SCORED_DIFFERENTLY}: {scored_by(result)}."]
     return "\n".join(lines) + "\n"
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from bge_core.encoder.encode import encode
+from bge_core.encoder.encode import encode_for_search
 from bge_core.encoder.fingerprint import fingerprint
 from bge_core.encoder.model import Encoder
 from bge_core.files.records import Row, distinct_texts
@@ -82,7 +82,7 @@ def embed(
     """
     query_instruction = _first_stated(config.query_instruction_for_retrieval, encoder.settings.query_prompt)
     passage_instruction = _first_stated(config.passage_instruction_for_retrieval, encoder.settings.passage_prompt)
-    encode_texts = cache.vectors if cache else encode
+    encode_texts = cache.vectors if cache else encode_for_search
     options: dict[str, Any] = {
         "precision": precision,
         "batch_size": config.batch_size,

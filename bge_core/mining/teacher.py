@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from bge_core.encoder.encode import encode
+from bge_core.encoder.encode import encode_for_search
 from bge_core.encoder.load import load_encoder
 from bge_core.encoder.reranker import load_reranker
 from bge_core.files.records import Row
@@ -42,7 +42,7 @@ class Teacher:
             self.reranker = load_reranker(name, max_length=length, **common).to(device)
         else:
             self.encoder = load_encoder(str(config.teacher_encoder), **common).to(device)
-        cosines = not config.reranker_name_or_path and self.encoder.settings.normalize
+        cosines = not config.reranker_name_or_path and self.encoder.settings.scored_by == "cosine"
         self.temperature = config.teacher_temperature or (COSINE_TEMPERATURE if cosines else 1.0)
         self.config, self.cache = config, cache
         self.options: dict[str, Any] = {
@@ -62,7 +62,7 @@ class Teacher:
         return np.array([self._vectors["query", query] @ self._vectors["passage", text] for query, text in pairs])
 
     def _encode(self, side: str, texts: Sequence[str], max_length: int, prompt: str | None) -> None:
-        encode_texts = self.cache.vectors if self.cache else encode
+        encode_texts = self.cache.vectors if self.cache else encode_for_search
         new = [text for text in dict.fromkeys(texts) if (side, text) not in self._vectors]
         found = encode_texts(
             self.encoder,

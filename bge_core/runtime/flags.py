@@ -12,7 +12,7 @@ logger = logging.getLogger(__name__)
 
 Attention = Literal["auto", "padded", "sdpa", "varlen", "flash"]
 Pooling = Literal["cls", "mean", "last_token", "max", "mean_sqrt_len", "weightedmean"]
-Similarity = Literal["cosine", "dot", "euclidean", "manhattan"]
+Similarity = Literal["cosine", "dot"]
 POOLINGS: tuple[Pooling, ...] = get_args(Pooling)
 
 

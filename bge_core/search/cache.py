@@ -31,7 +31,7 @@ import xxhash
 from safetensors.numpy import save
 
 from bge_core import UserError
-from bge_core.encoder.encode import encode
+from bge_core.encoder.encode import encode_for_search
 from bge_core.encoder.fingerprint import fingerprint
 from bge_core.files import atomic
 from bge_core.runtime.distributed import gather_objects, on_main, world
@@ -173,7 +173,7 @@ class EmbeddingCache:
     ) -> CachedVectors:
         """Vectors of all texts, on every rank; what is new is encoded, each distinct text once, and kept.
 
-        Args: as of `encode.encode`. `batch_size` and `max_tokens` change last bits only: a collection has all of them.
+        Args: of `encode.encode_for_search`. `batch_size` and `max_tokens` change last bits only: a collection has all.
 
         Returns:
             (N, D) in input order, in the cache's dtype.
@@ -202,7 +202,7 @@ class EmbeddingCache:
         self.num_reused += len(wanted_M) - len(new)
         for start in range(0, len(new), self.shard_size):
             part = new[start : start + self.shard_size]
-            vector_nD = encode(
+            vector_nD = encode_for_search(
                 encoder,
                 [texts[i] for i in part],
                 prompt=prompt,

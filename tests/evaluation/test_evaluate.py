@@ -82,7 +82,7 @@ def by_hand(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
         radians = np.array([math.radians(ANGLES[text]) for text in texts])
         return np.stack([np.cos(radians), np.sin(radians)], axis=1).astype(np.float32)
 
-    monkeypatch.setattr(evaluator, "encode", vectors)
+    monkeypatch.setattr(evaluator, "encode_for_search", vectors)
     monkeypatch.setattr(score, "load_encoder", lambda path, **options: Texts())
     monkeypatch.setattr(score, "fingerprint", lambda encoder: "none")
     return prompts

@@ -152,8 +152,8 @@ def test_a_corpus_that_two_sets_share_is_encoded_once(
         encoded.extend(texts)
         return encode_all(encoder, texts, **options)  # type: ignore[no-any-return]
 
-    encode_all = cache.encode  # type: ignore[attr-defined]
-    monkeypatch.setattr(cache, "encode", encode)
+    encode_all = cache.encode_for_search  # type: ignore[attr-defined]
+    monkeypatch.setattr(cache, "encode_for_search", encode)
     corpus = tmp_path / "corpus.jsonl"
     atomic.write_jsonl(corpus, [{"text": f"{word}是一种东西"} for word in "天地玄黄宇宙洪荒"])
     words = ["--models", *models, "--sweep", "0:1:1", "--output_path", str(tmp_path / "out"), "--general_data",

@@ -54,7 +54,7 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         calls.append(texts)
         return encode(encoder, texts, **options)
 
-    monkeypatch.setattr(cache_module, "encode", record)
+    monkeypatch.setattr(cache_module, "encode_for_search", record)
     return calls
 
 
@@ -117,7 +117,9 @@ def test_a_text_in_two_shards_is_read_from_the_first(encoder: Encoder, tmp_path:
     def fill(folder: Path, texts: list[str], value: float) -> None:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(
-                cache_module, "encode", lambda encoder, texts, **_: np.full((len(texts), 32), value, "float32")
+                cache_module,
+                "encode_for_search",
+                lambda encoder, texts, **_: np.full((len(texts), 32), value, "float32"),
             )
             EmbeddingCache(folder, 10).vectors(encoder, texts)
 
@@ -395,7 +397,7 @@ def test_a_shard_that_another_run_wrote_meanwhile_stays(encoder: Encoder, tmp_pa
         return encode(*arguments, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cache_module, "encode", meanwhile)
+        patch.setattr(cache_module, "encode_for_search", meanwhile)
         vectors = EmbeddingCache(tmp_path / "cache").vectors(encoder, TEXTS)
     assert shards(tmp_path / "cache")[0].read_bytes() == other.read_bytes()
     np.testing.assert_allclose(vectors, encode(encoder, TEXTS), atol=1e-6)
