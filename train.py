@@ -56,10 +56,11 @@ from bge_core.runtime.log import append_metrics
 from bge_core.training import build, checkpoint, plan, preflight, run_folder
 from bge_core.training.batch import Batch
 from bge_core.training.data import TrainingData
-from bge_core.training.optim import ExponentialMovingAverage, build_optimizer, learning_rate_schedule
+from bge_core.training.optim import ExponentialMovingAverage, build_optimizer
 from bge_core.training.progress import Meter, Progress
 from bge_core.training.random_state import restore_random_state, seed_random_state
 from bge_core.training.read_ahead import ReadAhead, lost_worker
+from bge_core.training.schedule import Schedule
 from bge_core.training.step import StepSettings, forward_backward, warm_up_ddp
 from bge_core.training.stop import catch_stop_signals
 
@@ -93,15 +94,9 @@ def train(config: TrainConfig, at_end: ExitStack) -> int:
     guide_reads = (guide.tokenizer, guide.max_length) if guide else None
     data = TrainingData(config, encoder.tokenizer, encoder.max_length, rank, world_size, accumulation, guide_reads)
     task = load_task(config.val_data, config.val_corpus) if config.val_data else None
-    num_steps = data.num_steps
-    num_warmup = config.warmup_steps or math.ceil(config.warmup_ratio * num_steps)
-    lr_at = learning_rate_schedule(config.lr_scheduler_type, config.learning_rate, num_warmup, num_steps)
-    save_every = plan.steps_between(config.save_steps, num_steps)
-    eval_every = save_every if config.eval_steps is None else plan.steps_between(config.eval_steps, num_steps)
+    schedule = Schedule.of(config, data.num_steps)
     if config.show_batch:
-        if rank == 0:
-            print(preflight.describe_batch(data))
-        return 0
+        return show_batch(data)
 
     # ---- 2. the run folder: begin, or go on where a checkpoint left off
     order = build.data_order(config, data, accumulation, world_size)
@@ -115,37 +110,48 @@ def train(config: TrainConfig, at_end: ExitStack) -> int:
     betas = (config.adam_beta1, config.adam_beta2)
     optimizer = build_optimizer(encoder, config.learning_rate, config.weight_decay, betas, config.adam_epsilon)
     ema = ExponentialMovingAverage(encoder, config.ema_decay) if config.ema_decay else None
-    averaged = ema.applied if ema else nullcontext  # within it the encoder has the weights to evaluate and publish
     scaler = accelerator.scaler or torch.amp.GradScaler(enabled=False)
     settings = build.step_settings(config, loss, accelerator, scaler, guide)
     model.train()
     warm_up_ddp(model)
     torch.manual_seed(config.seed + rank)
     first_step, progress = restore(resume, config.seed, optimizer, scaler, ema) if resume else (0, Progress())
-    facts = preflight.run_facts(data, encoder.settings, accelerator.mixed_precision, num_warmup) | {
-        "sharding": "FSDP2" if shard else "none"
-    }
+    facts = preflight.run_facts(data, encoder.settings, accelerator.mixed_precision, schedule.num_warmup, shard)
     if opening is None:
-        return show_plan(data, model, optimizer, settings, facts, save_every, eval_every)
-    on_main(lambda: run_folder.begin(opening))
+        return show_plan(data, model, optimizer, settings, facts, schedule)
     manifest = make_manifest("train", as_dict(config), data.inputs, data_order=order, facts=facts)
-    log = open_log(config, accelerator, data, encoder, manifest, first_step)
+    log = open_log(config, accelerator, data, opening, manifest, progress.evaluated)
     saver = checkpoint.Saver(output_dir, encoder, manifest | {"stage": "checkpoint"}, config.save_total_limit)
     at_end.callback(saver.close)
     signals = catch_stop_signals(at_end)
-    at_end.callback(watchdog.stop)
-    watchdog.watch(rank, world_size, config.ddp_timeout)
+    at_end.enter_context(watchdog.watch(rank, world_size, config.ddp_timeout, saver.close))
+
+    def save(step: int) -> None:
+        state = {"progress": vars(progress), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+        state |= {"ema": ema.state_dict()} if ema else {}
+        saver.save(step, state, f"checkpoint-{progress.best_step}" if config.load_best_model_at_end else None)
+
+    def evaluate(step: int) -> None:
+        with meter.paused(), ema.applied() if ema else nullcontext():
+            scores = evaluate_encoder(encoder, task, **encoding_options(config, accelerator, encoder, data)).means
+        log({"step": step} | scores)
+        logger.info("step %d  %s", step, "  ".join(f"{name} {value:.4f}" for name, value in scores.items()))
+        is_best = progress.add_scores(step, scores, config.metric_for_best_model)
+        if is_best and config.load_best_model_at_end and saver.newest != step:
+            save(step)
 
     # ---- 3. the loop: what a step is, is changed here; what it learns, in bge_core/loss.py
-    patience = math.inf if config.early_stopping_patience is None else config.early_stopping_patience
-    last_step = first_step if progress.stale >= patience else num_steps
     meter = Meter(progress.window)
-    bar = tqdm(total=num_steps, initial=first_step, desc="train", unit="step", disable=None if rank == 0 else True)
+    if first_step > progress.evaluated and schedule.evaluates(first_step):  # a signal, or a kill, came before it
+        evaluate(first_step)
+    patience = config.early_stopping_patience or math.inf
+    last_step = first_step if progress.stale >= patience else schedule.num_steps
+    bar = tqdm(total=last_step, initial=first_step, desc="train", unit="step", disable=None if rank == 0 else True)
     reader = ReadAhead(data, config.dataloader_num_workers)
     for step, batches in enumerate(reader.steps(first_step, last_step), start=first_step + 1):
         watchdog.step_begins()
         for group in optimizer.param_groups:
-            group["lr"] = lr_at(step - 1 - progress.skipped)
+            group["lr"] = schedule.lr_at(step - 1 - progress.skipped)
 
         shares = forward_backward(model, batches, settings)  # this rank's shares of the loss and of each metric
         scaler.unscale_(optimizer)
@@ -174,7 +180,7 @@ def train(config: TrainConfig, at_end: ExitStack) -> int:
 
         meter.add(means)
         bar.update()
-        if step % config.logging_steps == 0 or step == num_steps:
+        if step % config.logging_steps == 0 or step == last_step:
             finite = grad_norm if math.isfinite(grad_norm) else None  # of a skipped step; JSON has no infinity
             logged = meter.read() | {"lr": optimizer.param_groups[0]["lr"], "grad_norm": finite}
             if scaler.is_enabled():
@@ -182,29 +188,21 @@ def train(config: TrainConfig, at_end: ExitStack) -> int:
             log({"step": step, "epoch": round(step / data.plan.steps_per_epoch, 4)} | logged)
             bar.set_postfix_str(preflight.one_line(logged))
             if bar.disable and rank == 0:
-                logger.info("step %d/%d  %s", step, num_steps, preflight.one_line(logged))
+                logger.info("step %d/%d  %s", step, last_step, preflight.one_line(logged))
 
-        is_best = False
-        if task and (step == num_steps or (eval_every and step % eval_every == 0)):
-            with meter.paused(), averaged():
-                scores = evaluate_encoder(encoder, task, **encoding_options(config, accelerator, encoder, data)).means
-            log({"step": step} | scores)
-            logger.info("step %d  %s", step, "  ".join(f"{name} {value:.4f}" for name, value in scores.items()))
-            is_best = progress.add_scores(step, scores, config.metric_for_best_model)
-        out_of_patience = progress.stale >= patience
-        stops = (told_to_stop or worker_lost) and step < num_steps and not out_of_patience
-
-        if (save_every and step % save_every == 0) or (is_best and config.load_best_model_at_end) or stops:
-            state = {"progress": vars(progress), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-            state |= {"ema": ema.state_dict()} if ema else {}
-            saver.save(step, state, f"checkpoint-{progress.best_step}" if config.load_best_model_at_end else None)
+        # An evaluation may take longer than who sent the signal waits: first what is done is saved.
+        stops = (told_to_stop or worker_lost) and (step < last_step or schedule.evaluates(step))
+        if stops or schedule.saves(step):
+            save(step)
         if stops:
             saver.wait()
             if not told_to_stop:
                 raise lost_worker(config.dataloader_num_workers, step)
             logger.info("stopped by a signal after step %d; --resume_from_checkpoint latest goes on", step)
             return STOPPED_BY_SIGNAL
-        if out_of_patience:
+        if schedule.evaluates(step):
+            evaluate(step)
+        if progress.stale >= patience:
             what = config.metric_for_best_model
             logger.info("stopped early: %d evaluations without a better %s", progress.stale, what)
             break
@@ -212,11 +210,8 @@ def train(config: TrainConfig, at_end: ExitStack) -> int:
 
     # ---- 4. the final model
     saver.wait()
-    watchdog.stop()
     weights = whole_copy(encoder.state_dict()) if is_sharded(model) else None
-    accelerator.wait_for_everyone()
-    if rank == 0:
-        publish(config, encoder, weights, ema, progress, manifest)
+    on_main(lambda: publish(config, encoder, weights, ema, progress, manifest))
     accelerator.end_training()
     return 0
 
@@ -250,23 +245,27 @@ def open_log(
     config: TrainConfig,
     accelerator: Accelerator,
     data: TrainingData,
-    encoder: Encoder,
+    opening: run_folder.Start,
     manifest: dict[str, Any],
-    first_step: int,
+    evaluated: int,
 ) -> Callable[[dict[str, Any]], None]:
-    """Say what the run is, begin metrics.jsonl and the tracker; returns what adds a line to both."""
-    output_dir, is_main = Path(config.output_dir), world()[0] == 0
-    if is_main:
+    """Begin the run folder, say what the run is, begin metrics.jsonl and the tracker; what adds a line to both."""
+    output_dir = Path(config.output_dir)
+
+    def begin() -> None:
+        run_folder.begin(opening)
         for line in preflight.describe_run(data, manifest["facts"]):
             logger.info(line)
         write_json(output_dir / "manifest.json", manifest | {"status": "running"})
-        run_folder.cut_metrics(output_dir / "metrics.jsonl", first_step)
+        run_folder.cut_metrics(output_dir / "metrics.jsonl", opening.step, evaluated)
+
+    on_main(begin)
     if config.report_to != "none":
         plain = {name: value for name, value in as_dict(config).items() if isinstance(value, (int, float, str))}
         accelerator.init_trackers("bge_core", plain)
 
     def log(values: dict[str, Any]) -> None:
-        if is_main:
+        if world()[0] == 0:
             append_metrics(output_dir / "metrics.jsonl", values)
         accelerator.log({name: value for name, value in values.items() if name != "step"}, step=values["step"])
 
@@ -296,14 +295,20 @@ def encoding_options(
     }
 
 
+def show_batch(data: TrainingData) -> int:
+    """--show_batch: print the first micro-batch; the exit code."""
+    if data.rank == 0:
+        print(preflight.describe_batch(data))
+    return 0
+
+
 def show_plan(
     data: TrainingData,
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
     settings: StepSettings,
     facts: dict[str, Any],
-    save_every: int,
-    eval_every: int,
+    schedule: Schedule,
 ) -> int:
     """--plan: tell what the run will take; the exit code."""
     told = plan.plan_run(
@@ -312,8 +317,8 @@ def show_plan(
         optimizer,
         settings,
         num_candidates=facts["candidates per query"],
-        save_every=save_every,
-        eval_every=eval_every,
+        save_every=schedule.save_every,
+        eval_every=schedule.eval_every,
         gather=gather_objects,
     )
     if world()[0] == 0:
@@ -333,6 +338,7 @@ def publish(
     """The final model at the root of the run folder, the best one if asked for, with card, curves and manifest."""
     output_dir = Path(config.output_dir)
     best = output_dir / f"checkpoint-{progress.best_step}"
+    checkpoint.prune(output_dir, config.save_total_limit, best.name)
     use_best = config.load_best_model_at_end and best.is_dir()
     best_ema = checkpoint.load_checkpoint(best).get("ema") if ema and use_best else None
     if ema and best_ema:  # the files of the checkpoint hold the weights in training

@@ -1,4 +1,4 @@
-"""A rank that hangs is named by the others, and all of them end.
+"""A rank that hangs, or ends by an error, is named by the others, and all of them end.
 
 Every rank counts heartbeats: the begin of each step and of each collective of ours. A rank that makes none within a
 step for the timeout asks all ranks, over the launcher's key-value store, how many they made and where they stand.
@@ -13,10 +13,14 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
 from torch.distributed import PrefixStore, TCPStore
+
+from bge_core import UserError
 
 logger = logging.getLogger(__name__)
 GRACE_SECONDS = 10.0  # that a rank has to answer
@@ -30,7 +34,6 @@ class _Pulse:
     beats = 0
     last = 0.0  # time.monotonic() of the last one
     in_step = False
-    stopped = threading.Event()
 
 
 def heartbeat() -> None:
@@ -62,22 +65,53 @@ def launcher_store(name: str) -> PrefixStore:
     return PrefixStore(f"bge_core/{name}/{start}", store)
 
 
-def watch(rank: int, world_size: int, timeout: float) -> None:
-    """Start watching: after `timeout` seconds without a heartbeat within a step, say who hangs and exit with 1.
+@contextmanager
+def watch(rank: int, world_size: int, timeout: float, finish: Callable[[], None]) -> Iterator[None]:
+    """Within it a rank that hangs is named, and an error of one rank ends them all, each with that error.
 
-    Under a launcher only: its MASTER_ADDR and MASTER_PORT are where the ranks ask each other.
+    After `timeout` seconds without a heartbeat within a step all say who hangs and exit with 1. What waits in vain for
+    a rank with an error exits with that rank's code, after `finish`. Under a launcher only: its MASTER_ADDR and
+    MASTER_PORT are where the ranks ask each other.
     """
-    if world_size > 1:
-        _Pulse.stopped = stopped = threading.Event()
-        stalled = threading.Event()
-        threading.Thread(target=_look_at_clock, args=(timeout, stalled, stopped), daemon=True).start()
-        threading.Thread(target=_talk, args=(rank, world_size, timeout, stalled, stopped), daemon=True).start()
+    if world_size == 1:
+        yield
+        return
+    stopped, stalled = threading.Event(), threading.Event()
+    threading.Thread(target=_look_at_clock, args=(timeout, stalled, stopped), daemon=True).start()
+    arguments = (rank, world_size, timeout, stalled, stopped, finish)
+    threading.Thread(target=_talk, args=arguments, daemon=True).start()
+    try:
+        yield
+    except Exception as error:
+        stopped.set()
+        _tell(error, rank, world_size, finish)
+        raise
+    finally:
+        _Pulse.in_step = False
+        stopped.set()
 
 
-def stop() -> None:
-    """End the watch: before ranks leave, and the store with them."""
-    _Pulse.in_step = False
-    _Pulse.stopped.set()
+def _tell(error: Exception, rank: int, world_size: int, finish: Callable[[], None]) -> None:
+    """Tell the others of this rank's error; or end with the error of another, of which this one is a consequence."""
+    is_users = isinstance(error, (UserError, OSError))
+    text = str(error) if is_users else "".join(traceback.format_exception(error)).rstrip()
+    try:
+        store = launcher_store("fault")
+        if store.check(["fault"]) and not is_users:
+            _end_with_fault(store, rank, finish)
+        store.set("fault", json.dumps({"rank": rank, "code": 2 if is_users else 1, "text": text}))
+        store.set(f"noted{rank}", "")
+        store.wait([f"noted{r}" for r in range(world_size)], timedelta(seconds=GRACE_SECONDS))
+    except RuntimeError:  # who cannot be told any more has ended
+        return
+
+
+def _end_with_fault(store: PrefixStore, rank: int, finish: Callable[[], None]) -> None:
+    fault = json.loads(store.get("fault"))
+    store.set(f"noted{rank}", "")
+    logger.error("rank %d ended the run: %s", fault["rank"], fault["text"])
+    finish()
+    os._exit(fault["code"])
 
 
 def _look_at_clock(timeout: float, stalled: threading.Event, stopped: threading.Event) -> None:
@@ -92,10 +126,19 @@ def _look_at_clock(timeout: float, stalled: threading.Event, stopped: threading.
     os._exit(1)
 
 
-def _talk(rank: int, world_size: int, timeout: float, stalled: threading.Event, stopped: threading.Event) -> None:
+def _talk(
+    rank: int,
+    world_size: int,
+    timeout: float,
+    stalled: threading.Event,
+    stopped: threading.Event,
+    finish: Callable[[], None],
+) -> None:
     try:
-        store = launcher_store("hang")
+        store, faults = launcher_store("hang"), launcher_store("fault")
         while not store.check(["asked"]):
+            if faults.check(["fault"]) and not stopped.is_set():
+                _end_with_fault(faults, rank, finish)
             if stalled.is_set():
                 store.set("asked", "1")
             elif stopped.wait(_POLL_SECONDS):

@@ -118,6 +118,9 @@ class Saver:
         encoder: what is trained.
         manifest: of every checkpoint; see `changed_settings`.
         limit: keep this many newest checkpoints; None: all.
+
+    Attributes:
+        newest: the step of the last `save`; 0: none yet.
     """
 
     def __init__(self, output_dir: Path, encoder: Encoder, manifest: dict[str, Any], limit: int | None) -> None:
@@ -125,6 +128,7 @@ class Saver:
         # A tokenizer of its own: saving changes it, while the loop goes on using the other.
         tokenizer = copy.deepcopy(encoder.tokenizer)
         self.encoder = Encoder(encoder.backbone, tokenizer, encoder.settings, dense=encoder.dense)
+        self.newest = 0
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
 
@@ -140,6 +144,7 @@ class Saver:
             UserError: the one before could not be written.
         """
         self.wait()
+        self.newest = step
         random_states = gather_objects(random_state())
         weights = whole_copy(self.encoder.state_dict())
         state = whole_copy({**state, "step": step, "random_states": random_states})

@@ -81,11 +81,6 @@ def largest_batch(memory: Line, limit: float) -> int | None:
     return math.floor((limit - memory.fixed) / memory.slope) if memory.slope else None
 
 
-def steps_between(setting: float, num_steps: int) -> int:
-    """Steps from one save, or evaluation, to the next by transformers' rule: below 1 a share, rounded up; 0: none."""
-    return math.ceil(setting * num_steps) if 0 < setting < 1 else int(setting)
-
-
 def checkpoint_steps(num_steps: int, save_every: int, limit: int | None) -> tuple[list[int], list[int]]:
     """(steps at which a checkpoint is written, those that are left at the end); `save_every` 0: none."""
     written = list(range(save_every, num_steps + 1, save_every)) if save_every else []

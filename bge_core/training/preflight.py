@@ -19,7 +19,9 @@ SAMPLED_ROWS = 500
 NEARLY_UNIFORM = 0.95  # of 8 passages: as if the teacher held 7.2 of them for equally good
 
 
-def run_facts(data: TrainingData, settings: EncoderSettings, precision: str, num_warmup: int) -> dict[str, Any]:
+def run_facts(
+    data: TrainingData, settings: EncoderSettings, precision: str, num_warmup: int, shard: bool
+) -> dict[str, Any]:
     """What the run really is, for the preflight, the manifest and the model card; `settings` are the saved model's."""
     config, world_size = data.config, data.world_size
     cross_device = config.negatives_cross_device and world_size > 1
@@ -40,6 +42,7 @@ def run_facts(data: TrainingData, settings: EncoderSettings, precision: str, num
         "normalize": settings.normalize,
         "query instruction": settings.query_prompt,
         "passage instruction": settings.passage_prompt,
+        "sharding": "FSDP2" if shard else "none",
     }
 
 

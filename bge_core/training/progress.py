@@ -15,6 +15,7 @@ class Progress:
 
     Args:
         skipped: updates that loss scaling left out.
+        evaluated: the step of the last evaluation; 0: none yet.
         scores: of the last evaluation, by metric.
         stale: evaluations since the best one.
         best_value, best_step, best_scores: of the best evaluation; step 0: none yet.
@@ -22,6 +23,7 @@ class Progress:
     """
 
     skipped: int = 0
+    evaluated: int = 0
     scores: dict[str, float] = field(default_factory=dict)
     stale: int = 0
     best_value: float = -math.inf
@@ -31,7 +33,7 @@ class Progress:
 
     def add_scores(self, step: int, scores: dict[str, float], metric: str) -> bool:
         """Take in the evaluation after `step`; whether its `metric` is the best so far."""
-        self.scores = scores
+        self.scores, self.evaluated = scores, step
         if scores[metric] <= self.best_value:
             self.stale += 1
             return False

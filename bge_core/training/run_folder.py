@@ -257,16 +257,20 @@ def _refuse_damaged(named: Path) -> Path:
     raise UserError(f"--resume_from_checkpoint {named}: {problem}; {remedy}")
 
 
-def cut_metrics(path: Path, step: int) -> None:
-    """Drop the lines of metrics.jsonl behind `step`, and a half-written last one: a resumed run writes them again."""
+def cut_metrics(path: Path, step: int, evaluated: int) -> None:
+    """Drop from metrics.jsonl what a run that goes on after `step` writes again, and a half-written last line.
+
+    The evaluation after `step` itself is written again unless `evaluated`, the step of the last one, is the same.
+    """
     if not path.exists():
         return
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
+            values = json.loads(line)
         except json.JSONDecodeError:
             break
+        if values["step"] < step or (values["step"] == step and ("loss" in values or evaluated == step)):
+            kept.append(line + "\n")
     with atomic.atomic_path(path) as temporary:
         temporary.write_text("".join(kept), encoding="utf-8")

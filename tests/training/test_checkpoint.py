@@ -704,6 +704,40 @@ def test_a_signal_stops_after_a_checkpoint(
         assert_same_run(folder, unbroken)
 
 
+@pytest.mark.parametrize("told_at", [1, 3, "evaluation"], ids=["before", "before the last", "while evaluating"])
+def test_what_is_done_is_saved_before_it_is_evaluated(
+    told_at: int | str, tiny_bert_dropout: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Told to stop where an evaluation is due: that is left to the run that goes on, which does it once."""
+    settings = {"max_steps": 4, "eval_steps": 2, "save_steps": 0, "load_best_model_at_end": True, "val_data": data}
+    whole, folder = tmp_path / "whole", tmp_path / "run"
+    assert run(tiny_bert_dropout, data, whole, **settings) == 0
+    append, evaluate_encoder = train.append_metrics, train.evaluate_encoder
+
+    def append_and_tell(path: Path, values: Row) -> None:
+        append(path, values)
+        if values["step"] == told_at and "loss" in values:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def evaluate_and_tell(*args: Any, **kwargs: Any) -> Any:
+        if told_at == "evaluation":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate_encoder(*args, **kwargs)
+
+    monkeypatch.setattr(train, "append_metrics", append_and_tell)
+    monkeypatch.setattr(train, "evaluate_encoder", evaluate_and_tell)
+    assert run(tiny_bert_dropout, data, folder, **settings) == 75
+    (*_, last) = checkpoint.checkpoints(folder)
+    evaluated = [line["step"] for line in read_steps(folder) if "MRR@10" in line]
+    assert (last.name, evaluated) == {1: ("checkpoint-2", []), 3: ("checkpoint-4", [2])}.get(
+        told_at, ("checkpoint-3", [2])
+    )
+    monkeypatch.undo()
+    assert run(tiny_bert_dropout, data, folder, resume_from_checkpoint="latest", **settings) == 0
+    assert read_steps(folder) == read_steps(whole) and runs.equal_weights(folder, whole)
+    assert runs.manifest(folder)["scores"] == runs.manifest(whole)["scores"]
+
+
 def test_a_second_run_in_the_same_folder_is_refused(
     unbroken: Path, tiny_bert_dropout: Path, data: Path, tmp_path: Path, resume: Callable[..., int],
     capsys: pytest.CaptureFixture[str],

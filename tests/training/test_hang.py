@@ -72,6 +72,32 @@ def test_a_rank_that_is_stopped_is_named(tiny_bert: Path, data: Path, tmp_path: 
     assert "rank 0 waits at " in said and "Traceback" not in said
 
 
+def fail() -> None:
+    raise ZeroDivisionError("a fault")
+
+
+def fail_in_step_3() -> None:
+    patch_step_3(fail)
+
+
+def fail_in_the_log() -> None:
+    """In a child: rank 0, which alone writes, fails after its second step."""
+    train.append_metrics = lambda path, values: fail() if values["step"] == 2 else None
+
+
+@pytest.mark.parametrize("patch, failing", [(fail_in_step_3, 1), (fail_in_the_log, 0)])
+def test_an_error_of_one_rank_ends_them_all_with_it(
+    patch: Any, failing: int, tiny_bert: Path, data: Path, tmp_path: Path
+) -> None:
+    words = runs.flags(tiny_bert, data, tmp_path / "run")
+    assert runs.finish(runs.start_two(words, tmp_path / "log", patch), 30) == [1, 1]
+    said = [(tmp_path / f"log.{rank}").read_text(encoding="utf-8") for rank in (0, 1)]
+    assert said[failing].rstrip().endswith("ZeroDivisionError: a fault") and "ended the run" not in said[failing]
+    other = said[1 - failing]
+    assert f"rank {failing} ended the run: Traceback" in other and other.rstrip().endswith("ZeroDivisionError: a fault")
+    assert other.count("Traceback") == 1
+
+
 def end_in_flight() -> None:
     """In a child: the run ends while gloo's thread has tensors to free, for which it needs Python's lock."""
     end_training = Accelerator.end_training

@@ -57,8 +57,8 @@ MUTATIONS = [
         test="rates_count_the_time",
     ),
     Mutation(
-        "no evaluations taken for those of saves", "plan.steps_between(config.eval_steps, num_steps)",
-        "plan.steps_between(config.eval_steps or config.save_steps, num_steps)", test="evaluation_at_the_end_alone",
+        "no evaluations taken for those of saves", "steps_between(config.eval_steps, num_steps)",
+        "steps_between(config.eval_steps or config.save_steps, num_steps)", test="evaluation_at_the_end_alone",
     ),
 ]  # fmt: skip
 
