@@ -21,7 +21,7 @@ from pathlib import Path
 
 from bge_core.evaluation.metrics import mean_metrics
 from bge_core.evaluation.results import OWN_FILES, write_results, write_run_results
-from bge_core.evaluation.score import macro_average, refuse_evaluation, results_of, score_encoders, score_runs
+from bge_core.evaluation.score import Scored, macro_average, refuse_evaluation, results_of, score_encoders, score_runs
 from bge_core.evaluation.significance import compare_to_baseline
 from bge_core.evaluation.tables import (
     SCORED_DIFFERENTLY,
@@ -30,12 +30,12 @@ from bge_core.evaluation.tables import (
     model_card_section,
     scored_by,
 )
-from bge_core.evaluation.tasks import load_tasks
+from bge_core.evaluation.tasks import RetrievalTask, load_tasks
 from bge_core.files.atomic import refuse_foreign_folder
 from bge_core.reports.model_card import add_to_model_card
 from bge_core.runtime.cli import run_stage
 from bge_core.runtime.config import EvaluateConfig
-from bge_core.runtime.distributed import world
+from bge_core.runtime.distributed import on_main, world
 from bge_core.runtime.launch import start
 from bge_core.search.cache import EmbeddingCache
 
@@ -51,11 +51,11 @@ def evaluate(config: EvaluateConfig) -> None:
     """Evaluate every encoder on every test set, print, and write the files if an output folder is given."""
     accelerator = start(config.fp16, config.bf16)
     is_main = world()[0] == 0
-    if config.output_dir and is_main:
-        refuse_foreign_folder(config.output_dir, config.overwrite_output_dir, OWN_FILES)
+    if folder := config.output_dir:
+        on_main(lambda: refuse_foreign_folder(folder, config.overwrite_output_dir, OWN_FILES))
     refuse_evaluation(config)
     if config.run:
-        return evaluate_runs(config) if is_main else None
+        return on_main(lambda: evaluate_runs(config))
     tasks = load_tasks(config.val_data, config.corpus or None)
     for task in tasks:
         logger.info("%s: %d questions, %d passages", task.name, len(task.queries), len(task.corpus))
@@ -63,7 +63,7 @@ def evaluate(config: EvaluateConfig) -> None:
     device, precision = accelerator.device, accelerator.mixed_precision
 
     scored = []
-    for found in score_encoders(config, tasks, device=device, precision=precision, cache=cache, with_costs=is_main):
+    for found in score_encoders(config, tasks, device=device, precision=precision, cache=cache):
         scored.append(found)
         if is_main:
             on_set = f" on {found.task.name}" if len(tasks) > 1 else ""
@@ -72,9 +72,13 @@ def evaluate(config: EvaluateConfig) -> None:
             print(f"# {found.name}{on_set} ({how})\n{found.ranking.means}", flush=True)
             if found.costs:
                 print(cost_table(found.costs))
-    if not is_main:
-        return
+    on_main(lambda: report(config, tasks, scored, cache))
 
+
+def report(
+    config: EvaluateConfig, tasks: Sequence[RetrievalTask], scored: Sequence[Scored], cache: EmbeddingCache | None
+) -> None:
+    """Compare the models, print, and write what was asked for."""
     results = results_of(scored, tasks, config.resamples, config.seed)
     for result in results if len(config.encoder) > 1 else ():
         title = f"{result.task.name}\n" if len(tasks) > 1 else ""

@@ -21,6 +21,7 @@ import sys
 from collections.abc import Sequence
 
 from bge_core.encoder.load import load_encoder
+from bge_core.encoder.model import Encoder
 from bge_core.files.records import Row
 from bge_core.mining.facts import why_short
 from bge_core.mining.file_checks import Finding, summary_lines
@@ -29,6 +30,7 @@ from bge_core.mining.mine import Mined, mine_hard_negatives
 from bge_core.mining.teacher import Teacher
 from bge_core.runtime.cli import run_stage
 from bge_core.runtime.config import MineConfig
+from bge_core.runtime.distributed import on_main
 from bge_core.runtime.launch import start
 from bge_core.search.cache import EmbeddingCache, cache_summary, clean_cache
 from bge_core.search.exact import gpu_available
@@ -69,13 +71,24 @@ def mine(config: MineConfig) -> None:
     mined = mine_hard_negatives(encoder, rows, pool, config, precision=precision, cache=cache, teacher=teacher)
     if mined.counts["rows_short"]:
         logger.warning("%s", why_short(mined.counts, config.negative_number))
-    if accelerator.is_main_process:
-        findings = write_mined(config, encoder, rows, mined, inputs, precision, cache)
-        print_summary(config, mined, findings)
-        print_rows(rows, mined, config.inspect)
-        if cache:
-            print_cache(config, cache)
-    accelerator.wait_for_everyone()
+    on_main(lambda: write_and_tell(config, encoder, rows, mined, inputs, precision, cache))
+
+
+def write_and_tell(
+    config: MineConfig,
+    encoder: Encoder,
+    rows: Sequence[Row],
+    mined: Mined,
+    inputs: list[Row],
+    precision: str,
+    cache: EmbeddingCache | None,
+) -> None:
+    """Write the output, its manifest and report, and print what they say."""
+    findings = write_mined(config, encoder, rows, mined, inputs, precision, cache)
+    print_summary(config, mined, findings)
+    print_rows(rows, mined, config.inspect)
+    if cache:
+        print_cache(config, cache)
 
 
 def print_summary(config: MineConfig, mined: Mined, findings: Sequence[Finding]) -> None:

@@ -133,6 +133,7 @@ def train(config: TrainConfig, at_end: ExitStack) -> int:
 
     def evaluate(step: int) -> None:
         with meter.paused(), ema.applied() if ema else nullcontext():
+            assert task is not None
             scores = evaluate_encoder(encoder, task, **encoding_options(config, accelerator, encoder, data)).means
         log({"step": step} | scores)
         logger.info("step %d  %s", step, "  ".join(f"{name} {value:.4f}" for name, value in scores.items()))

@@ -9,6 +9,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -27,6 +28,7 @@ from batches import MODES, Gradients, TextRow, gradients_of, load, make_rows, ra
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 from bge_core import UserError
+from bge_core.encoder import encode as encoding
 from bge_core.encoder.encode import encode
 from bge_core.loss import LossConfig, LossInput, LossOutput
 from bge_core.runtime.distributed import (
@@ -34,12 +36,14 @@ from bge_core.runtime.distributed import (
     gather_objects,
     gather_rows,
     on_main,
+    shared_array,
     sum_over_ranks,
     unwrap,
     world,
     wrap,
 )
 from bge_core.runtime.launch import start
+from bge_core.search.exact import search_in_shares
 from bge_core.training.batch import Batch
 from bge_core.training.step import StepSettings, forward_backward
 
@@ -189,11 +193,8 @@ def collective_cases(rank: int) -> Results:
     calls: list[int] = []
 
     def fails(error: Exception) -> str:
-        try:
-            on_main(lambda: (_ for _ in ()).throw(error))
-        except Exception as caught:
-            return f"{type(caught).__name__}: {caught}"
-        return "no error"
+        caught = error_of(lambda: on_main(lambda: (_ for _ in ()).throw(error)))
+        return f"{type(caught).__name__}: {caught}"
 
     def slow() -> str:
         time.sleep(2)
@@ -216,6 +217,66 @@ def collective_cases(rank: int) -> Results:
         "objects": gather_objects({"rank": rank}),
         "sum": sum_over_ranks(torch.tensor([rank + 1.0])).item(),
     }
+
+
+def shared_cases(encoder: torch.nn.Module, rank: int, folder: Path) -> Results:
+    """Arrays that both processes see, and what is found in them; `folder` is there for them alone."""
+    folder.mkdir(exist_ok=True)
+    tempfile.tempdir = str(folder)
+    array = shared_array((3, 2))
+    array[rank] = rank + 1
+    gather_objects(None)  # the other has written, too
+    left = gather_objects(os.listdir(folder))
+    fallocate = os.posix_fallocate
+
+    def no_room(*_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    os.posix_fallocate = no_room
+    try:
+        refused = str(error_of(lambda: shared_array((3, 2))))
+    finally:
+        os.posix_fallocate = fallocate
+    block, encoding.BLOCK = encoding.BLOCK, 8
+    try:
+        vectors = encode(encoder, TEXTS, prompt=PROMPT, batch_size=4)
+    finally:
+        encoding.BLOCK = block
+    return {
+        "array": array.copy(),
+        "left": left,
+        "refused": refused,
+        "encoded": (type(vectors).__name__, np.array(vectors)),
+    }
+
+
+def search_cases() -> Results:
+    """Searches in shares: more queries than ranks, fewer, none; ties; a bad row of each kind."""
+    query_QD, corpus_ND = search_vectors()
+    found: Results = {str(n): search_in_shares(query_QD[:n], corpus_ND, 7, memory_mb=0.01) for n in (31, 1, 0)}
+    for name, vectors in (("queries", query_QD), ("corpus", corpus_ND)):
+        broken = vectors.copy()
+        broken[30] = np.nan
+        pair = (broken, corpus_ND) if name == "queries" else (query_QD, broken)
+        found[f"bad {name}"] = str(error_of(lambda p=pair: search_in_shares(*p, 7)))
+    found["bad corpus, one query"] = str(error_of(lambda: search_in_shares(query_QD[:1], broken, 7)))
+    return found
+
+
+def search_vectors() -> tuple[np.ndarray, np.ndarray]:
+    """(31, 8) queries and a corpus (60, 8) in which every vector stands twice."""
+    rng = np.random.default_rng(0)
+    half = rng.standard_normal((30, 8)).astype(np.float32)
+    return rng.standard_normal((31, 8)).astype(np.float32), np.concatenate([half, half])
+
+
+def error_of(call: Callable[[], Any]) -> Exception | None:
+    """What the call raises."""
+    try:
+        call()
+    except Exception as error:
+        return error
+    return None
 
 
 def count_all_reduces(folder: str, case: StepCase, rank: int) -> int:
@@ -256,11 +317,22 @@ def work(job: Results, rank: int) -> Results:
     encoder = load(job["model"], torch.float32)
     for name, (texts, batch_size) in ENCODE_CASES.items():
         record(f"encode/{name}", lambda t=texts, b=batch_size: encode(encoder, t, prompt=PROMPT, batch_size=b))
+    record("shared", lambda: shared_cases(encoder, rank, Path(job["train_data"]).with_name("shared")))
+    record("search", search_cases)
     options = parity.Options(**{**job["options"], "mrl_dims": tuple(job["options"]["mrl_dims"])})
     for name, mode in parity.MODES.items():
         arguments = (job["model"], job["train_data"], mode, options, "float32")
         record(f"parity/{name}", lambda a=arguments: parity.train_ours(*a))
-    return {name: torch.from_numpy(r) if isinstance(r, np.ndarray) else r for name, r in results.items()}
+    return as_tensors(results)
+
+
+def as_tensors(tree: Any) -> Any:
+    """Arrays as tensors, which torch.load takes."""
+    if isinstance(tree, dict):
+        return {key: as_tensors(value) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return type(tree)(map(as_tensors, tree))
+    return torch.from_numpy(np.array(tree)) if isinstance(tree, np.ndarray) else tree
 
 
 def main() -> None:

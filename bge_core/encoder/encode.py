@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from bge_core import UserError
 from bge_core.encoder.tokens import Tokens, tokenize
-from bge_core.runtime.distributed import is_sharded, sum_over_ranks, world
+from bge_core.runtime.distributed import is_sharded, shared_array, sum_over_ranks, world
 from bge_core.runtime.watchdog import heartbeat
 
 BLOCK = 16_384  # texts that are tokenized and sorted together
@@ -46,7 +46,8 @@ def encode(
         prompt: put before each text.
         max_length: longest text in tokens, cut to what the backbone takes.
         unit_length: scale vectors to length 1, whether the encoder does so or not.
-        output: (n, D) float32 or float16 to write into, a memory map for example; None: a new float32 array.
+        output: (n, D) float32 or float16 to write into, a memory map for example; None: a new float32 array, of which
+            the processes of a machine share one if it is large.
         description: of the progress bar.
         options: batch_size, max_tokens and precision of `run_batches`.
 
@@ -57,7 +58,12 @@ def encode(
         UserError: a vector is not finite; the text is named.
     """
     shape = (len(texts), encoder.embedding_size)
-    result = np.empty(shape, dtype=np.float32) if output is None else output
+    if output is not None:
+        result = output
+    elif len(texts) > BLOCK:  # every rank writes all of it
+        result = shared_array(shape)
+    else:
+        result = np.empty(shape, dtype=np.float32)
     if result.shape != shape:
         raise UserError(f"output has the shape {result.shape}; {len(texts)} vectors of this model need {shape}")
     max_length = min(max_length, encoder.max_length)

@@ -28,7 +28,7 @@ from bge_core.evaluation.metrics import DEFAULT_METRICS, mean_metrics, per_query
 from bge_core.evaluation.significance import Comparison, Threshold, bootstrap_means, compare_to_baseline, thresholds
 from bge_core.evaluation.tasks import Paths, RetrievalTask, load_task
 from bge_core.search.cache import EmbeddingCache
-from bge_core.search.exact import exact_search, score_pairs
+from bge_core.search.exact import score_pairs, search_in_shares
 
 logger = logging.getLogger(__name__)
 
@@ -269,7 +269,7 @@ def evaluate_encoder(
 def rank(
     query_QD: Any, corpus_ND: Any, task: RetrievalTask, *, k: int = 100, metrics: Sequence[str] = DEFAULT_METRICS
 ) -> Ranking:
-    """The exact ranking by inner product, and its scores.
+    """The exact ranking by inner product, and its scores; every process of a group calls it and gets both.
 
     Raises:
         UserError: not as many vectors as texts, or of two sizes; NaN.
@@ -284,7 +284,7 @@ def rank(
             f"questions have {query_QD.shape[1]} dimensions and passages {corpus_ND.shape[1]}: of two models?"
         )
     k = search_depth(k, metrics, task.relevant, task.missing)
-    scores, rows = task.drop_own(*exact_search(query_QD, corpus_ND, task.depth(k)))
+    scores, rows = task.drop_own(*search_in_shares(query_QD, corpus_ND, task.depth(k)))
     positives = [[row for row, grade in relevant.items() if grade > 0] for relevant in task.relevant]
     positive_score = np.full(len(rows), np.nan, dtype=np.float32)
     for i, own in enumerate(positives):

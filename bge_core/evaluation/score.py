@@ -1,5 +1,6 @@
 """What evaluate.py computes: every encoder on every test set, or rankings that something else made."""
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from bge_core.evaluation.tasks import RetrievalTask, make_unique
 from bge_core.evaluation.trec import read_qrels, read_run, run_as_ranking, run_name
 from bge_core.reports.model_card import read_model_card
 from bge_core.runtime.config import EvaluateConfig
+from bge_core.runtime.distributed import on_main
 from bge_core.search.cache import EmbeddingCache
 
 
@@ -49,19 +51,17 @@ def score_encoders(
     device: Any,
     precision: str,
     cache: EmbeddingCache | None,
-    with_costs: bool,
 ) -> Iterator[Scored]:
-    """Yield each encoder's result on each test set; on several ranks all of them encode.
+    """Yield each encoder's result on each test set; several ranks share the work, and each gets the results.
 
     Args:
         config: which encoders, lengths, instructions, metrics and costs.
         tasks: the test sets.
         device, precision: to encode with.
         cache: where vectors are kept; None: nowhere.
-        with_costs: measure what smaller vectors cost, if it is asked for: one rank is enough.
     """
     metrics = config.metrics or DEFAULT_METRICS
-    wants_costs = with_costs and bool(config.dims or config.dtypes or config.index_factories)
+    wants_costs = bool(config.dims or config.dtypes or config.index_factories)
     for path, name in zip(config.encoder, unique_names(config.encoder), strict=True):
         encoder = load_encoder(
             path,
@@ -85,20 +85,20 @@ def score_encoders(
                 query_max_len=config.query_max_len,
                 passage_max_len=config.passage_max_len,
             )
-            costs = []
             ranking = rank(query_QD, corpus_ND, task, k=config.k, metrics=metrics)
-            if wants_costs:
-                costs = measure_costs(
-                    query_QD,
-                    corpus_ND,
-                    task,
-                    dims=config.dims,
-                    dtypes=config.dtypes or ["float32"],
-                    factories=config.index_factories,
-                    k=config.k,
-                    metrics=config.metrics or COST_METRICS,
-                    similarity=encoder.settings.scored_by,
-                )
+            measure = functools.partial(
+                measure_costs,
+                query_QD,
+                corpus_ND,
+                task,
+                dims=config.dims,
+                dtypes=config.dtypes or ["float32"],
+                factories=config.index_factories,
+                k=config.k,
+                metrics=config.metrics or COST_METRICS,
+                similarity=encoder.settings.scored_by,
+            )
+            costs = on_main(measure) if wants_costs else []
             settings = encoder.settings
             model = Model(path, known, settings.pooling, settings.scored_by, query_prompt, passage_prompt, precision)
             yield Scored(task, name, model, ranking, costs)

@@ -27,9 +27,8 @@ from bge_core.mining.retrieve import Embedded, embed, index_key, rank_pool
 from bge_core.mining.select import query_ids, select_negatives
 from bge_core.mining.teacher import Teacher, TeacherScores
 from bge_core.runtime.config import MineConfig
-from bge_core.runtime.distributed import on_main
 from bge_core.search.cache import EmbeddingCache
-from bge_core.search.exact import exact_search
+from bge_core.search.exact import search_in_shares
 
 NEIGHBOURS = 32  # questions nearest to each, among which nearly the same ones are looked for
 
@@ -77,7 +76,7 @@ def mine_hard_negatives(
 ) -> Mined:
     """Negatives for all rows: encode, search, filter, select. The same on every process.
 
-    Encoding and a teacher's work are shared among the processes; the first one searches for all.
+    Encoding, exact search and a teacher's work are shared among the processes; an index and words are the first one's.
 
     A row's own `prompt` replaces the query instruction. Equal questions share their positives: what answers a question
     in one row is no negative of it in another. With `config.keep_neg`, a row's own negatives come first, each once,
@@ -99,7 +98,7 @@ def mine_hard_negatives(
     key = ""
     if config.index_factory != "Flat":
         key = index_key(encoder, pool, embedded.passage_instruction, config, precision)
-    ranked_UK, searched = on_main(lambda: rank_pool(rows, pool, embedded, config, key))
+    ranked_UK, searched = rank_pool(rows, pool, embedded, config, key)
     ranked_QK = ranked_UK[embedded.place_Q]
 
     positives = _positives(rows)
@@ -157,7 +156,7 @@ def mined_rows(rows: Sequence[Row], mined: Mined) -> Iterator[Row]:
 def _make_guards(rows: Sequence[Row], pool: Sequence[str], embedded: Embedded, config: MineConfig) -> Guards:
     """The guards that the flags ask for, of these rows."""
     query_UD = embedded.query_UD
-    near_UK = on_main(lambda: exact_search(query_UD, query_UD, min(NEIGHBOURS, len(query_UD)))[1])
+    near_UK = search_in_shares(query_UD, query_UD, min(NEIGHBOURS, len(query_UD)))[1]
     settings = GuardSettings(
         config.guard_identical,
         config.near_duplicate_threshold if config.guard_near_duplicates else None,

@@ -18,9 +18,10 @@ from bge_core.encoder.model import Encoder
 from bge_core.files.records import Row, distinct_texts
 from bge_core.files.text import text_id
 from bge_core.runtime.config import MineConfig
+from bge_core.runtime.distributed import on_main
 from bge_core.search.approximate import approximate_search, measure_recall
 from bge_core.search.cache import EmbeddingCache
-from bge_core.search.exact import EXTRA, GPU_MAX_K, exact_search, gpu_available, score_pairs
+from bge_core.search.exact import EXTRA, GPU_MAX_K, gpu_available, score_pairs, search_in_shares
 from bge_core.search.words import bm25_search, reciprocal_rank_fusion
 
 
@@ -119,7 +120,7 @@ def embed(
 def rank_pool(
     rows: Sequence[Row], pool: Sequence[str], embedded: Embedded, config: MineConfig, index_key: str
 ) -> tuple[np.ndarray, dict[str, Any]]:
-    """The best rows of the pool for each distinct query, (U, K), and how they were found.
+    """The best rows of the pool for each distinct query, (U, K), and how they were found; every process gets them.
 
     Raises:
         UserError: faiss is missing; an index does not fit.
@@ -133,27 +134,36 @@ def rank_pool(
     }
     rankings = []
     if config.retriever != "bm25":
-        query_UD, pool_ND = embedded.query_UD, embedded.pool_ND
-        searching: dict[str, Any] = {"memory_mb": config.search_memory, "use_gpu": config.use_gpu_for_searching}
         if config.index_factory == "Flat":
-            found = exact_search(query_UD, pool_ND, depth, **searching)[1]
+            how: dict[str, Any] = {"memory_mb": config.search_memory, "use_gpu": config.use_gpu_for_searching}
+            found = search_in_shares(embedded.query_UD, embedded.pool_ND, depth, **how)[1]
         else:
-            path = index_path(config, index_key)
-            _, found, more = approximate_search(
-                query_UD,
-                pool_ND,
-                depth,
-                config.index_factory,
-                path=path,
-                content_key=index_key,
-                seed=config.seed,
-                **searching,
-            )
-            facts |= more | {"recall": measure_recall(query_UD, pool_ND, found, depth, seed=config.seed)}
+            found, more = on_main(lambda: _search_index(embedded, depth, config, index_key))
+            facts |= more
         rankings.append(found)
     if config.retriever != "dense":
-        rankings.append(bm25_search([rows[i]["query"] for i in embedded.first_U], pool, depth)[1])
+        queries = [rows[i]["query"] for i in embedded.first_U]
+        rankings.append(on_main(lambda: bm25_search(queries, pool, depth)[1]))
     return (rankings[0] if len(rankings) == 1 else reciprocal_rank_fusion(rankings, depth)), facts
+
+
+def _search_index(
+    embedded: Embedded, depth: int, config: MineConfig, index_key: str
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """The rows (U, depth) that an approximate index finds, and what it is, with its recall."""
+    query_UD, pool_ND = embedded.query_UD, embedded.pool_ND
+    _, found, facts = approximate_search(
+        query_UD,
+        pool_ND,
+        depth,
+        config.index_factory,
+        path=index_path(config, index_key),
+        content_key=index_key,
+        seed=config.seed,
+        memory_mb=config.search_memory,
+        use_gpu=config.use_gpu_for_searching,
+    )
+    return found, facts | {"recall": measure_recall(query_UD, pool_ND, found, depth, seed=config.seed)}
 
 
 def index_key(

@@ -16,12 +16,16 @@ import functools
 import inspect
 import itertools
 import math
+import os
+import socket
+import tempfile
 import traceback
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from accelerate.utils import broadcast_object_list, gather_object
@@ -186,6 +190,42 @@ def gather_objects(value: Any) -> list[Any]:
     """Every rank's value, in rank order, on every rank."""
     heartbeat()
     return list(gather_object([value])) if world()[1] > 1 else [value]
+
+
+def shared_array(shape: tuple[int, ...]) -> np.ndarray:
+    """A float32 array that is in memory once a machine, whatever its processes; for one process an ordinary one.
+
+    It lies in a file of the temporary folder (TMPDIR) that loses its name at once: it goes with the last process. What
+    one process writes, the others of its machine read.
+
+    Raises:
+        UserError: on every rank, if one of them finds no room for it.
+    """
+    if world()[1] == 1:
+        return np.empty(shape, dtype=np.float32)
+    path = problem = None
+    machine = (socket.gethostname(), os.environ.get("GROUP_RANK"))
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        descriptor, path = tempfile.mkstemp(prefix="bge_core-")
+        try:
+            os.posix_fallocate(descriptor, 0, max(1, math.prod(shape) * 4))
+        except OSError as error:
+            problem = f"no room for vectors in {tempfile.gettempdir()} ({error}): set TMPDIR to a folder with more"
+        os.close(descriptor)
+    try:
+        told = gather_objects((machine, path, problem))
+        for _, _, other in told:
+            if other:
+                raise UserError(other)
+        paths = {place: its_path for place, its_path, _ in told if its_path}
+        array = (
+            np.memmap(paths[machine], dtype=np.float32, mode="r+", shape=shape) if math.prod(shape) else np.empty(shape)
+        )
+        gather_objects(None)  # all have opened it
+    finally:
+        if path:
+            os.unlink(path)
+    return array
 
 
 _turns = itertools.count()

@@ -83,12 +83,13 @@ def tracker_options(config: TrainConfig) -> dict[str, Any]:
     return {"log_with": config.report_to, "project_dir": config.output_dir}
 
 
-def start(fp16: bool = False, bf16: bool = False, timeout: float = 1800.0, **kwargs: Any) -> Accelerator:
+def start(fp16: bool = False, bf16: bool = False, timeout: float = 86_400.0, **kwargs: Any) -> Accelerator:
     """Accelerate's device, precision and process group, checked against what the launcher promised.
 
     Args:
         fp16, bf16: the user's flags.
-        timeout: seconds after which a collective that some rank does not join is an error.
+        timeout: seconds after which a collective that some rank does not join is an error. A day: of equal shares of
+            a long search one may take half an hour more than another.
         kwargs: for Accelerator.
 
     Raises:

@@ -14,6 +14,7 @@ least t - 2E, where t is the k-th best float32 score. If the last nominee lies b
 
 import functools
 import logging
+import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -21,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from bge_core import UserError
+from bge_core.runtime.distributed import gather_objects, world
 
 logger = logging.getLogger(__name__)
 
@@ -95,6 +97,39 @@ def exact_search(
                 above = np.flatnonzero(corpus_block @ block[i] >= floor[i])
                 exact = _scores(block[i : i + 1], corpus_block, above[None], pair_rows)
                 _keep_best(scores[start + i], rows[start + i], exact[0], above + offset)
+    return scores, rows
+
+
+def search_in_shares(
+    queries: np.ndarray, corpus: np.ndarray, k: int, *, memory_mb: float = 512, use_gpu: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    """`exact_search` by all processes together, to the same bits: each searches for its share of the queries.
+
+    Every rank calls it with the same vectors and gets the whole result. `memory_mb` is that of all processes of a
+    machine; with `use_gpu` each uses its own.
+
+    Raises:
+        UserError: as `exact_search`, on every rank.
+    """
+    rank, world_size = world()
+    if world_size == 1:
+        return exact_search(queries, corpus, k, memory_mb=memory_mb, use_gpu=use_gpu)
+    empty_result(queries, corpus, k, memory_mb)
+    for _ in checked_blocks(queries, "queries", 4096):  # here, where a bad row still has its number
+        pass
+    share = slice(len(queries) * rank // world_size, len(queries) * (rank + 1) // world_size)
+    memory_mb /= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    found: tuple[np.ndarray, np.ndarray] | None = None
+    problem = None
+    try:
+        found = exact_search(queries[share], corpus, k, memory_mb=memory_mb, use_gpu=use_gpu)
+    except UserError as error:
+        problem = error
+    parts = gather_objects((found, problem))
+    for _, other in parts:
+        if other:
+            raise other
+    scores, rows = (np.concatenate([part[i] for part, _ in parts]) for i in (0, 1))
     return scores, rows
 
 
@@ -220,12 +255,17 @@ def _cpu_search(queries: np.ndarray, block: np.ndarray, k: int) -> tuple[np.ndar
 
 
 def _gpu_search(dim: int) -> Search:
-    """A search on all GPUs, each with a share of the block. One index for all blocks: making one takes long."""
+    """A search on all GPUs, each with a share of the block. One index for all blocks: making one takes long.
+
+    Of several processes of a machine each takes the GPU of its number.
+    """
     faiss = import_faiss()
+    alone = os.environ.get("LOCAL_WORLD_SIZE", "1") == "1"
+    gpus = None if alone else [int(os.environ["LOCAL_RANK"]) % faiss.get_num_gpus()]
     options = faiss.GpuMultipleClonerOptions()
     options.shard = True
     options.useFloat16 = False  # FlagEmbedding's miner uses True; the error bound is that of float32
-    index = faiss.index_cpu_to_all_gpus(faiss.IndexFlatIP(dim), co=options)
+    index = faiss.index_cpu_to_gpus_list(faiss.IndexFlatIP(dim), co=options, gpus=gpus)
 
     def search(queries: np.ndarray, block: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         index.reset()

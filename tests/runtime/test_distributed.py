@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import two_processes
 from batches import MODES, Gradients, assert_same_gradients, gradients_of, load, rank_batch, true_gradients
 from two_processes import ALL_REDUCE_CASES, ENCODE_CASES, PROMPT, QUERY_CASES, STEP_CASES, StepCase
 
@@ -14,6 +15,7 @@ from bge_core.encoder.encode import encode
 from bge_core.loss import LossConfig
 from bge_core.runtime.distributed import gather_objects, on_main, sum_over_ranks, unwrap, world, wrap
 from bge_core.runtime.launch import resolve_precision
+from bge_core.search.exact import exact_search
 from bge_core.training.step import StepSettings, forward_backward
 
 RTOL = 1e-9
@@ -129,6 +131,28 @@ def test_encoding_on_two_ranks_is_bitwise_that_of_one(case: str, two_ranks: Rank
     alone = encode(load(tiny_bert, torch.float32), texts, prompt=PROMPT, batch_size=batch_size)
     for result in of_both(two_ranks, f"encode/{case}"):
         assert np.array_equal(result.numpy(), alone)
+
+
+def test_processes_of_a_machine_share_an_array(two_ranks: Ranks, tiny_bert: Path) -> None:
+    alone = encode(load(tiny_bert, torch.float32), two_processes.TEXTS, prompt=PROMPT, batch_size=4)
+    for result in of_both(two_ranks, "shared"):
+        assert result["array"].tolist() == [[1, 1], [2, 2], [0, 0]] and result["left"] == [[], []]
+        assert "no room for vectors in" in result["refused"] and "set TMPDIR" in result["refused"]
+        kind, vectors = result["encoded"]
+        assert kind == "memmap" and np.allclose(vectors, alone, atol=1e-6)  # other batches: blocks of 8
+    one, other = (result["encoded"][1] for result in of_both(two_ranks, "shared"))
+    assert torch.equal(one, other)
+
+
+def test_a_search_in_shares_is_bitwise_that_of_one(two_ranks: Ranks) -> None:
+    query_QD, corpus_ND = two_processes.search_vectors()
+    for result in of_both(two_ranks, "search"):
+        for num_queries in (31, 1, 0):
+            scores, rows = exact_search(query_QD[:num_queries], corpus_ND, 7)
+            got_scores, got_rows = (found.numpy() for found in result[str(num_queries)])
+            assert np.array_equal(got_scores.view(np.int32), scores.view(np.int32)) and np.array_equal(got_rows, rows)
+        for name in ("queries", "corpus", "corpus, one query"):
+            assert f"{name.split(',')[0]}: row 30 holds NaN" in result[f"bad {name}"]
 
 
 # --- one process ------------------------------------------------------------------------------------------------------
