@@ -69,7 +69,8 @@ VARIANTS: dict[str, Row] = {
     "group 5, 1 epoch, 5e-5": variant(HARD, MORE | {"num_train_epochs": 1, "train_group_size": 5}),
     # from here on with 5e-5, one epoch, group 2
     "merged 0.7": variant(HARD, FASTER, merge=0.7),
-    "teacher": variant(HARD, FASTER, teacher=True),
+    "teacher": variant(HARD, FASTER, teacher={"teacher_temperature": 0.02}),
+    "teacher, cosines as they are": variant(HARD, FASTER, teacher={"teacher_temperature": 1.0}),
     "no guards": variant(HARD | UNGUARDED, FASTER),
     "range 0-10": variant({"range_for_sampling": "0-10", "negative_number": 8}, FASTER),
     "hybrid": variant(HARD | {"retriever": "hybrid"}, FASTER),
@@ -138,7 +139,7 @@ def run_variant(job: Row) -> Row:
     spent.clear()  # what every variant needs once is not counted
     model, trainings = trained(first, "trained"), 1
     if settings["rounds"] == 2 or settings.get("teacher"):
-        teacher = {"teacher_encoder": model} if settings.get("teacher") else {}
+        teacher = {"teacher_encoder": model, **settings["teacher"]} if settings.get("teacher") else {}
         second = mined(model if settings["rounds"] == 2 else job["encoder"], "mined2", **teacher)
         model = trained(second, "trained2", **({"knowledge_distillation": True} if teacher else {}))
         trainings = 2

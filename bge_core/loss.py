@@ -81,6 +81,7 @@ class LossInput:
             is padding.
         teacher_BG: teacher scores of `own_BG` (any number where own_BG is -1), or None.
         guide_query_BE, guide_candidate_NE: a frozen guide model's vectors, or None.
+        own_only_B: True where no passage outside the query's own group is a negative; None: nowhere.
     """
 
     query_BD: Tensor
@@ -94,6 +95,7 @@ class LossInput:
     teacher_BG: Tensor | None = None
     guide_query_BE: Tensor | None = None
     guide_candidate_NE: Tensor | None = None
+    own_only_B: Tensor | None = None
 
     def rows(self, start: int, stop: int) -> "LossInput":
         """The same micro-batch with the queries [start, stop) alone; the candidates stay. Vectors are detached."""
@@ -108,6 +110,7 @@ class LossInput:
             excluded_BX=self.excluded_BX[start:stop],
             teacher_BG=None if self.teacher_BG is None else self.teacher_BG[start:stop],
             guide_query_BE=None if self.guide_query_BE is None else self.guide_query_BE[start:stop],
+            own_only_B=None if self.own_only_B is None else self.own_only_B[start:stop],
         )
 
 
@@ -242,6 +245,8 @@ def candidate_mask(x: LossInput, cfg: LossConfig) -> Tensor:
     """True where candidate j stands against query i at all: everywhere, or in its own group alone; shape (B, N)."""
     if not cfg.in_batch_negatives:
         return own_columns(x)
+    if x.own_only_B is not None:
+        return own_columns(x).logical_or_(~x.own_only_B[:, None])
     return x.own_BG.new_ones((x.own_BG.shape[0], x.candidate_ND.shape[0]), dtype=torch.bool)
 
 

@@ -25,11 +25,13 @@ class Row:
         own: indices of its passages, the positive first, then its own negatives (none: a group of one).
         excluded: ids of its known positives and of the query's own text.
         teacher: the teacher's score of each of `own`.
+        own_only: nobody else's passage is a negative of it.
     """
 
     own: list[int]
     excluded: frozenset[int]
     teacher: list[float]
+    own_only: bool = False
 
 
 Passages = tuple[Tensor, list[int]]  # vectors (N, D) and the text id of each
@@ -52,7 +54,7 @@ def negatives_of(row: Row, ids: list[int], *, in_batch_negatives: bool, exclude_
     for j in range(len(ids)):
         if j == row.own[0]:
             continue  # the positive itself
-        if not in_batch_negatives and j not in row.own:
+        if (row.own_only or not in_batch_negatives) and j not in row.own:
             continue  # somebody else's passage
         if exclude_positives and ids[j] in row.excluded:
             continue  # the text of a known positive, or of the query
@@ -213,7 +215,7 @@ def reference_metrics(
     for query_D, row in zip(query_MD.detach().double(), rows, strict=True):
         similarity = [similarity_of(query_D, p, dim, normalize).item() for p in candidate_ND.detach().double()]
         negatives = negatives_of(row, ids, in_batch_negatives=in_batch_negatives, exclude_positives=exclude_positives)
-        reachable = range(len(ids)) if in_batch_negatives else row.own
+        reachable = range(len(ids)) if in_batch_negatives and not row.own_only else row.own
         positive = similarity[row.own[0]]
         right.append(all(positive > similarity[j] for j in negatives))
         beaten.append(any(similarity[j] > positive for j in negatives))
@@ -360,4 +362,5 @@ def loss_input(
             if teacher
             else None
         ),
+        own_only_B=torch.tensor([row.own_only for row in rows]) if any(row.own_only for row in batch.rows) else None,
     )

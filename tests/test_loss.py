@@ -98,6 +98,31 @@ def test_value_and_gradient_are_those_of_the_reference(
             assert_close(got_gradient, want_gradient, rtol)
 
 
+@pytest.mark.parametrize("mode", ["info_nce", "kl_div", "m3_kd_loss"])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_rows_whose_own_negatives_alone_count(world_size: int, mode: str) -> None:
+    """In one batch with rows that have everybody's; loss, gradient and metrics of all ranks together."""
+    batch = make_batch(5, 5, (3, 2, 1, 4, 2))
+    batch = replace(batch, rows=[replace(row, own_only=i in (0, 2, 3)) for i, row in enumerate(batch.rows)]).leaves()
+    want, gradients = run_reference(batch, MODES[mode])
+    metrics = reference_metrics(batch.query_MD, batch.passages, batch.rows)
+    for block_size in (0, 1, 2):
+        total, got = torch.zeros((), dtype=torch.float64), [torch.zeros_like(gradient) for gradient in gradients]
+        found = dict.fromkeys(metrics, 0.0)
+        for rank, here in enumerate(rank_rows(5, world_size)):
+            config = LossConfig(**MODES[mode], block_size=block_size)
+            leaves = batch.leaves()
+            output = training_loss(loss_input(leaves, rank, world_size), config)
+            (output.loss * len(here) / 5).backward()
+            total += output.loss.detach() * len(here) / 5
+            got = [sum_of + more for sum_of, more in zip(got, leaves.gradients(), strict=True)]
+            found = {name: found[name] + output.metrics[name].item() * len(here) / 5 for name in found}
+        assert_close(total, want, 1e-9)
+        for got_gradient, want_gradient in zip(got, gradients, strict=True):
+            assert_close(got_gradient, want_gradient, 1e-9)
+        assert found == pytest.approx(metrics, rel=1e-9)
+
+
 class LargestTensor(TorchDispatchMode):
     """Numbers in the largest tensor that any operation made within it, forward or backward."""
 

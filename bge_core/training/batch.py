@@ -21,6 +21,7 @@ class Batch:
         rank_counts: (queries, passages) of this micro-batch on each rank.
         rows: the B numbers of the rows.
         guide_tokens: the same texts for the guide encoder, if there is one.
+        own_only_B: True for queries whose own passages alone are their negatives; None: for none.
     """
 
     tokens: Tokens
@@ -31,6 +32,7 @@ class Batch:
     rank_counts: list[tuple[int, int]]
     rows: list[int]
     guide_tokens: Tokens | None = None
+    own_only_B: Tensor | None = None
 
     @property
     def num_queries(self) -> int:

@@ -31,7 +31,10 @@ from bge_core.training.rows import KnownPositives, keys_alone, read_rows, record
 
 @dataclass(frozen=True)
 class Example:
-    """A row with its passages chosen: the positive first, then negatives; `teacher` scores in that order, or None."""
+    """A row with its passages chosen: the positive first, then negatives; `teacher` scores in that order, or None.
+
+    `own_only`: other rows' passages are no negatives of it.
+    """
 
     row: int
     query: str
@@ -39,6 +42,7 @@ class Example:
     passage_ids: list[int]
     known_ids: list[int]
     teacher: list[float] | None
+    own_only: bool = False
 
 
 @dataclass(frozen=True)
@@ -163,7 +167,12 @@ def choose_passages(
 
 
 def make_example(
-    row: int, record: dict[str, Any], chosen: dict[int, int], known_ids: list[int], config: TrainConfig
+    row: int,
+    record: dict[str, Any],
+    chosen: dict[int, int],
+    known_ids: list[int],
+    config: TrainConfig,
+    own_only: bool = False,
 ) -> Example:
     """The texts that were chosen of a row, with their instructions, ids and scores."""
     texts = [record["query"], *record["pos"], *record["neg"]]
@@ -175,13 +184,21 @@ def make_example(
         scores = [*record["pos_scores"], *record["neg_scores"]]
         teacher = [scores[place - 1] for place in chosen]
     query = instructed(record["query"], record["prompt"], config)
-    return Example(row, query, passages, list(chosen.values()), known_ids, teacher)
+    return Example(row, query, passages, list(chosen.values()), known_ids, teacher, own_only)
 
 
 def instructed(query: str, prompt: str | None, config: TrainConfig) -> str:
     """The query behind its row's own prompt, else the run's instruction, else nothing."""
     instruction = prompt if prompt is not None else config.query_instruction_for_retrieval
     return config.query_instruction_format.format(instruction, query) if instruction else query
+
+
+def has_own_negatives_only(file: Path) -> bool:
+    """Whether other rows' passages are no negatives of a source's rows (they may be the same label in other words).
+
+    Its name, or its folder's, says so as in FlagEmbedding: it ends with no_in_batch_neg.
+    """
+    return any(name.endswith("no_in_batch_neg") for name in (file.stem, file.parent.name))
 
 
 class TrainingData(torch.utils.data.Dataset[list[Batch]]):
@@ -214,6 +231,7 @@ class TrainingData(torch.utils.data.Dataset[list[Batch]]):
         self.passage_max_len = min(config.passage_max_len, max_positions)
         sources = load_sources(config.train_data)
         self.files = [Path(source.path) for source in sources]
+        self.own_only = np.array([has_own_negatives_only(file) for file in self.files])
         parts, self.inputs = read_rows(sources, config)
         self.table = datasets.concatenate_datasets(parts)
         self.rows, self.keys = texts_of(self.table), keys_alone(self.table)
@@ -266,9 +284,11 @@ class TrainingData(torch.utils.data.Dataset[list[Batch]]):
             counts = [(len(positions), sum(len(chosen[i]) for i in positions)) for positions in of_ranks]
             here = {passage_id for of_row in chosen for passage_id in of_row.values()}  # of all ranks
             own, examples = of_ranks[self.rank], []
+            own_only = self.own_only[np.searchsorted(np.cumsum(self.plan.file_sizes), rows, side="right")].tolist()
             for i, record in zip(own, records(self.table, rows[own]) if own else (), strict=True):
                 known = [*record["pos_ids"], *filter(here.__contains__, elsewhere[i]), record["query_id"]]
-                examples.append(make_example(int(rows[i]), record, chosen[i], list(dict.fromkeys(known)), self.config))
+                known = list(dict.fromkeys(known))
+                examples.append(make_example(int(rows[i]), record, chosen[i], known, self.config, own_only[i]))
             yield examples, counts
 
     def _costs(self, keys: Sequence[dict[str, Any]], chosen: Sequence[Iterable[int]]) -> list[float]:
@@ -304,6 +324,7 @@ class TrainingData(torch.utils.data.Dataset[list[Batch]]):
             rank_counts=rank_counts,
             rows=[example.row for example in examples],
             guide_tokens=self._tokenize(self.guide[0], queries, passages, self.guide[1]) if self.guide else None,
+            own_only_B=torch.tensor([e.own_only for e in examples], dtype=torch.bool) if self.own_only.any() else None,
         )
 
     def _tokenize(self, tokenizer: Any, queries: list[str], passages: list[str], longest: int) -> Tokens:

@@ -26,7 +26,8 @@ def run_facts(
     config, world_size = data.config, data.world_size
     cross_device = config.negatives_cross_device and world_size > 1
     rows_together = config.per_device_train_batch_size * (world_size if cross_device else 1)
-    candidates = rows_together * config.train_group_size if config.use_inbatch_neg else config.train_group_size
+    in_batch = config.use_inbatch_neg and not data.own_only.all()
+    candidates = rows_together * config.train_group_size if in_batch else config.train_group_size
     return {
         "rows": len(data.rows),
         "steps": data.num_steps,
@@ -95,6 +96,13 @@ def warnings_of_settings(data: TrainingData, facts: Mapping[str, Any]) -> Iterat
         )
     if config.negatives_cross_device and not facts["cross-device negatives"]:
         yield "--negatives_cross_device has no effect with one process"
+    if config.same_dataset_within_batch and config.dataloader_drop_last:
+        for file, draws in zip(data.files, data.plan.draws, strict=True):
+            if draws < data.plan.batch_size:
+                yield (
+                    f"{file} fills no batch ({draws} rows an epoch, {data.plan.batch_size} a batch), so none is used: "
+                    "drop --dataloader_drop_last or --same_dataset_within_batch, or raise its weight"
+                )
     if config.knowledge_distillation and (likeness := teachers_uniformity(data)) > NEARLY_UNIFORM:
         yield (
             f"the teacher scores are nearly uniform ({likeness:.1%} of the entropy of equal ones): a student learns "
@@ -152,7 +160,9 @@ def describe_batch(data: TrainingData) -> str:
         lines += ["", f"row {example.row}", shown("query", example.query, data.query_max_len)]
         for i, passage in enumerate(example.passages):
             lines.append(shown("negative" if i else "positive", passage, data.passage_max_len))
-        if data.config.use_inbatch_neg and data.config.exclude_positives:
+        if example.own_only:
+            lines.append("  its own negatives alone (no_in_batch_neg)")
+        elif data.config.use_inbatch_neg and data.config.exclude_positives:
             lines += _masked(example, [other for other in examples if other is not example])
     return "\n".join(lines)
 

@@ -190,4 +190,5 @@ def loss_input(vector_SD: Tensor, batch: Batch, cross_device: bool, guide_SE: Te
         teacher_BG=None if batch.teacher_BG is None else batch.teacher_BG.to(device, vector_SD.dtype),
         guide_query_BE=guide_query_BE,
         guide_candidate_NE=guide_candidate_NE,
+        own_only_B=None if batch.own_only_B is None else batch.own_only_B.to(device),
     )

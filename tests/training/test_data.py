@@ -41,6 +41,7 @@ from bge_core.training.data import (
 )
 from bge_core.training.random_state import generators
 from bge_core.training.rows import keys_of, records
+from bge_core.training.step import loss_input
 
 
 def make_config(file: Path | list[str], **options: Any) -> TrainConfig:
@@ -653,6 +654,24 @@ def test_a_row_that_comes_again_in_an_epoch_chooses_other_passages(tiny_bert: Pa
         chosen = [e.passages for e in examples if e.row == row]
         assert len(chosen) in (2, 3) and len({tuple(passages) for passages in chosen}) == len(chosen)
         assert all(e.query == f"问{row}" for e in examples if e.row == row)
+
+
+@pytest.mark.parametrize("name", ["labels-no_in_batch_neg/rows.jsonl", "labels_no_in_batch_neg.jsonl"])
+def test_rows_of_a_source_named_so_have_their_own_negatives_alone(name: str, tiny_bert: Path, tmp_path: Path) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    labels = write(tmp_path / name, *(ROW | {"query": f"甲{i}"} for i in range(3)))
+    other = write(tmp_path / "faq.jsonl", *(ROW | {"query": f"乙{i}"} for i in range(5)))
+    ranks = [make_data([str(labels), str(other)], tiny_bert, rank, 2) for rank in range(2)]
+    flags = {}
+    for data in ranks:
+        (batch,) = data[0]
+        assert batch.own_only_B is not None
+        x = loss_input(torch.zeros(len(batch.tokens), 2), batch, cross_device=False)
+        assert x.own_only_B is not None
+        flags |= dict(zip(batch.rows, x.own_only_B.tolist(), strict=True))
+    first = ranks[0].rows["query"]
+    assert {first[row][0]: flag for row, flag in flags.items()} == {"甲": True, "乙": False} and len(flags) == 8
+    assert make_data(other, tiny_bert)[0][0].own_only_B is None
 
 
 def test_batches_of_one_source_and_what_is_described(tiny_bert: Path, tmp_path: Path) -> None:

@@ -11,6 +11,20 @@ from bge_core.training import preflight
 FACTS: dict[str, Any] = {"candidates per query": 8, "cross-device negatives": False}
 
 
+def test_a_source_that_fills_no_batch_is_named(tiny_bert: Path, tmp_path: Path) -> None:
+    rows = [{"query": f"问{i}", "pos": ["答"], "neg": ["错", "错二"]} for i in range(8)]
+    files = [str(write(tmp_path / f"{name}.jsonl", *rows[:count])) for name, count in (("small", 3), ("large", 8))]
+    alone = {"same_dataset_within_batch": True, "dataloader_drop_last": True}
+    for options, count in (
+        (alone, 1),
+        (alone | {"dataloader_drop_last": False}, 0),
+        ({"dataloader_drop_last": True}, 0),
+    ):
+        warnings = list(preflight.warnings_of_settings(make_data(files, tiny_bert, **options), FACTS))
+        assert sum("small.jsonl fills no batch (3 rows an epoch, 4 a batch)" in line for line in warnings) == count
+        assert not any("large.jsonl" in line for line in warnings)
+
+
 @pytest.mark.parametrize(
     ("scores", "uniformity"),
     [
