@@ -33,24 +33,6 @@ TOLERANCE = 1e-6  # of vectors of length 1; of longer ones relative to their lar
 NEAREST = 5  # mined passages of each question
 
 KNOWN: dict[str, list[str]] = {
-    "mine": [
-        "m3e",
-        "text2vec",
-        "stella-zh-v3",
-        "stella-en-v5",
-        "piccolo-v2",
-        "Conan",
-        "zpoint",
-        "jina-v2-zh",
-        "nomic-v1.5",
-        "paraphrase-multilingual",
-        "distiluse",
-        "nli-max",
-        "sentence-camembert",
-        "0_Transformer",
-        "SGPT",
-        "include_prompt false",
-    ],
     "train": [
         "m3e",
         "text2vec",
@@ -71,24 +53,6 @@ KNOWN: dict[str, list[str]] = {
         "SGPT",
         "default_prompt_name",
     ],
-    "evaluate": [
-        "m3e",
-        "text2vec",
-        "stella-zh-v3",
-        "stella-en-v5",
-        "piccolo-v2",
-        "Conan",
-        "zpoint",
-        "jina-v2-zh",
-        "nomic-v1.5",
-        "paraphrase-multilingual",
-        "distiluse",
-        "nli-max",
-        "sentence-camembert",
-        "0_Transformer",
-        "SGPT",
-        "include_prompt false",
-    ],
     "merge": [
         "gte-multilingual",
         "stella-zh-v3",
@@ -106,6 +70,8 @@ KNOWN: dict[str, list[str]] = {
         "XLNet",
     ],
     "encode": ["0_Transformer", "SGPT"],
+    "mine": ["0_Transformer", "include_prompt false"],
+    "evaluate": ["0_Transformer", "include_prompt false"],
 }
 
 
