@@ -107,7 +107,8 @@ def print_summary(config: MineConfig, mined: Mined, findings: Sequence[Finding])
         print(f"{'PROBLEM' if finding.severity == 'bad' else 'mind'}: {finding.message} {finding.remedy}")
     print(f"written: {config.output_file}, {manifest_path(str(config.output_file))}, {report_path(config)}")
     settings = {"model_name_or_path": config.model_name_or_path, "train_data": config.output_file}
-    for name in ("query_instruction_for_retrieval", "passage_instruction_for_retrieval", "sentence_pooling_method"):
+    sides = [f"{side}_{what}" for side in ("query", "passage") for what in ("instruction_for_retrieval", "prompt_name")]
+    for name in (*sides, "sentence_pooling_method"):
         if getattr(config, name) is not None:  # training should see the texts as mining did
             settings[name] = getattr(config, name)
     flags = " ".join(f"--{name} {shlex.quote(str(value))}" for name, value in settings.items())

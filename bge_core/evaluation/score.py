@@ -11,6 +11,7 @@ import numpy as np
 from bge_core import UserError
 from bge_core.encoder.fingerprint import fingerprint
 from bge_core.encoder.load import load_encoder
+from bge_core.encoder.prompts import choose_prompts
 from bge_core.encoder.settings import EncoderSettings
 from bge_core.evaluation.costs import COST_METRICS, Cost, measure_costs, refuse_costs
 from bge_core.evaluation.evaluator import EvaluationResult, Model, Ranking, bge_instruction, rank, task_vectors
@@ -146,14 +147,12 @@ def prompts(config: EvaluateConfig, path: str, stored: EncoderSettings, task: Re
     """What stands before questions and passages.
 
     With --add_instruction: the model's stored prompts, else BGE's query instruction for its language. The flags that
-    name an instruction beat that; without either there is none.
+    name a prompt or an instruction beat that; without any of them there is none.
     """
-    query, passage = "", ""
-    if config.add_instruction:
-        query = stored.query_prompt if stored.query_prompt is not None else bge_instruction(path, task.queries)
-        passage = stored.passage_prompt or ""
-    if config.query_instruction_for_retrieval is not None:
-        query = config.query_instruction_for_retrieval
-    if config.passage_instruction_for_retrieval is not None:
-        passage = config.passage_instruction_for_retrieval
-    return query, passage
+    chosen = config.query_prompt_name, config.passage_prompt_name
+    if not config.add_instruction and chosen == (None, None):
+        return config.query_instruction_for_retrieval or "", config.passage_instruction_for_retrieval or ""
+    query, passage = choose_prompts(path, stored, config)
+    if query is None and config.add_instruction and not stored.prompts:
+        query = bge_instruction(path, task.queries)
+    return query or "", passage or ""

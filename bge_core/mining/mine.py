@@ -86,7 +86,7 @@ def mine_hard_negatives(
         encoder: on the device to use.
         rows: checked rows of training data.
         pool: the candidates, each (normalized) text once.
-        config: instructions of None mean the encoder's stored prompts.
+        config: instructions of None mean the encoder's stored prompts, see `choose_prompts`.
         precision: "fp16", "bf16" or "no".
         cache: keeps the vectors; None: nothing does.
         teacher: scores what is chosen; None: there is none.

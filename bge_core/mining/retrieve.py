@@ -15,6 +15,7 @@ import numpy as np
 from bge_core.encoder.encode import encode_for_search
 from bge_core.encoder.fingerprint import fingerprint
 from bge_core.encoder.model import Encoder
+from bge_core.encoder.prompts import choose_prompts
 from bge_core.files.records import Row, distinct_texts
 from bge_core.files.text import text_id
 from bge_core.runtime.config import MineConfig
@@ -79,10 +80,10 @@ def embed(
 ) -> Embedded:
     """Encode every distinct query, every candidate, and what else the rows hold; on every process.
 
-    A row's own `prompt` replaces the query instruction; instructions of None mean the encoder's stored prompts.
+    A row's own `prompt` replaces the query instruction.
     """
-    query_instruction = _first_stated(config.query_instruction_for_retrieval, encoder.settings.query_prompt)
-    passage_instruction = _first_stated(config.passage_instruction_for_retrieval, encoder.settings.passage_prompt)
+    prompts = choose_prompts(str(config.model_name_or_path), encoder.settings, config)
+    query_instruction, passage_instruction = (prompt or "" for prompt in prompts)
     encode_texts = cache.vectors if cache else encode_for_search
     options: dict[str, Any] = {
         "precision": precision,
@@ -92,7 +93,8 @@ def embed(
     as_passage = options | {"prompt": passage_instruction, "max_length": config.passage_max_len}
 
     # One vector for each distinct query as it is encoded, for rows may repeat it.
-    asked = [_first_stated(row.get("prompt"), query_instruction) + row["query"] for row in rows]
+    own = (row.get("prompt") for row in rows)
+    asked = [(query_instruction if o is None else o) + row["query"] for o, row in zip(own, rows, strict=True)]
     places = {text: place for place, text in enumerate(dict.fromkeys(asked))}
     place_Q = np.array([places[text] for text in asked])
     query_UD: Any = encode_texts(
@@ -181,7 +183,3 @@ def index_path(config: MineConfig, key: str) -> str | None:
     if config.index_path or not config.embedding_cache_dir:
         return config.index_path
     return str(Path(config.embedding_cache_dir) / f"{config.index_factory.replace(',', '-')}-{key}.faiss")
-
-
-def _first_stated(*values: str | None) -> str:
-    return next((value for value in values if value is not None), "")

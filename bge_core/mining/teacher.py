@@ -12,6 +12,7 @@ import torch
 
 from bge_core.encoder.encode import encode_for_search
 from bge_core.encoder.load import load_encoder
+from bge_core.encoder.prompts import choose_prompts
 from bge_core.encoder.reranker import load_reranker
 from bge_core.files.records import Row
 from bge_core.runtime.config import MineConfig
@@ -42,6 +43,7 @@ class Teacher:
             self.reranker = load_reranker(name, max_length=length, **common).to(device)
         else:
             self.encoder = load_encoder(str(config.teacher_encoder), **common).to(device)
+            self.prompts = choose_prompts(str(config.teacher_encoder), self.encoder.settings)
         cosines = not config.reranker_name_or_path and self.encoder.settings.scored_by == "cosine"
         self.temperature = config.teacher_temperature or (COSINE_TEMPERATURE if cosines else 1.0)
         self.config, self.cache = config, cache
@@ -56,9 +58,8 @@ class Teacher:
         """(n,) scores of n pairs, higher where the passage answers better; on every rank."""
         if self.config.reranker_name_or_path:
             return self.reranker.score(pairs, **self.options)
-        settings = self.encoder.settings
-        self._encode("query", [query for query, _ in pairs], self.config.query_max_len, settings.query_prompt)
-        self._encode("passage", [text for _, text in pairs], self.config.passage_max_len, settings.passage_prompt)
+        self._encode("query", [query for query, _ in pairs], self.config.query_max_len, self.prompts[0])
+        self._encode("passage", [text for _, text in pairs], self.config.passage_max_len, self.prompts[1])
         return np.array([self._vectors["query", query] @ self._vectors["passage", text] for query, text in pairs])
 
     def _encode(self, side: str, texts: Sequence[str], max_length: int, prompt: str | None) -> None:

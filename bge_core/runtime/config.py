@@ -397,7 +397,8 @@ class EvaluateConfig(CorpusStage):
         if self.run:
             self._need_unset(
                 "corpus dims dtypes index_factories update_model_card embedding_cache_dir add_instruction fp16 bf16 "
-                "max_tokens query_instruction_for_retrieval passage_instruction_for_retrieval sentence_pooling_method",
+                "max_tokens query_instruction_for_retrieval passage_instruction_for_retrieval query_prompt_name "
+                "passage_prompt_name sentence_pooling_method",
                 "has no meaning with --run",
             )
             need(self.lang == "en", "lang", self.lang, "has no meaning with --run, which writes no report")

@@ -93,6 +93,10 @@ class EncodingStage(ModelStage):
         None, "Put before each query. Default: the model's stored query prompt, if any; '' for none."
     )
     passage_instruction_for_retrieval: str | None = flag(None, "Likewise for passages.")
+    query_prompt_name: str | None = flag(
+        None, "Put the model's stored prompt of this name before each query, as search_query. Default: query."
+    )
+    passage_prompt_name: str | None = flag(None, "Likewise for passages. Default: document, passage or corpus.")
     sentence_pooling_method: Pooling | None = flag(
         None, "Default: what the model's sentence-transformers files say, else cls.", alias="pooling_method"
     )

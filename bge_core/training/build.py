@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from bge_core import UserError
 from bge_core.encoder.load import load_encoder
 from bge_core.encoder.model import Encoder, compile_layers
+from bge_core.encoder.prompts import choose_prompts
 from bge_core.encoder.settings import EncoderSettings
 from bge_core.files.atomic import sha256
 from bge_core.loss import LossConfig, training_loss
@@ -58,18 +59,20 @@ def resolve(
     """The settings with the instructions that the checkpoint stores, '' where it stores none and none is given.
 
     Raises:
-        UserError: Matryoshka dimensions beyond the model's; a metric that no evaluation gives.
+        UserError: Matryoshka dimensions beyond the model's; a metric that no evaluation gives; as `choose_prompts`.
     """
     if config.metric_for_best_model not in metric_names:
         remedy = f"use one of {', '.join(metric_names)}"
         raise UserError(f"--metric_for_best_model {config.metric_for_best_model!r}: {remedy}")
     if max(config.mrl_dims, default=0) > embedding_size:
         raise UserError(f"--mrl_dims {config.mrl_dims}: the model's vectors have {embedding_size} dimensions")
-    query, passage = config.query_instruction_for_retrieval, config.passage_instruction_for_retrieval
+    query, passage = choose_prompts(config.model_name_or_path, stored, config)
     return replace(
         config,
-        query_instruction_for_retrieval=query if query is not None else stored.query_prompt or "",
-        passage_instruction_for_retrieval=passage if passage is not None else stored.passage_prompt or "",
+        query_instruction_for_retrieval=query or "",
+        passage_instruction_for_retrieval=passage or "",
+        query_prompt_name=None,
+        passage_prompt_name=None,
     )
 
 
