@@ -1,8 +1,9 @@
 """What stands on disk between the stages: read with file and line in every error, written whole or not at all.
 
 text: when two texts are the same. records: the formats. atomic: writing, manifests, whose folder it is. sources: JSON
-lines, Parquet, folders, hub datasets. Of prepare.py: columns, tables: raw files of any kind. pairs: questions and
-answers. split: which of them train.
+lines, Parquet, folders, hub datasets. Of prepare.py: tables, sheets, nested: raw files of any kind. columns, cells:
+what is in their columns and cells. understood: how they were read, in words. pairs: questions and answers. split: which
+of them train.
 """
 
 from bge_core.files.atomic import write_jsonl as write_jsonl

@@ -65,15 +65,17 @@ def _judge(row: Row, columns: Columns, min_label: float | None) -> tuple[bool, s
     """(are the answers known to be wrong, why is the row left out)."""
     for name, words in columns.off.items():
         if word(row[name]) in words:
-            return False, f"{name} is {row[name]}"
+            return False, f"'{name}' is {row[name]}"
     if columns.label is None:
         return False, None
     name, label = columns.label, word(row[columns.label])
     if not label:
-        return False, f"no {name}"
+        return False, f"'{name}' is empty"
     if columns.is_score:
         try:
-            return False, f"{name} below {min_label:g}" if min_label is not None and float(label) < min_label else None
+            return False, f"'{name}' below {min_label:g}" if min_label is not None and float(
+                label
+            ) < min_label else None
         except ValueError:
             raise UserError(f"field '{name}' is {row[name]!r}; it must be a number") from None
     if label not in YES | NO:

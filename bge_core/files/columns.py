@@ -12,13 +12,14 @@ from bge_core.files.text import normalize_text
 # The first of these names that a file has and that holds texts is taken; anchor and positive are those of
 # sentence-transformers.
 TITLES = ["title", "标题", "问题标题"]
-INSTRUCTIONS = ["instruction", "prompt"]
+INSTRUCTIONS = ["instruction", "prompt", "指令", "指示"]
+INPUTS = ["input", "输入"]
 QUESTION_NAMES = [
     "query", "question", "q", "anchor", "问题", "提问", "问句", "问", "标准问", "标准问题", "标准问法", "标准问句",
     "用户问题", "用户提问", "用户问", "用户咨询", "咨询问题", "咨询", "问题描述", "问题内容", "问法", "主问题",
     "题目", "質問", "質問文", "問題", "提問", "questions", "queries", "standard_question", "user_question",
-    "user_query", *INSTRUCTIONS, "input", *TITLES, "sentence1", "sentence_a", "text1", "text_a", "s1", "question1",
-    "query1", "premise",
+    "user_query", *INSTRUCTIONS, *INPUTS, *TITLES, "sentence1", "sentence_a", "text1", "text_a", "s1", "question1",
+    "query1", "premise", "question_1", "qtext", "질문", "知识标题", "关联问题",
 ]  # fmt: skip
 SIMILAR_NAMES = [
     *(kind + noun for kind in ("相似", "扩展", "同义") for noun in ("问", "问题", "问法", "问句", "说法")),
@@ -29,7 +30,8 @@ ANSWER_NAMES = [
     "标准回复", "客服回答", "客服回复", "参考答案", "最佳答案", "答案内容", "回答内容", "回复内容", "回答文", "答え",
     "回覆", "话术", "标准话术", "解决方案", "answers", "positives", "best_answer", "response", "reply", "passage",
     "document", "context", "output", "content", "text", "内容", "內容", "正文", "sentence2", "sentence_b", "text2",
-    "text_b", "s2", "question2", "query2", "hypothesis", *SIMILAR_NAMES,
+    "text_b", "s2", "question2", "query2", "hypothesis", "question_2", "atext", "답변", "输出", "completion",
+    "chosen", "默认", *SIMILAR_NAMES,
 ]  # fmt: skip
 NEGATIVE_NAME = re.compile(r"(hard_?)?neg(ative)?s?(_?\d+)?|负例|难负例|负样本")
 SIMILAR_NAME = re.compile(rf"({'|'.join(SIMILAR_NAMES)})_?\d*")
@@ -41,7 +43,7 @@ LABEL_NAME = re.compile(
 OFF_NAME = re.compile(r"(是否)?已?(停用|禁用|删除|下线|失效|作废|过期)|(is_?)?(disabled?|deleted|expired|inactive)")
 ON_NAME = re.compile(r"(是否)?已?(启用|有效|上线|发布|生效)|(is_?)?(enabled?|active|published)")
 STATUS_NAME = re.compile(r"(知识|问题|启用|使用|发布)?状态|status|state")
-NAME_NOISE = re.compile(r"\(.*?\)|\[.*?\]|【.*?】|[*:]")  # as in 问题(必填), *问题, 问题:
+NAME_NOISE = re.compile(r"^[(\[【].*?[)\]】]|[(\[【].*|[*:]")  # as in 问题(必填), (必填)问题, *问题, 问题:
 
 # fmt: off
 YES = frozenset([
@@ -153,7 +155,7 @@ def find_columns(names: Sequence[str], values: Mapping[str, Sequence[Any]], want
     answer = choose("answer", "--answer_field", wanted.answer_field, ANSWER_NAMES, answers)
     titles = [name for name in questions if plain_name(name) in TITLES and name not in (question, answer)]
     appends = plain_name(question) in INSTRUCTIONS and not wanted.query_field
-    appended = next((name for name in questions if appends and plain_name(name) == "input"), None)
+    appended = next((name for name in questions if appends and plain_name(name) in INPUTS), None)
     taken = {question, answer, appended, *titles}
     rest = {name: short for name, short in zip(names, plain, strict=True) if name not in taken}
     in_words = holds_text(values[answer])  # numbers beside texts are ids
@@ -216,7 +218,7 @@ def names_columns(cells: Sequence[Any], wanted: Wanted) -> bool:
 def refuse_header(cells: Sequence[Any], wanted: Wanted) -> NoReturn:
     """Raise UnknownColumns that says whether these first cells are other names, or no names at all."""
     names = ["" if cell is None else str(cell) for cell in cells]
-    if len(names) > 1 and any(len(name) > 24 or NO_NAME.search(name) for name in names):
+    if len(names) > 1 and any(len(name) > 24 or NO_NAME.search(name) or word(name) in YES | NO for name in names):
         shown = ", ".join(f"'{name[:30]}'" for name in names[:10])
         raise UnknownColumns(
             f"has no header line; the first row is {shown}; say which columns are question and answer, counted from 1, "

@@ -30,21 +30,22 @@ def unnest(row: Any, note: Note) -> Iterator[Any]:
             yield {"question": question, "context": None if asked.get("is_impossible") else passage}
     elif any(isinstance(row.get(name), list) for name in TURNS):
         note("conversations: the first question and the reply to it; what comes later is left out")
-        yield _first_exchange(next(row[name] for name in TURNS if name in row))
+        yield _first_exchange(next(row[name] for name in TURNS if name in row), row.get("chosen"))
     else:
         yield row
 
 
-def _first_exchange(turns: list[Any]) -> Row:
+def _first_exchange(turns: list[Any], preferred: Any) -> Row:
+    """The first question and the reply to it, or else the reply that was preferred to another."""
     question = None
     for turn in turns:
-        speaker = turn.get("from", turn.get("role"))
-        text = turn.get("value", turn.get("content"))
+        speaker, text = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
         if speaker in ASKS and question is None:
             question = text
         elif speaker in REPLIES and question is not None:
             return {"question": question, "answer": text}
-    return {"question": question, "answer": None}
+    text = preferred.get("value", preferred.get("content")) if isinstance(preferred, dict) else preferred
+    return {"question": question, "answer": text}
 
 
 def rows_of(value: Any) -> list[Any]:

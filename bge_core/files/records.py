@@ -22,7 +22,8 @@ Row = dict[str, Any]
 Check = Callable[[Row], str | None]
 MAX_SHOWN = 10
 _OTHER_KINDS = {  # by their first bytes
-    b"PK\x03\x04": "a ZIP archive or a workbook: unpack it, or give a workbook to prepare.py",
+    b"PK\x03\x04": "a ZIP archive: unpack it; or a workbook: name it .xlsx and give it to prepare.py",
+    b"\xd0\xcf\x11\xe0": "an old workbook or document: save it as .xlsx and give that to prepare.py",
     b"PAR1": "a Parquet file: end its name with .parquet",
     b"BZh": "packed by bzip2: unpack it",
     b"\xfd7zXZ\0": "packed by xz: unpack it",

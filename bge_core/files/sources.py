@@ -71,20 +71,27 @@ def is_hub_name(path: str | Path) -> bool:
     return _HUB_NAME.fullmatch(str(path)) is not None and not is_file and not Path(path).parent.exists()
 
 
-def files_below(folder: Path) -> Iterator[Path]:
+def files_below(folder: Path, output: Path | None = None) -> Iterator[Path]:
     """The files below a folder, through links, none that is hidden (or Excel's lock), and nothing that a stage left.
+
+    Args:
+        folder: where to look.
+        output: a folder below it that is not looked at.
 
     Raises:
         UserError: below it lies what prepare.py wrote, and so its test questions.
     """
-    seen: set[str] = set()
+    seen = {os.path.realpath(output)} if output else set()
     for place, folders, names in os.walk(folder, followlinks=True):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
+        if os.path.realpath(place) in seen:
+            folders.clear()
+            continue
         manifest = atomic.read_json(Path(place, "manifest.json")) if "manifest.json" in names else None
         stage = manifest.get("stage") if isinstance(manifest, dict) else None
         if stage == "prepare":
             raise UserError(f"{place}: holds the test questions, too; name one file, as {Path(place, 'train.jsonl')}")
-        if stage in ("train", "checkpoint", "merge", "evaluate") or os.path.realpath(place) in seen:
+        if stage in ("train", "checkpoint", "merge", "evaluate"):
             folders.clear()
             continue
         seen.add(os.path.realpath(place))

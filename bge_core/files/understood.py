@@ -21,6 +21,7 @@ class Understood:
     columns: dict[str, list[str]] = field(default_factory=dict)  # what they are taken as -> which
     sample: dict[str, str] = field(default_factory=dict)
     rows: int = 0
+    answers: int = 0  # texts in the rows that are kept
     negatives: int = 0  # rows whose answers became negatives of their question
     lost: Counter[str] = field(default_factory=Counter)  # why -> how many
     html: int = 0
@@ -49,7 +50,7 @@ class Understood:
         }
         for role, names in roles.items():
             known = self.columns.setdefault(role, [])
-            known += [name for name in names if name not in known]
+            known += [name for name in (" ".join(name.split()) for name in names) if name not in known]
         for name in unused:
             if columns.label is None and holds_yes_and_no(values[name]):
                 self.note(
@@ -68,7 +69,9 @@ class Understood:
             self.lost[pair.problem] += 1
         elif pair.is_negative:
             self.negatives += 1
-        elif "question" not in self.sample:
+        else:
+            self.answers += sum(map(bool, pair.answers))
+        if not pair.problem and not pair.is_negative and "question" not in self.sample:
             answer = next(filter(None, pair.answers))
             negatives = {"negative": pair.negatives[0][:60]} if pair.negatives else {}
             self.sample |= {"question": pair.questions[0][:60], "answer": answer[:60]} | negatives
@@ -101,25 +104,32 @@ def summarize(files: Sequence[Understood]) -> list[str]:
 
 def _block(files: Sequence[Understood]) -> list[str]:
     first = next((file for file in files if "question" in file.sample), files[0])
-    rows, kept, negatives = (sum(getattr(file, name) for file in files) for name in ("rows", "kept", "negatives"))
+    names = ("rows", "kept", "answers", "negatives")
+    rows, kept, answers, negatives = (sum(getattr(file, name) for file in files) for name in names)
     lost = sum((file.lost for file in files), Counter[str]())
     counts = [f"{rows:,} rows", f"{kept:,} kept"]
     counts += [f"{negatives:,} as negatives"] * bool(negatives)
     counts += [f"{lost.total():,} lost ({_reasons(lost)})"] * bool(lost)
     title = f"{first.path}" if len(files) == 1 else f"{len(files)} files, as {first.path}"
     lines = [f"{title}: {', '.join(counts)}"]
-    lines += [f"  {role:<10} {', '.join(names)}" for role, names in first.columns.items() if names]
+    several = {"answer": f" ({answers / kept:.1f} texts a row)"} if answers > kept else {}
+    roles = [
+        (role, ", ".join(name[:50] for name in taken) + several.get(role, ""))
+        for role, taken in first.columns.items()
+        if taken
+    ]
+    lines += [f"  {role:<10} {taken}" for role, taken in roles]
     if "question" in first.sample:
         sample = [first.sample[name] for name in ("question", "answer", "negative") if name in first.sample]
         lines.append(f"  {'sample':<10} {' | '.join(sample)}")
     html = sum(file.html for file in files)
     if html:
         example = next(file.sample["HTML"] for file in files if file.html)
-        lines.append(f"  {'HTML':<10} in {html:,} rows, as '{example}'; --strip_html cleans it")
+        lines.append(f"  {'HTML':<10} in {html:,} row{'s' * (html > 1)}, as '{example}'; --strip_html cleans it")
     notes = list(dict.fromkeys(note for file in files for note in file.notes))
     lines += [f"  {'note':<10} {note}" for note in notes[:MAX_SHOWN]]
     return lines + [f"  {'':<10} and {len(notes) - MAX_SHOWN} more notes"] * (len(notes) > MAX_SHOWN)
 
 
 def _reasons(lost: Counter[str]) -> str:
-    return ", ".join(f"{reason} {count:,}" for reason, count in lost.most_common(MAX_SHOWN))
+    return ", ".join(f"{reason}: {count:,}" for reason, count in lost.most_common(MAX_SHOWN))

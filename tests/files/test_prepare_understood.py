@@ -26,6 +26,7 @@ def understand(file: Path, **wanted: Any) -> tuple[Pairs, Understood]:
 
 def write(file: Path, content: Any) -> Path:
     text = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
+    file.parent.mkdir(exist_ok=True)
     file.write_text(text, encoding="utf-8", newline="")
     return file
 
@@ -83,7 +84,7 @@ def test_a_score_is_no_yes_or_no(numbers: list[Any], least: str, tmp_path: Path)
     found, understood = understand(file, min_label=float(least))
     kept = [i for i, number in enumerate(numbers) if float(number) >= float(least)]
     assert found == {f"q{i}": ([f"a{i}"], []) for i in kept}
-    assert dict(understood.lost) == {f"score below {least}": len(numbers) - len(kept)}
+    assert dict(understood.lost) == {f"'score' below {least}": len(numbers) - len(kept)}
     assert len(understand(file, min_label=float(numbers[0]))[0]) == 3
 
 
@@ -162,10 +163,22 @@ UNDERSTOOD = {
         {"q1": ["a"]},
         "2 lines above the header passed over, as '某馆常见问题'",
     ),
+    "a table with tabs whose quotes are texts": (
+        "a.tsv",
+        '问题\t答案\n"开户"怎么办\t"带证件"来\n"q2"\ta\n',
+        {'"开户"怎么办': ['"带证件"来'], '"q2"': ["a"]},
+        "its quotes are part of the texts",
+    ),
     "SQuAD": ("a.json", SQUAD, {"几点关门": ["图书馆九点关门。"]}, "SQuAD or CMRC layout"),
     "CMRC": ("a.json", CMRC, {"几点关门": ["图书馆九点关门。"]}, "SQuAD or CMRC layout"),
     "ShareGPT": ("a.json", SHAREGPT, {"几点关门": ["九点。"]}, "conversations: the first question"),
     "messages": ("a.jsonl", MESSAGES, {"几点关门": ["九点。"]}, "conversations: the first question"),
+    "preferred replies": (
+        "a.jsonl",
+        {"conversations": SHAREGPT[0]["conversations"][:2], "chosen": "九点。", "rejected": "不知道"},
+        {"几点关门": ["九点。"]},
+        "conversations: the first question",
+    ),
     "a list under another name": ("a.json", {"RECORDS": [{"q": "q1", "a": "b"}]}, {"q1": ["b"]}, ""),
 }  # fmt: skip
 
@@ -264,7 +277,7 @@ def test_the_summary(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     output = tmp_path / "out"
     lines = said(lambda: prepare.main(["--input_dir", str(file), "--output_dir", str(output)]), capsys)
     assert lines == [
-        f"{file}: 5 rows, 2 kept, 1 as negatives, 2 lost (no answer 1, 是否有效 is 否 1)",
+        f"{file}: 5 rows, 2 kept, 1 as negatives, 2 lost (no answer: 1, '是否有效' is 否: 1)",
         "  question   问题",
         "  answer     答案",
         "  negatives  负例",
@@ -272,22 +285,24 @@ def test_the_summary(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         "  in use     是否有效",
         "  not taken  分类",
         "  sample     q1 | a1 | n1",
-        "  HTML       in 1 rows, as '<p>a2</p>'; --strip_html cleans it",
-        f"warning: more than a tenth of the rows is lost: {file} 2 of 5 (no answer 1, 是否有效 is 否 1)",
+        "  HTML       in 1 row, as '<p>a2</p>'; --strip_html cleans it",
+        f"warning: more than a tenth of the rows is lost: {file} 2 of 5 (no answer: 1, '是否有效' is 否: 1)",
     ]
     (entry,) = json.loads((output / "manifest.json").read_text(encoding="utf-8"))["inputs"]
     assert entry["columns"]["not taken"] == ["分类"] and entry["sample"]["question"] == "q1"
     assert (entry["rows"], entry["rows_kept"], entry["rows_negative"]) == (5, 2, 1)
-    assert entry["rows_lost"] == {"no answer": 1, "是否有效 is 否": 1}
+    assert entry["rows_lost"] == {"no answer": 1, "'是否有效' is 否": 1}
 
 
 def test_many_files_of_one_layout_are_one_block(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path / ".ipynb_checkpoints" / "000.csv", "问题,答案\nhidden,h\n")
     for i in range(100):
         write(tmp_path / f"{i:03}.csv", f"问题,答案\nq{i},a{i}\n" + "p,\n" * (i < 7))
-    write(tmp_path / "b.jsonl", {"query": "x", "pos": ["y"]})
+    write(tmp_path / "b.jsonl", {"query": "x", "pos": ["y", "z"]})
     lines = said(lambda: prepare.main(["--input_dir", str(tmp_path), "--output_dir", str(tmp_path / "out")]), capsys)
+    assert "  answer     pos (2.0 texts a row)" in lines
     assert len(lines) == 9 and lines[0].startswith(f"100 files, as {tmp_path / '000.csv'}: 107 rows, 100 kept, 7 lost")
-    assert lines[-1].count("1 of 2 (no answer 1)") == 5 and lines[-1].endswith("and 2 more files")
+    assert lines[-1].count("1 of 2 (no answer: 1)") == 5 and lines[-1].endswith("and 2 more files")
 
 
 def test_a_flag_that_nothing_needs_is_refused(tmp_path: Path) -> None:

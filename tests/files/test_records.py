@@ -145,7 +145,7 @@ def test_what_others_write_gives_the_same_rows(layout: str, tmp_path: Path) -> N
 
 
 OTHER_KINDS = {
-    "workbook": (b"PK\x03\x04...", "x.jsonl: is a ZIP archive or a workbook"),
+    "workbook": (b"PK\x03\x04...", "x.jsonl: is a ZIP archive: unpack it; or a workbook"),
     "Parquet": (b"PAR1...", "x.jsonl: is a Parquet file: end its name with .parquet"),
     "xz": (b"\xfd7zXZ\0...", "x.jsonl: is packed by xz: unpack it"),
     "half of a gzip": (gzip.compress(LINES.encode())[:40], "x.jsonl: cannot be unpacked"),

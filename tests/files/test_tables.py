@@ -1,6 +1,7 @@
 """Raw files of every kind, encoding and spelling as rows of question, answers and negatives; what is bad is named."""
 
 import csv
+import gzip
 import json
 import zipfile
 from datetime import date
@@ -57,6 +58,12 @@ def write_parquet(file: Path, pairs: list[tuple[str, str]]) -> None:
     pyarrow.parquet.write_table(pyarrow.table(columns), file)
 
 
+def write_packed(file: Path, pairs: list[tuple[str, str]]) -> None:
+    write_csv(file.with_suffix(""), pairs, ",")
+    file.write_bytes(gzip.compress(file.with_suffix("").read_bytes()))
+    file.with_suffix("").unlink()
+
+
 def write_csv(file: Path, pairs: list[tuple[str, str]], delimiter: str) -> None:
     with open(file, "w", encoding="utf-8", newline="") as opened:
         csv.writer(opened, delimiter=delimiter).writerows(
@@ -75,6 +82,7 @@ WRITERS = {
     "lines.json": lambda file, pairs: write(file, jsonl(pairs)),
     "a.csv": lambda file, pairs: write_csv(file, pairs, ","),
     "semicolon.csv": lambda file, pairs: write_csv(file, pairs, ";"),
+    "a.csv.gz": write_packed,
     "a.tsv": lambda file, pairs: write_csv(file, pairs, "\t"),
     "A.XLSX": lambda file, pairs: write_xlsx(file, [["问题", "答案"], *map(list, pairs)]),
     "a.parquet": write_parquet,
@@ -127,6 +135,12 @@ def test_a_few_bad_bytes_do_not_turn_utf8_into_gb18030(tmp_path: Path) -> None:
         (("sentence1", "sentence2", "id"), "sentence1", "sentence2", ()),
         (("input", "output"), "input", "output", ()),
         (("问题", "相似问题"), "问题", "相似问题", ()),
+        (
+            ("知识标题（100 字以内）请写全", "(选填)分类", "【必填】默认"),
+            "知识标题（100 字以内）请写全",
+            "【必填】默认",
+            (),
+        ),
         (("anchor", "positive", "negative"), "anchor", "positive", ("negative",)),
         (("anchor", "positive", "negative_1", "negative_2"), "anchor", "positive", ("negative_1", "negative_2")),
         (("query", "pos", "neg", "pos_scores", "neg_scores"), "query", "pos", ("neg",)),
@@ -238,6 +252,8 @@ def test_bad_lines_of_all_files_are_counted_and_ten_are_shown(tmp_path: Path) ->
         ("a.json", '[1, "x"]', ["a.json:object 1: is a JSON int; write objects", "object 2: is a JSON str"]),
         ("a.csv", b"\xff\xfe\x41", ["a.csv: cannot be read as .csv", "UTF-8"]),
         ("a.xlsx", "no workbook", ["a.xlsx: not a workbook", "save it as .xlsx"]),
+        ("a.csv", "PK\3\4", ["a.csv: is a ZIP archive", "name it .xlsx"]),
+        ("a.csv", b"\x1f\x8b\x08\0\0\0\0\0\0\3", ["a.csv: cannot be unpacked", "copy it again"]),
         ("a.parquet", "no parquet at all", ["a.parquet: cannot be read as .parquet"]),
         ("a.txt", "x", ["no file of a known kind", ".jsonl"]),
     ],
