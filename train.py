@@ -97,6 +97,7 @@ def train(config: TrainConfig, at_end: ExitStack) -> int:
     schedule = Schedule.of(config, data.num_steps)
     if config.show_batch:
         return show_batch(data)
+    preflight.refuse_empty_texts(data)
 
     # ---- 2. the run folder: begin, or go on where a checkpoint left off
     order = build.data_order(config, data, accumulation, world_size)

@@ -49,7 +49,10 @@ def write_model_card(
         lines += ["", "| metric | value |", "| --- | --- |"]
         lines += [f"| {name} | {value:.4f} |" for name, value in scores.items()]
     lines += [USE.format(name=folder.name)]
-    lines += [f"Query instruction: {prompt!r}." if prompt else "Queries need no instruction.", ""]
+    lines.append(f"Query instruction: {prompt!r}." if prompt else "Queries need no instruction.")
+    if of_rows := facts.get("prompts of rows"):
+        lines.append(f"Rows of the training data had prompts of their own: {_cell(of_rows)}. Such queries need theirs.")
+    lines.append("")
     with atomic_path(folder / "README.md") as temporary:
         ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(lines)).save(temporary)
 

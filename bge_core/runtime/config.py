@@ -41,6 +41,12 @@ def _two_placeholders(name: str, value: str) -> str:
     except (IndexError, KeyError, ValueError):
         complete = False
     need(complete, name, value, "must hold '{}' twice: first the instruction, then the text")
+    need(
+        value.endswith("{}"),
+        name,
+        value,
+        "no prompt of a saved model can hold what stands behind the text: end with '{}'",
+    )
     return value
 
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import inspect
+import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -20,6 +21,8 @@ from bge_core.loss import LossConfig, training_loss
 from bge_core.runtime.config import TrainConfig
 from bge_core.training.data import TrainingData
 from bge_core.training.step import LossFunction, StepSettings
+
+logger = logging.getLogger(__name__)
 
 
 def build_encoder(config: TrainConfig, name: str) -> Encoder:
@@ -66,6 +69,12 @@ def resolve(
         raise UserError(f"--metric_for_best_model {config.metric_for_best_model!r}: {remedy}")
     if max(config.mrl_dims, default=0) > embedding_size:
         raise UserError(f"--mrl_dims {config.mrl_dims}: the model's vectors have {embedding_size} dimensions")
+    if config.mrl_dims and embedding_size not in config.mrl_dims:
+        logger.warning(
+            "WARNING: --mrl_dims %s leaves out the full size: no loss sees all %d dimensions; add it",
+            config.mrl_dims,
+            embedding_size,
+        )
     query, passage = choose_prompts(config.model_name_or_path, stored, config)
     return replace(
         config,

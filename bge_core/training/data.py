@@ -26,7 +26,7 @@ from bge_core.files.sources import load_sources
 from bge_core.runtime.config import TrainConfig
 from bge_core.training.batch import Batch
 from bge_core.training.random_state import generators
-from bge_core.training.rows import KnownPositives, keys_alone, read_rows, records, texts_of
+from bge_core.training.rows import KnownPositives, count_prompts, keys_alone, read_rows, records, texts_of
 
 
 @dataclass(frozen=True)
@@ -176,10 +176,7 @@ def make_example(
 ) -> Example:
     """The texts that were chosen of a row, with their instructions, ids and scores."""
     texts = [record["query"], *record["pos"], *record["neg"]]
-    passages, teacher = [texts[place] for place in chosen], None
-    if config.passage_instruction_for_retrieval:
-        join = config.passage_instruction_format.format
-        passages = [join(config.passage_instruction_for_retrieval, passage) for passage in passages]
+    passages, teacher = [instructed_passage(texts[place], config) for place in chosen], None
     if config.knowledge_distillation:
         scores = [*record["pos_scores"], *record["neg_scores"]]
         teacher = [scores[place - 1] for place in chosen]
@@ -191,6 +188,12 @@ def instructed(query: str, prompt: str | None, config: TrainConfig) -> str:
     """The query behind its row's own prompt, else the run's instruction, else nothing."""
     instruction = prompt if prompt is not None else config.query_instruction_for_retrieval
     return config.query_instruction_format.format(instruction, query) if instruction else query
+
+
+def instructed_passage(passage: str, config: TrainConfig) -> str:
+    """The passage behind the run's instruction, if it has one."""
+    instruction = config.passage_instruction_for_retrieval
+    return config.passage_instruction_format.format(instruction, passage) if instruction else passage
 
 
 def has_own_negatives_only(file: Path) -> bool:
@@ -236,6 +239,7 @@ class TrainingData(torch.utils.data.Dataset[list[Batch]]):
         self.table = datasets.concatenate_datasets(parts)
         self.rows, self.keys = texts_of(self.table), keys_alone(self.table)
         self.known_positives = KnownPositives(self.keys)
+        self.prompts = count_prompts(self.keys)
         self.plan = BatchPlan(
             tuple(len(part) for part in parts),
             world_size * config.per_device_train_batch_size,
@@ -294,9 +298,7 @@ class TrainingData(torch.utils.data.Dataset[list[Batch]]):
     def _costs(self, keys: Sequence[dict[str, Any]], chosen: Sequence[Iterable[int]]) -> list[float]:
         """About the number of tokens, from the characters: tokenizing other ranks' rows would cost every rank all."""
         config, ratio, longest = self.config, self.tokens_per_char, self.passage_max_len
-        instruction = config.passage_instruction_for_retrieval
-        more = len(config.passage_instruction_format.format(instruction, "")) if instruction else 0
-        costs = []
+        costs, more = [], len(instructed_passage("", config))
         for of_row, places in zip(keys, chosen, strict=True):
             lengths = of_row["lengths"]
             query = len(instructed("", of_row["prompt"], config)) + lengths[0]

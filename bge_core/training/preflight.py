@@ -13,9 +13,10 @@ from bge_core.encoder.settings import EncoderSettings
 from bge_core.encoder.tokens import tokenize
 from bge_core.files import atomic
 from bge_core.training.batch import Batch
-from bge_core.training.data import Example, TrainingData
+from bge_core.training.data import Example, TrainingData, instructed, instructed_passage
 
 SAMPLED_ROWS = 500
+MAX_PROMPTS = 5  # of the rows' own that are listed
 NEARLY_UNIFORM = 0.95  # of 8 passages: as if the teacher held 7.2 of them for equally good
 
 
@@ -28,6 +29,8 @@ def run_facts(
     rows_together = config.per_device_train_batch_size * (world_size if cross_device else 1)
     in_batch = config.use_inbatch_neg and not data.own_only.all()
     candidates = rows_together * config.train_group_size if in_batch else config.train_group_size
+    prompts = [prompt for prompt in data.prompts if prompt]
+    more = [f"and {len(prompts) - MAX_PROMPTS} more"] if len(prompts) > MAX_PROMPTS else []
     return {
         "rows": len(data.rows),
         "steps": data.num_steps,
@@ -43,6 +46,7 @@ def run_facts(
         "normalize": settings.normalize,
         "query instruction": settings.query_prompt,
         "passage instruction": settings.passage_prompt,
+        **({"prompts of rows": [*map(repr, prompts[:MAX_PROMPTS]), *more]} if prompts else {}),
         "sharding": "FSDP2" if shard else "none",
     }
 
@@ -50,27 +54,50 @@ def run_facts(
 def describe_run(data: TrainingData, facts: Mapping[str, Any]) -> list[str]:
     """The lines before step 1: the facts, the share of texts cut, and a warning for what cannot learn."""
     shown = {name: repr(value) if isinstance(value, str) else value for name, value in facts.items()}
-    lines = [f"{name + ':':<24}{value}" for name, value in (shown | shares_cut(data, facts)).items()]
+    lines = [f"{name + ':':<24}{value}" for name, value in (shown | shares_cut(data)).items()]
     return lines + [
         f"WARNING: {warning}" for warning in [*warnings_of_settings(data, facts), *warnings_of_mining(data, facts)]
     ]
 
 
-def shares_cut(data: TrainingData, facts: Mapping[str, Any]) -> dict[str, str]:
+def shares_cut(data: TrainingData) -> dict[str, str]:
     """How many texts of a sample are longer than the limit: of queries, and of a positive and a negative of each."""
-    sample = data.rows[: min(len(data.rows), SAMPLED_ROWS)]
+    sample, config = data.rows[: min(len(data.rows), SAMPLED_ROWS)], data.config
     passages = [text for pos, neg in zip(sample["pos"], sample["neg"], strict=True) for text in (pos[0], *neg[:1])]
+    queries = [instructed(*of_row, config) for of_row in zip(sample["query"], sample["prompt"], strict=True)]
     found = {}
     for kind, texts, limit in (
-        ("query", sample["query"], data.query_max_len),
-        ("passage", passages, data.passage_max_len),
+        ("query", queries, data.query_max_len),
+        ("passage", [instructed_passage(text, config) for text in passages], data.passage_max_len),
     ):
-        prompt = facts[f"{kind} instruction"] or ""
-        token_lists = tokenize(data.tokenizer, [prompt + text for text in texts], limit + 1)
+        token_lists = tokenize(data.tokenizer, texts, limit + 1)
         cut = sum(len(ids) > limit for ids in token_lists) / len(token_lists)
         name = {"query": "queries", "passage": "passages"}[kind]
         found[f"{name} cut"] = f"{cut:.1%} of a sample of {len(texts)} are longer than --{kind}_max_len {limit}"
     return found
+
+
+def rows_without_text(data: TrainingData, kind: str) -> tuple[int, int]:
+    """(rows whose prompt and special tokens fill the length of a query, or a passage; how many tokens those are)."""
+    config, limit = data.config, data.query_max_len if kind == "query" else data.passage_max_len
+    lost = most = 0
+    for prompt, num_rows in data.prompts.items():
+        bare = instructed("", prompt, config) if kind == "query" else instructed_passage("", config)
+        num_tokens = len(tokenize(data.tokenizer, [bare], 1_000_000)[0])
+        if num_tokens >= limit:
+            lost, most = lost + num_rows, max(most, num_tokens)
+    return lost, most
+
+
+def refuse_empty_texts(data: TrainingData) -> None:
+    """UserError where nothing is left of any query, or of any passage, once all are cut to their length."""
+    for kind in ("query", "passage"):
+        lost, num_tokens = rows_without_text(data, kind)
+        if lost == len(data.rows):
+            raise UserError(
+                f"--{kind}_max_len {getattr(data, f'{kind}_max_len')}: instruction and special tokens alone take "
+                f"{num_tokens}, so nothing is left of any {kind}; use more, or a shorter instruction"
+            )
 
 
 def warnings_of_settings(data: TrainingData, facts: Mapping[str, Any]) -> Iterator[str]:
@@ -84,6 +111,17 @@ def warnings_of_settings(data: TrainingData, facts: Mapping[str, Any]) -> Iterat
         yield (
             f"{share:.0%} of a sample of rows have fewer than {wanted} negatives; they train with those they have "
             "(mine.py finds more)"
+        )
+    lost, num_tokens = rows_without_text(data, "query")
+    if lost:
+        yield (
+            f"{lost} rows have a prompt that fills --query_max_len {data.query_max_len}: with the special tokens it "
+            f"takes {num_tokens}, so nothing is left of their queries"
+        )
+    if facts["warm-up steps"] >= facts["steps"]:
+        yield (
+            f"the warm-up of {facts['warm-up steps']} steps is no shorter than the run of {facts['steps']}, which "
+            "never gets to --learning_rate"
         )
     if not 1e-7 <= config.learning_rate <= 3e-4:
         yield f"--learning_rate {config.learning_rate:g} is far from what fine-tunes an encoder (1e-6 to 1e-4)"

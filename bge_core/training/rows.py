@@ -109,6 +109,12 @@ def records(rows: datasets.Dataset, numbers: np.ndarray | list[int]) -> list[dic
     return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
+def count_prompts(keys: datasets.Dataset) -> dict[str | None, int]:
+    """Each prompt that rows have of their own -> on how many; None: those without."""
+    found = keys.select_columns(["prompt"]).with_format("arrow")[:]["prompt"].value_counts().to_pylist()
+    return {entry["values"]: entry["counts"] for entry in found}
+
+
 class KnownPositives:
     """The positives of every query that stands on several rows, of any source: what answers it in one of them is no
     negative of it in another. Memory: 16 bytes for each of these queries, 8 for each of their positives.
