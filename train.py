@@ -92,7 +92,10 @@ def train(config: TrainConfig, at_end: ExitStack) -> int:
     guide = build.build_guide(config)
     config = build.resolve(config, encoder.settings, encoder.embedding_size, DEFAULT_METRICS)
     guide_reads = (guide.tokenizer, guide.max_length) if guide else None
-    data = TrainingData(config, encoder.tokenizer, encoder.max_length, rank, world_size, accumulation, guide_reads)
+    data = TrainingData(
+        config, encoder.tokenizer, encoder.max_length, rank, world_size, accumulation, guide_reads,
+        include_prompt=encoder.settings.include_prompt,
+    )  # fmt: skip
     task = load_task(config.val_data, config.val_corpus) if config.val_data else None
     schedule = Schedule.of(config, data.num_steps)
     if config.show_batch:

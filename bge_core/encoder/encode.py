@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bge_core import UserError
-from bge_core.encoder.tokens import Tokens, tokenize
+from bge_core.encoder.tokens import Tokens, prompt_length, tokenize
 from bge_core.runtime.distributed import is_sharded, shared_array, sum_over_ranks, world
 from bge_core.runtime.watchdog import heartbeat
 
@@ -67,12 +67,14 @@ def encode(
     if result.shape != shape:
         raise UserError(f"output has the shape {result.shape}; {len(texts)} vectors of this model need {shape}")
     max_length = min(max_length, encoder.max_length)
+    skip = 0 if encoder.settings.include_prompt else prompt_length(encoder.tokenizer, prompt, max_length)
 
     def token_lists(block: Sequence[str]) -> list[list[int]]:
         return tokenize(encoder.tokenizer, [prompt + text for text in block], max_length)
 
     def vectors(batch: list[list[int]]) -> Tensor:
-        vector_SD: Tensor = encoder(Tokens.from_lists(batch).to(encoder.device))
+        tokens = Tokens.from_lists(batch, [skip] * len(batch) if skip else None)
+        vector_SD: Tensor = encoder(tokens.to(encoder.device))
         return torch.nn.functional.normalize(vector_SD, dim=-1) if unit_length else vector_SD
 
     broken = run_batches(encoder, texts, token_lists, vectors, result, description=description, **options)

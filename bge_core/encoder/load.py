@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from tokenizers import normalizers
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from bge_core import UserError
@@ -66,6 +67,8 @@ def load_encoder(
         **access,
     )
     refuse_other_models(name, backbone, tokenizer)
+    if stored.do_lower_case:
+        lower_case(tokenizer)
     _refuse_missing_weights(name, backbone, info)
     dense = load_dense(name, stored.dense, backbone.config.hidden_size, dtype, **access)
     if pooling and stored.pooling and pooling != stored.pooling:
@@ -231,6 +234,17 @@ def set_attention_dropout(config: Any, dropout: float) -> None:
         raise UserError(f"--attention_dropout: a {config.model_type} model has none")
     for name in found:
         setattr(config, name, dropout)
+
+
+def lower_case(tokenizer: Any) -> None:
+    """Let a tokenizer see texts in lower case, whatever else it does to them."""
+    backend = tokenizer.backend_tokenizer
+    stored: Any = backend.normalizer
+    steps: list[Any] = [stored] if stored else []
+    if type(stored) is normalizers.Sequence:
+        steps = [stored[i] for i in range(len(stored))]
+    if not any(isinstance(step, normalizers.Lowercase) for step in steps):
+        backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), *steps])
 
 
 def _refuse_missing_weights(name: str | Path, backbone: Any, info: dict[str, Any]) -> None:

@@ -109,7 +109,8 @@ class Encoder(nn.Module):
             tokens, place_S = tokens.distinct()
         token_vectors = self._padded if self.attention == "padded" else self._packed
         hidden_TD, lengths, order = token_vectors(tokens)
-        vector_SD = self.dense(pool(hidden_TD, lengths, self.settings.pooling))
+        skipped = tokens.prompt_lengths and [tokens.prompt_lengths[i] for i in order]
+        vector_SD = self.dense(pool(hidden_TD, lengths, self.settings.pooling, skipped))
         vector_SD = vector_SD[torch.tensor(order).argsort()[place_S].to(vector_SD.device, non_blocking=True)]
         return F.normalize(vector_SD, dim=-1) if self.settings.normalize else vector_SD
 
@@ -118,7 +119,7 @@ class Encoder(nn.Module):
             self.backbone,
             tokens,
             attention=self.attention,
-            first_only=self.settings.pooling == "cls",
+            first_only=self.settings.pooling == "cls" and not tokens.prompt_lengths,
         )
 
     def _padded(self, tokens: Tokens) -> tuple[Tensor, list[int], list[int]]:
@@ -160,13 +161,26 @@ class Encoder(nn.Module):
         write_settings(folder, self.settings, self.embedding_size, min(self.max_length, 8192))
 
 
-def pool(hidden_TD: Tensor, lengths: Sequence[int], pooling: Pooling | None) -> Tensor:
+def pool(
+    hidden_TD: Tensor, lengths: Sequence[int], pooling: Pooling | None, skipped: Sequence[int] | None = None
+) -> Tensor:
     """One vector a text from the token vectors of S texts in one row, in float32 or wider; (S, D).
 
     cls: the first token. last_token: the last one. max: the largest entry of each dimension. mean: sum of the n tokens
-    / n. mean_sqrt_len: sum / sqrt(n). weightedmean: sum of i * the i-th token, i = 1 to n / sum of i.
+    / n. mean_sqrt_len: sum / sqrt(n). weightedmean: sum of i * the i-th token / sum of i.
+
+    Args:
+        hidden_TD: the token vectors.
+        lengths: (S,) of the texts.
+        pooling: see above.
+        skipped: (S,) so many first tokens of each text are left out; the others keep their number i. None: none are.
     """
     hidden_TD = hidden_TD.to(torch.promote_types(hidden_TD.dtype, torch.float32))
+    firsts = skipped or [0] * len(lengths)
+    if skipped:
+        kept = [torch.arange(length) >= first for length, first in zip(lengths, firsts, strict=True)]
+        hidden_TD = hidden_TD[torch.cat(kept).to(hidden_TD.device)]
+        lengths = [length - first for length, first in zip(lengths, firsts, strict=True)]
     length_S = torch.tensor(lengths)
     if pooling in ("cls", "last_token"):
         chosen_S = length_S.cumsum(0) - (length_S if pooling == "cls" else 1)
@@ -175,9 +189,9 @@ def pool(hidden_TD: Tensor, lengths: Sequence[int], pooling: Pooling | None) -> 
         return torch.stack([text_LD.amax(dim=0) for text_LD in hidden_TD.split(list(lengths))])
     divisor_S = length_S.to(hidden_TD.dtype) ** 0.5 if pooling == "mean_sqrt_len" else length_S
     if pooling == "weightedmean":
-        place_T = torch.cat([torch.arange(1, length + 1) for length in lengths])
-        hidden_TD = hidden_TD * place_T[:, None].to(hidden_TD.device, non_blocking=True)
-        divisor_S = length_S * (length_S + 1) // 2
+        places = [torch.arange(first + 1, first + length + 1) for first, length in zip(firsts, lengths, strict=True)]
+        hidden_TD = hidden_TD * torch.cat(places)[:, None].to(hidden_TD.device, non_blocking=True)
+        divisor_S = torch.stack([of_text.sum() for of_text in places])
     text_T = torch.arange(len(lengths)).repeat_interleave(length_S).to(hidden_TD.device, non_blocking=True)
     sum_SD = hidden_TD.new_zeros((len(lengths), hidden_TD.shape[1])).index_add(0, text_T, hidden_TD)
     return sum_SD / divisor_S[:, None].to(hidden_TD.device, non_blocking=True)

@@ -21,22 +21,29 @@ from torch import Tensor
 class Tokens:
     """S texts in one row: `input_id_T` (int64) and their `lengths` (sum T); texts are never empty.
 
-    Equal texts have equal `numbers`, so that nobody needs to fetch them from a GPU to compare; None: not known.
+    Equal texts have equal `numbers`, so that nobody needs to fetch them from a GPU to compare; None: not known. The
+    first `prompt_lengths` tokens of each text take no part in the pooling; None: all do.
     """
 
     input_id_T: Tensor
     lengths: list[int]
     numbers: list[int] | None = None
+    prompt_lengths: list[int] | None = None
 
     @classmethod
-    def from_lists(cls, texts: Sequence[Sequence[int]]) -> "Tokens":
-        """Join token lists."""
+    def from_lists(cls, texts: Sequence[Sequence[int]], prompt_lengths: Sequence[int] | None = None) -> "Tokens":
+        """Join token lists; a prompt as long as its text leaves the last token."""
         flat = [token for text in texts for token in text]
+        lengths = [len(text) for text in texts]
+        told = prompt_lengths or [0] * len(texts)
+        skipped = [min(skip, length - 1) for skip, length in zip(told, lengths, strict=True)]
         numbers: dict[tuple[int, ...], int] = {}
+        keys = [(skip, *text) for skip, text in zip(skipped, texts, strict=True)]
         return cls(
             torch.tensor(flat, dtype=torch.int64),
-            [len(text) for text in texts],
-            [numbers.setdefault(tuple(text), len(numbers)) for text in texts],
+            lengths,
+            [numbers.setdefault(key, len(numbers)) for key in keys],
+            skipped if prompt_lengths else None,
         )
 
     def __len__(self) -> int:
@@ -59,7 +66,11 @@ class Tokens:
         if len(first) == len(self):
             return self, list(range(len(self)))
         texts, places = self.texts(), {number: place for place, number in enumerate(first)}
-        tokens = Tokens(torch.cat([texts[i] for i in first.values()]), [self.lengths[i] for i in first.values()])
+        chosen = list(first.values())
+        skipped = self.prompt_lengths and [self.prompt_lengths[i] for i in chosen]
+        tokens = Tokens(
+            torch.cat([texts[i] for i in chosen]), [self.lengths[i] for i in chosen], prompt_lengths=skipped
+        )
         return tokens, [places[number] for number in numbers]
 
     def split(self, max_texts: int | None = None, max_tokens: int | None = None) -> list["Tokens"]:
@@ -74,11 +85,19 @@ class Tokens:
             num_tokens += length
         ends = list(accumulate(sizes))
         slices = [slice(end - size, end) for end, size in zip(ends, sizes, strict=True)]
-        ids = self.input_id_T.split([sum(self.lengths[part]) for part in slices])
+        ids, skip = self.input_id_T.split([sum(self.lengths[part]) for part in slices]), self.prompt_lengths
         return [
-            Tokens(own, self.lengths[part], self.numbers and self.numbers[part])
+            Tokens(own, self.lengths[part], self.numbers and self.numbers[part], skip and skip[part])
             for own, part in zip(ids, slices, strict=True)
         ]
+
+
+def prompt_length(tokenizer: Any, prompt: str, max_length: int) -> int:
+    """How many tokens a prompt is at the beginning of a text, with the special one before it, as tokenized alone."""
+    if not prompt:
+        return 0
+    (ids,) = tokenize(tokenizer, [prompt], max_length)
+    return len(ids) - (ids[-1] in tokenizer.all_special_ids)
 
 
 def tokenize(tokenizer: Any, texts: Sequence[str], max_length: int) -> list[list[int]]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from bge_core import UserError
 from bge_core.encoder.encode import encode_for_search
 from bge_core.encoder.fingerprint import fingerprint
 from bge_core.encoder.model import Encoder
@@ -93,13 +94,19 @@ def embed(
     as_passage = options | {"prompt": passage_instruction, "max_length": config.passage_max_len}
 
     # One vector for each distinct query as it is encoded, for rows may repeat it.
-    own = (row.get("prompt") for row in rows)
+    own = [row.get("prompt") for row in rows]
     asked = [(query_instruction if o is None else o) + row["query"] for o, row in zip(own, rows, strict=True)]
+    as_query = options | {"max_length": config.query_max_len}
+    if not encoder.settings.include_prompt:  # its tokens are left out of the pooling: it has to be told apart
+        if any(own):
+            raise UserError(
+                f"{config.input_file}: rows have a prompt of their own, and {config.model_name_or_path} leaves prompts "
+                "out of its pooling (include_prompt is false), which is done for one prompt alone: drop theirs"
+            )
+        asked, as_query = [row["query"] for row in rows], as_query | {"prompt": query_instruction}
     places = {text: place for place, text in enumerate(dict.fromkeys(asked))}
     place_Q = np.array([places[text] for text in asked])
-    query_UD: Any = encode_texts(
-        encoder, list(places), max_length=config.query_max_len, description="encode queries", **options
-    )
+    query_UD: Any = encode_texts(encoder, list(places), description="encode queries", **as_query)
     pool_ND: Any = encode_texts(encoder, pool, description="encode candidates", **as_passage)
     if math.prod(pool_ND.shape) * pool_ND.dtype.itemsize <= config.search_memory * 2**20:
         # Views of a cache are gathered once, where that fits, not row by row.

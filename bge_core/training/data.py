@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from bge_core import UserError
-from bge_core.encoder.tokens import Tokens, tokenize
+from bge_core.encoder.tokens import Tokens, prompt_length, tokenize
 from bge_core.files.sources import load_sources
 from bge_core.runtime.config import TrainConfig
 from bge_core.training.batch import Batch
@@ -214,6 +214,7 @@ class TrainingData(torch.utils.data.Dataset[list[Batch]]):
         rank, world_size: of this process.
         accumulation: micro-batches a step.
         guide: tokenizer and longest text of the guide encoder, if there is one.
+        include_prompt: the tokens of instructions take part in the pooling.
 
     Raises:
         UserError: a file is missing or has bad lines; fewer rows than a global batch with drop_last.
@@ -228,8 +229,10 @@ class TrainingData(torch.utils.data.Dataset[list[Batch]]):
         world_size: int,
         accumulation: int,
         guide: tuple[Any, int] | None = None,
+        include_prompt: bool = True,
     ) -> None:
         self.config, self.tokenizer, self.rank, self.world_size, self.guide = config, tokenizer, rank, world_size, guide
+        self.include_prompt = include_prompt
         self.query_max_len = min(config.query_max_len, max_positions)
         self.passage_max_len = min(config.passage_max_len, max_positions)
         sources = load_sources(config.train_data)
@@ -314,6 +317,8 @@ class TrainingData(torch.utils.data.Dataset[list[Batch]]):
         queries = [example.query for example in examples]
         passages = [passage for example in examples for passage in example.passages]
         tokens = self._tokenize(self.tokenizer, queries, passages, self.passage_max_len)
+        if not self.include_prompt:
+            tokens = Tokens.from_lists([ids.tolist() for ids in tokens.texts()], self._prompt_lengths(examples))
         ends = np.cumsum([len(example.passages) for example in examples]).tolist()
         starts = [0, *ends[:-1]]
         teachers = [example.teacher for example in examples if example.teacher]
@@ -332,6 +337,15 @@ class TrainingData(torch.utils.data.Dataset[list[Batch]]):
     def _tokenize(self, tokenizer: Any, queries: list[str], passages: list[str], longest: int) -> Tokens:
         token_lists = tokenize(tokenizer, queries, min(self.query_max_len, longest))
         return Tokens.from_lists(token_lists + tokenize(tokenizer, passages, min(self.passage_max_len, longest)))
+
+    def _prompt_lengths(self, examples: Sequence[Example]) -> list[int]:
+        """Of every query, then of every passage, how many tokens its instruction is."""
+        asked = [instructed("", self.rows[example.row]["prompt"], self.config) for example in examples]
+        told = self.config.passage_instruction_for_retrieval
+        told = self.config.passage_instruction_format.format(told, "") if told else ""
+        query_lengths = [prompt_length(self.tokenizer, prompt, self.query_max_len) for prompt in asked]
+        passage_length = prompt_length(self.tokenizer, told, self.passage_max_len)
+        return query_lengths + [passage_length] * sum(len(example.passages) for example in examples)
 
 
 def _padded(rows: Sequence[Sequence[float]], fill: float) -> Tensor:

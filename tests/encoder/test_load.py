@@ -6,15 +6,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
+from sentence_transformers import SentenceTransformer
 from tiny_model import tiny_vocabulary
-from transformers import AutoTokenizer
+from tokenizers.normalizers import BertNormalizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from bge_core import UserError
 from bge_core.encoder.load import load_encoder
 from bge_core.encoder.reranker import load_reranker
+from bge_core.encoder.settings import EncoderSettings, write_settings
 from bge_core.encoder.tokens import Tokens
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
@@ -128,3 +132,19 @@ def test_an_old_layout_gives_the_vectors_of_the_new(tiny_bert: Path, tmp_path: P
     shutil.rmtree(tmp_path / "0_Transformer")
     with pytest.raises(UserError, match="no 0_Transformer/config.json"):
         load_encoder(tmp_path)
+
+
+def test_do_lower_case_is_as_in_sentence_transformers(tiny_bert: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_bert, tmp_path / "model"))
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    tokenizer.backend_tokenizer.normalizer = BertNormalizer(lowercase=False)
+    tokenizer.save_pretrained(folder)
+    for stated in (False, True):
+        write_settings(folder, EncoderSettings("mean", True, do_lower_case=stated), 32)
+        want = SentenceTransformer(str(folder), device="cpu").encode(["A Loan", "a loan"])
+        encoder = load_encoder(folder)
+        encoder.save(tmp_path / f"saved {stated}")
+        for of in (encoder, load_encoder(tmp_path / f"saved {stated}")):
+            got = of.encode(["A Loan", "a loan"])
+            np.testing.assert_allclose(got, want, atol=1e-6)
+            assert np.allclose(got[0], got[1]) == stated

@@ -117,6 +117,30 @@ def test_pooling_by_hand() -> None:
     assert pool(hidden_TD.bfloat16(), [2, 3], "mean").dtype == torch.float32
 
 
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_a_prompt_left_out_of_the_pooling_is_as_in_sentence_transformers(
+    pooling: Any, tiny_bert: Path, tmp_path: Path
+) -> None:
+    encoder = load_encoder(tiny_bert, pooling=pooling, normalize=False)
+    encoder.settings = replace(encoder.settings, include_prompt=False, max_length=40)
+    encoder.save(tmp_path)
+    theirs = SentenceTransformer(str(tmp_path), device="cpu")
+    for attention, prompt in (("auto", "检索："), ("padded", "检索："), ("auto", "快递" * 40), ("auto", "")):
+        got = load_encoder(tmp_path, attention=attention).encode(TEXTS, prompt=prompt, max_length=40)
+        want = theirs.encode(TEXTS, prompt=prompt, convert_to_tensor=True)
+        torch.testing.assert_close(torch.from_numpy(got), want, rtol=1e-5, atol=1e-5)
+
+
+def test_equal_tokens_with_other_prompts_are_other_texts(tiny_bert: Path) -> None:
+    encoder = load_encoder(tiny_bert, pooling="mean")
+    tokens = Tokens.from_lists([[2, 7, 8, 3]] * 3, [0, 2, 2])
+    with torch.no_grad():
+        first_D, second_D, third_D = encoder(tokens)
+        parts = [encoder(part)[0] for part in tokens.split(1)]
+    assert torch.equal(second_D, third_D) and not torch.equal(first_D, second_D)
+    torch.testing.assert_close(torch.stack(parts), torch.stack([first_D, second_D, third_D]), rtol=1e-5, atol=1e-6)
+
+
 def test_no_text_takes_part_in_the_backward(tiny_bert: Path) -> None:
     encoder = load_encoder(tiny_bert)
     encoder.freeze()
@@ -264,7 +288,12 @@ def module(kind: str, path: str = "") -> dict[str, str]:
     [
         (None, {"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": True}, {}, "the pooling cls . mean, which"),
         (None, {"pooling_mode": "attention"}, {}, "the pooling attention, which is not known here"),
-        (None, {}, {"similarity_fn_name": "maxsim"}, "the similarity 'maxsim', which is not known here"),
+        (
+            None,
+            {},
+            {"similarity_fn_name": "maxsim"},
+            "the similarity 'maxsim', and scores here are cosines or inner products",
+        ),
         (None, {}, {"truncate_dim": 64}, "state truncate_dim 64"),
         (
             [*MODULES[:2], module("models.LayerNorm")],
@@ -293,7 +322,7 @@ SETTINGS = EncoderSettings(
     passage_prompt="",
     other_prompts={"s2p_query": "检索：", "retrieval.query": "找："},
     default_prompt_name="s2p_query",
-    similarity="euclidean",
+    similarity="dot",
     do_lower_case=True,
     include_prompt=False,
     dense=(

@@ -23,6 +23,7 @@ from pyarrow import parquet
 from transformers import AutoTokenizer
 
 from bge_core import UserError
+from bge_core.encoder.load import load_encoder
 from bge_core.files import atomic
 from bge_core.files.atomic import write_jsonl
 from bge_core.files.sources import list_files
@@ -708,3 +709,17 @@ def test_distillation_needs_scores_on_every_row(tmp_path: Path, tiny_bert: Path)
     make_data(file, tiny_bert)
     with pytest.raises(UserError, match="train.jsonl:1: field 'pos_scores' is missing; --knowledge_distillation"):
         make_data(file, tiny_bert, knowledge_distillation=True)
+
+
+def test_instructions_are_left_out_of_the_pooling_where_the_model_says_so(tiny_bert: Path, tmp_path: Path) -> None:
+    """Per row: its own prompt, the run's, and none for passages; the vectors are those of encoding."""
+    rows = [{"query": "怎么退货", "pos": ["a"], "neg": ["b"], "prompt": "为句子："}, {"query": "loan", "pos": ["c"]}]
+    config = make_config(write(tmp_path / "f.jsonl", *rows), query_instruction_for_retrieval="问：")
+    encoder = load_encoder(tiny_bert, pooling="mean")
+    encoder.settings = replace(encoder.settings, include_prompt=False)
+    data = TrainingData(config, encoder.tokenizer, 512, 0, 1, 1, include_prompt=False)
+    (batch,) = data[0]
+    assert sorted(batch.tokens.prompt_lengths[:2]) == [3, 5] and set(batch.tokens.prompt_lengths[2:]) == {0}
+    for vector_D, row in zip(encoder(batch.tokens).detach(), batch.rows, strict=False):
+        want = encoder.encode([rows[row]["query"]], prompt=rows[row].get("prompt", "问："))
+        torch.testing.assert_close(vector_D, torch.from_numpy(want[0]), rtol=1e-5, atol=1e-6)
