@@ -21,7 +21,7 @@ import socket
 import tempfile
 import traceback
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -236,10 +236,11 @@ _main_store = functools.cache(lambda: launcher_store("main"))
 def _wait_for_main(rank: int) -> None:
     """Return once rank 0 is here as often as this rank: over the launcher's store, as a collective has a timeout."""
     turn = str(next(_turns))
-    if rank == 0:
-        _main_store().set(turn, "")
-    else:
-        _main_store().wait([turn], _LONGEST_TURN)
+    with suppress(RuntimeError):  # the launcher is gone, and its store: the collective that follows must do
+        if rank == 0:
+            _main_store().set(turn, "")
+        else:
+            _main_store().wait([turn], _LONGEST_TURN)
 
 
 def on_main(function: Callable[[], T]) -> T:

@@ -34,30 +34,41 @@ export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1}  # compute nodes seldom reach a hub: 
 
 echo "nodes $SLURM_JOB_NODELIST, $GPUS_PER_NODE GPUs each, machine 0 is $MASTER_IP:$MASTER_PORT" >&2
 
-# Told, it tells every process of the step. The launchers ignore USR1 (train.py does not: it saves and exits with 75):
-# on TERM they would kill what has not saved within 30 seconds. They do not pass the 75 on, so `told` decides.
+# Told, it tells the tasks of the step: most clusters (proctrack/cgroup) pass a signal on to them and not to what they
+# have started. So each task tells the processes of its launcher, which save and exit with 75. The launcher itself ignores
+# USR1; on TERM it would kill what has not saved within 30 seconds. It does not pass the 75 on, so `told` decides.
 told=""
 trap 'told=yes; scancel --signal=USR1 "$SLURM_JOB_ID"' USR1
 
 # In single quotes: SLURM_NODEID must be that of the node where the line runs, not of the one where this script does.
 srun --ntasks-per-node=1 --kill-on-bad-exit=1 bash -c '
-    trap "" USR1
-    exec accelerate launch \
-        --multi_gpu \
-        --num_machines "$SLURM_NNODES" \
-        --num_processes "$((SLURM_NNODES * GPUS_PER_NODE))" \
-        --machine_rank "$SLURM_NODEID" \
-        --main_process_ip "$MASTER_IP" \
-        --main_process_port "$MASTER_PORT" \
-        --rdzv_backend static \
-        --same_network \
-        --mixed_precision no \
-        --dynamo_backend no \
-        train.py "$@"
+    (
+        trap "" USR1
+        exec accelerate launch \
+            --multi_gpu \
+            --num_machines "$SLURM_NNODES" \
+            --num_processes "$((SLURM_NNODES * GPUS_PER_NODE))" \
+            --machine_rank "$SLURM_NODEID" \
+            --main_process_ip "$MASTER_IP" \
+            --main_process_port "$MASTER_PORT" \
+            --rdzv_backend static \
+            --same_network \
+            --mixed_precision no \
+            --dynamo_backend no \
+            train.py "$@"
+    ) &
+    launcher=$! code=0
+    trap "pkill -USR1 -P $launcher" USR1
+    wait "$launcher" || code=$?
+    while kill -0 "$launcher" 2>/dev/null; do  # a signal ends `wait` early
+        code=0
+        wait "$launcher" || code=$?
+    done
+    exit "$code"
 ' train --resume_from_checkpoint latest "$@" &
 step=$! code=0
 wait "$step" || code=$?
-while kill -0 "$step" 2>/dev/null; do  # a signal ends `wait` early
+while kill -0 "$step" 2>/dev/null; do
     code=0
     wait "$step" || code=$?
 done

@@ -93,17 +93,17 @@ def test_a_launch_file_says_how_it_is_used(file: Path) -> None:
 
 # --- Slurm ------------------------------------------------------------------------------------------------------------
 
-# What Slurm does, as far as the script sees it. The launcher is a shell: were USR1 not ignored, it would die of it.
-# Its worker stands for train.py: a handler that saves and exits with 75, which the launcher turns into 1.
+# What Slurm does, as far as the script sees it: scancel reaches the task, and not what the task has started. The launcher
+# is a shell, which does not pass a signal on. Its worker stands for train.py: a handler that saves and exits with 75,
+# which the launcher turns into 1.
 STUBS = {
     "srun": 'while [ "$1" != bash ]; do shift; done; echo $$ > step.pid; exec "$@"',
-    "scancel": 'echo "$@" >> calls; kill -s USR1 "$(cat step.pid)"; kill -s USR1 "$(cat worker.pid)"',
+    "scancel": 'echo "$@" >> calls; kill -s USR1 "$(cat step.pid)"',
     "scontrol": 'if [ "$1" = show ]; then echo node-a; else echo "$@" >> calls; fi',
     "accelerate": """echo "$@" > launched
 {python} -S -c '
 import os, signal, sys, time
 signal.signal(signal.SIGUSR1, lambda *_: (time.sleep(0.3), open("saved", "w").close(), os._exit(75)))
-open("worker.pid", "w").write(str(os.getpid()))
 open("ready", "w").close()
 time.sleep(20 if "{told}" else 0)
 sys.exit({code})' || exit 1""",

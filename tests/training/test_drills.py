@@ -5,6 +5,7 @@ of DRILL_SEED draws the moments.
 """
 
 import functools
+import itertools
 import json
 import logging
 import os
@@ -33,6 +34,7 @@ from test_checkpoint import (
 from test_hang import freeze_in_step_3, hang_in_step_3
 
 from bge_core.training import checkpoint
+from bge_core.training.stop import STOP_SIGNALS
 
 pytestmark = pytest.mark.slow
 # A checkpoint every second of 16 steps, some of which prune an older one, and the best published at the end.
@@ -205,6 +207,107 @@ def test_signals_to_one_rank_or_all(
         except AssertionError as error:
             problems.append(f"try {number}: {error}")
     conclude("SIGTERM or SIGUSR1 to one rank or all", num_tries, problems, capsys)
+
+
+# train.py in which there is time for a signal, and which says when it evaluates.
+SLOW_TRAIN = """
+import os, sys, time
+sys.path[:0] = [{root!r}, {tests!r}, {training!r}]
+import test_checkpoint, train
+evaluate_encoder = train.evaluate_encoder
+def evaluate_slowly(*args, **kwargs):
+    open({evaluating!r}, "w").close()
+    time.sleep(1)
+    return evaluate_encoder(*args, **kwargs)
+train.evaluate_encoder = evaluate_slowly
+test_checkpoint.slow_logging()
+test_checkpoint.slow_saving()
+sys.exit(train.main())
+"""
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+ACCELERATE = [str(Path(sys.executable).with_name("accelerate")), "launch"]
+# The words before the script, the number of processes, and how the launcher ends when the run ends with 75.
+LAUNCHERS = {
+    "python": ([sys.executable], 1, {75}),
+    "torchrun": (TORCHRUN, 2, {1}),
+    "accelerate": ([*ACCELERATE, "--config_file", str(runs.ROOT / "configs/accelerate/cpu_2proc.yaml")], 2, {1}),
+    "accelerate, one process": (
+        [*ACCELERATE, "--cpu", "--num_processes", "1"],
+        1,
+        {-signal.SIGTERM, -signal.SIGHUP, 1},
+    ),
+}
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_every_signal_to_the_group(
+    launcher: str, tiny_bert_dropout: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With 0, 1 and 2 workers, while training, saving and evaluating: saved, and resumed to the bits of the unbroken run."""
+    begin, num_processes, codes = LAUNCHERS[launcher]
+    settings = SETTINGS | {
+        "per_device_train_batch_size": 4 // num_processes,
+        "negatives_cross_device": num_processes > 1,
+    }
+    evaluating, script, unbroken = tmp_path / "evaluating", tmp_path / "slow_train.py", tmp_path / "unbroken"
+    places = {
+        "root": runs.ROOT,
+        "tests": runs.ROOT / "tests",
+        "training": Path(__file__).parent,
+        "evaluating": evaluating,
+    }
+    script.write_text(SLOW_TRAIN.format(**{name: str(path) for name, path in places.items()}))
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+    def start(folder: Path, **more: Any) -> list[Any]:
+        words = runs.flags(tiny_bert_dropout, data, folder, val_data=data, **settings | more)
+        return (
+            runs.start_many(num_processes, words, tmp_path / "log")
+            if num_processes > 1
+            else [runs.start(words, tmp_path / "log")]
+        )
+
+    moments = {
+        "training": lambda folder: logged(folder, 2),
+        "saving": lambda folder: any(folder.glob(".checkpoint-3.tmp-*")),
+        "evaluating": lambda folder: evaluating.exists(),
+    }
+    numbers = itertools.cycle((signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGTERM))
+    assert set(runs.finish(start(unbroken))) == {0}
+    problems, cells = [], list(itertools.product(range(3), moments))
+    for (num_workers, moment), number in zip(cells, numbers, strict=False):
+        folder, log = tmp_path / "run", tmp_path / "said"
+        evaluating.unlink(missing_ok=True)
+        words = runs.flags(
+            tiny_bert_dropout, data, folder, val_data=data, **settings | {"dataloader_num_workers": num_workers}
+        )
+        with open(log, "wb") as file:
+            job = subprocess.Popen(
+                [*begin, str(script), *words], env=environment, stdout=file, stderr=file, start_new_session=True
+            )
+        try:
+            while job.poll() is None and not moments[moment](folder):
+                time.sleep(0.01)
+            os.killpg(job.pid, number)
+            code = job.wait(timeout=60)
+            end = time.monotonic() + 30  # a launcher of one process does not wait for it
+            while (folder / ".lock").exists() and time.monotonic() < end:
+                time.sleep(0.05)
+            said = log.read_text(encoding="utf-8")
+            assert code in codes, f"{code}\n{said[-3000:]}"
+            (*_, last) = checkpoint.checkpoints(folder)
+            assert f"stopped by a signal after step {last.name.split('-')[1]};" in said, said[-3000:]
+            assert_nothing_half_written(folder)
+            assert set(runs.finish(start(folder, resume_from_checkpoint="latest"))) == {0}
+            assert runs.equal_weights(folder, unbroken) and runs.read_steps(folder) == runs.read_steps(unbroken)
+        except (AssertionError, ValueError, subprocess.TimeoutExpired) as error:
+            problems.append(f"{number.name} while {moment}, {num_workers} workers: {error}")
+        finally:
+            if job.poll() is None:
+                os.killpg(job.pid, signal.SIGKILL)
+            job.wait()
+            shutil.rmtree(folder, ignore_errors=True)
+    conclude(f"signals to the group, {launcher}", len(cells), problems, capsys)
 
 
 def test_ranks_that_hang(
