@@ -234,7 +234,7 @@ LAUNCHERS = {
     "accelerate, one process": (
         [*ACCELERATE, "--cpu", "--num_processes", "1"],
         1,
-        {-signal.SIGTERM, -signal.SIGHUP, 1},
+        {-number for number in STOP_SIGNALS} | {1},
     ),
 }
 
