@@ -14,7 +14,7 @@ from bge_core.encoder.tokens import tokenize
 from bge_core.files.records import Row
 from bge_core.mining.file_checks import Finding, check_rows
 from bge_core.mining.mine import Mined, mined_rows
-from bge_core.mining.near_duplicates import alike
+from bge_core.mining.near_duplicates import Likeness
 from bge_core.runtime.cli import as_dict
 from bge_core.runtime.config import MineConfig
 
@@ -87,6 +87,8 @@ def report_facts(config: MineConfig, encoder: Encoder, rows: Sequence[Row], mine
     }
     margin = [max(found, default=-2.0) - min(own) for own, found in zip(mined.pos_score, mined.neg_score, strict=True)]
     by_margin = sorted(range(len(rows)), key=margin.__getitem__, reverse=True)
+    passages = dict.fromkeys(text for row, neg in zip(rows, mined.neg, strict=True) for text in (*row["pos"], *neg))
+    likeness = Likeness(list(passages))
     instructions = {"query_instruction": mined.query_instruction, "passage_instruction": mined.passage_instruction}
     return MiningReport(
         title=f"Mined negatives: {Path(str(config.output_file)).name}",
@@ -108,18 +110,19 @@ def report_facts(config: MineConfig, encoder: Encoder, rows: Sequence[Row], mine
             }
             for i in by_margin[: max(MIN_SHOWN, config.inspect)]
         ],
-        closest=closest_in_words(rows, mined),
-        findings=check_rows(list(mined_rows(rows, mined))),
+        closest=closest_in_words(rows, mined, likeness),
+        findings=check_rows(list(mined_rows(rows, mined)), likeness=likeness),
     )
 
 
-def closest_in_words(rows: Sequence[Row], mined: Mined, most: int = 20) -> list[Row]:
-    """The negatives that share most letters with a positive of their row: hidden positives would stand among them."""
+def closest_in_words(rows: Sequence[Row], mined: Mined, likeness: Likeness, most: int = 20) -> list[Row]:
+    """The negatives that share most with a positive of their row: hidden positives would stand among them."""
+    stacks = map(likeness.stack, mined.neg)
     pairs = (
         (like, i, p, n)
-        for i, row in enumerate(rows)
-        for p, likes in enumerate(alike(row["pos"], mined.neg[i]).tolist())
-        for n, like in enumerate(likes)
+        for i, (row, stack) in enumerate(zip(rows, stacks, strict=True))
+        for p, text in enumerate(row["pos"])
+        for n, like in enumerate(likeness.containment(text, stack).tolist())
     )
     return [
         {

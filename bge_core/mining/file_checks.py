@@ -1,7 +1,7 @@
 """What may be wrong with a training file, found from its texts alone, without a model: one `Finding` for each kind.
 
 Two texts are the same if their normalized forms are (`files.text`: NFKC, single spaces), and nearly the same as
-`near_duplicates` has it: passages of a row from NEAR_TEXT up, queries of two files from NEAR_QUERY up.
+`near_duplicates` has it.
 """
 
 import functools
@@ -15,11 +15,9 @@ import numpy as np
 
 from bge_core.files.records import Row
 from bge_core.files.text import normalize_text
-from bge_core.mining.near_duplicates import nearly_same
+from bge_core.mining.near_duplicates import NEAR_QUERY, NEAR_TEXT, Likeness
 
 Severity = Literal["bad", "warning", "note"]
-NEAR_TEXT, NEAR_QUERY = 0.95, 0.9
-MAX_PAIRS = 2**22  # of queries that are compared at once
 MAX_EXAMPLES = 5
 MAX_SAMPLE = 20_000  # texts whose lengths are counted; a tokenizer takes a minute for a million
 SHORT, HUB = 5, 10  # characters of a positive; queries that it answers
@@ -39,7 +37,7 @@ KINDS: dict[str, tuple[Severity, str, str, str]] = {
     "empty_texts": ("bad", "different texts", "hold no letter or digit", "Remove them."),
     "replacement_characters": ("bad", "different texts", "hold U+FFFD, which stands for a character that was lost",
                                "Read the source again with the right encoding (often GB18030)."),
-    "near_contradictions": ("warning", "negatives", "say nearly word for word what a positive of their row says",
+    "near_contradictions": ("warning", "negatives", "say in nearly the same words what a positive of their row says",
                             "Look at them, and remove those that are answers (mine.py's guards do)."),
     "scores_missing": ("warning", "rows", "lack the scores of some texts, while others have theirs",
                        "Score all (mine.py --reranker_name_or_path) before --knowledge_distillation."),
@@ -124,6 +122,7 @@ def check_rows(
     rows: Sequence[Row],
     *,
     against: Sequence[Row] | None = None,
+    likeness: Likeness | None = None,
     count_tokens: Callable[[list[str]], Sequence[int]] | None = None,
     query_max_len: int | None = None,
     passage_max_len: int | None = None,
@@ -133,6 +132,7 @@ def check_rows(
     Args:
         rows: checked rows of training data (`records.check_training_row`).
         against: test rows (`query`, `pos`) whose queries must not be among them.
+        likeness: of the passages; None: it is made.
         count_tokens: texts -> tokens of each, with the special ones; None: characters stand for tokens.
         query_max_len, passage_max_len: limits of what the encoder reads, in tokens; None: not looked at. A text is
             measured without an instruction, and of more than MAX_SAMPLE texts an evenly spread sample is.
@@ -147,12 +147,12 @@ def check_rows(
         asked[norm(row["query"])].update(map(norm, row["pos"]))
         for text in row["pos"]:
             askers[norm(text)].add(norm(row["query"]))
-    _check_each_row(rows, norm, asked, hits)
+    passages = [text for row in rows for text in (*row["pos"], *(row.get("neg") or ()))]
+    _check_each_row(rows, norm, asked, likeness or Likeness(list(dict.fromkeys(passages))), hits)
     _check_scores(rows, hits)
     _check_texts(first_row, askers, hits)
     if against is not None:
         _check_leaks(against, norm, asked, askers, hits)
-    passages = [text for row in rows for text in (*row["pos"], *(row.get("neg") or ()))]
     for kind, limit, texts in (
         ("queries", query_max_len, [row["query"] for row in rows]),
         ("passages", passage_max_len, passages),
@@ -172,7 +172,9 @@ def summary_lines(findings: Iterable[Finding]) -> list[str]:
     return lines or ["Nothing to mend was found."]
 
 
-def _check_each_row(rows: Sequence[Row], norm: Callable[[str], str], asked: dict[str, set[str]], hits: _Hits) -> None:
+def _check_each_row(
+    rows: Sequence[Row], norm: Callable[[str], str], asked: dict[str, set[str]], likeness: Likeness, hits: _Hits
+) -> None:
     most_negatives = max((len(row.get("neg") or ()) for row in rows), default=0)
     seen_rows: set[tuple[object, ...]] = set()
     seen_queries: set[str] = set()
@@ -206,9 +208,13 @@ def _check_each_row(rows: Sequence[Row], norm: Callable[[str], str], asked: dict
             if len(text) < SHORT:
                 hits.add("short_positives", **place, text=text)
         others = [text for text in negatives if text not in known]
-        for i, is_near in enumerate(nearly_same(others, positives, NEAR_TEXT)):
-            if is_near.any():
-                hits.add("near_contradictions", **place, positive=positives[is_near.argmax()], negative=others[i])
+        stack, near = likeness.stack(others), dict[int, str]()
+        for text in dict.fromkeys(positives):
+            for i in np.flatnonzero(likeness.near_duplicates(text, stack, NEAR_TEXT)).tolist():
+                if not likeness.lacks_subject(query, text, others[i]):
+                    near.setdefault(i, text)
+        for i, text in sorted(near.items()):
+            hits.add("near_contradictions", **place, positive=text, negative=others[i])
 
 
 def _check_scores(rows: Sequence[Row], hits: _Hits) -> None:
@@ -254,12 +260,12 @@ def _check_leaks(
     """Test rows whose query, or nearly, or whose positive is in the training data."""
     names, near = list(asked), dict[int, str]()
     others = [i for i, row in enumerate(against) if norm(row["query"]) not in asked]
-    tests = [against[i]["query"] for i in others]
-    step = max(1, MAX_PAIRS // max(1, len(tests)))
-    for start in range(0, len(names), step):
-        found = nearly_same(tests, names[start : start + step], NEAR_QUERY, workers=-1)
-        for i, j in np.argwhere(found).tolist():
-            near.setdefault(others[i], names[start + j])
+    likeness = Likeness([*names, *(against[i]["query"] for i in others)])
+    stack = likeness.stack(names)
+    for i in others:
+        found = np.flatnonzero(likeness.same_questions(against[i]["query"], stack, NEAR_QUERY))
+        if len(found):
+            near[i] = names[found[0]]
     hits.total["test rows"] = len(against)
     for i, row in enumerate(against):
         place = {"row": i + 1, "query": row["query"]}

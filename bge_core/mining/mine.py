@@ -22,7 +22,7 @@ from bge_core.encoder.model import Encoder
 from bge_core.files.records import Row, distinct_texts
 from bge_core.files.text import letters, text_id
 from bge_core.mining.filters import CandidateFilter
-from bge_core.mining.guards import Guards, GuardSettings, common_words
+from bge_core.mining.guards import Guards, GuardSettings
 from bge_core.mining.retrieve import Embedded, embed, index_key, rank_pool
 from bge_core.mining.select import query_ids, select_negatives
 from bge_core.mining.teacher import Teacher, TeacherScores
@@ -168,8 +168,9 @@ def _make_guards(rows: Sequence[Row], pool: Sequence[str], embedded: Embedded, c
         [row["pos"] for row in rows],
         [_answers(row) for row in rows],
         settings,
-        common_words(pool, config.seed),
+        pool,
         embedded.first_U[near_UK[embedded.place_Q]],
+        config.seed,
     )
 
 

@@ -96,9 +96,9 @@ class MineConfig(CorpusStage):
     # what is no negative
     guard_identical: bool = flag(True, "Exclude texts with the letters and digits of a positive.")
     guard_near_duplicates: bool = flag(True, "Exclude texts that say what a positive says in nearly the same words.")
-    near_duplicate_threshold: float = flag(0.85, "How alike they must be, 0 to 1.", LIKENESS)
+    near_duplicate_threshold: float = flag(0.82, "How much of what they say they must share, 0 to 1.", LIKENESS)
     guard_same_questions: bool = flag(True, "Exclude positives of questions that are the same or nearly so.")
-    same_question_threshold: float = flag(0.85, "How alike the questions must be, 0 to 1.", LIKENESS)
+    same_question_threshold: float = flag(0.8, "How much of the questions must be shared, 0 to 1.", LIKENESS)
     guard_answers: bool = flag(True, "Exclude texts that hold the row's `answer`, if it states one.")
     max_score: float | None = flag(None, "Highest score of a negative.")
     min_score: float | None = flag(None, "Lowest score of a negative.")

@@ -5,13 +5,11 @@ import random
 from typing import Any
 
 import pytest
-from rapidfuzz import fuzz
 
 from bge_core.files.records import check_training_row
-from bge_core.files.text import letters
 from bge_core.mining import file_checks
 from bge_core.mining.file_checks import KINDS, Finding, check_rows, summary_lines
-from bge_core.mining.near_duplicates import numbers
+from bge_core.mining.near_duplicates import NEAR_QUERY, NEAR_TEXT, Likeness
 
 CLEAN = [
     {"query": "信用卡怎么申请？", "pos": ["请在手机银行首页点击申请。"], "neg": ["贷款需要收入证明。", "密码在柜台重置。"]},
@@ -130,17 +128,18 @@ def test_leaks_are_counted_apart() -> None:
     train = [*CLEAN, row(query="2019年的年会在哪里举行？")]
     test = [
         {"query": "信用卡怎么申请?", "pos": ["去网点。"]},  # the same
-        {"query": "请问信用卡怎么申请？", "pos": ["去网点。"]},  # not near: 7 of 9 letters
+        {"query": "请问信用卡怎么申请？", "pos": ["去网点。"]},  # near
+        {"query": "储蓄卡怎么申请？", "pos": ["去网点。"]},  # of another
         {"query": "2019年的年会，在哪里举行呢", "pos": ["一般三到五天送达。"]},  # near, and a positive
         {"query": "2018年的年会在哪里举行？", "pos": ["广州。"]},  # another year, another question
     ]
     findings = found(train, against=test)
     assert {name: finding.count for name, finding in findings.items()} == {
-        "shared_queries": 1, "near_shared_queries": 1, "shared_positives": 1,
+        "shared_queries": 1, "near_shared_queries": 2, "shared_positives": 1,
     }  # fmt: skip
     assert [finding.severity for finding in findings.values()] == ["bad", "warning", "note"]
-    assert {finding.total for finding in findings.values()} == {4}
-    assert findings["near_shared_queries"].examples[0]["training_query"] == "2019年的年会在哪里举行?"
+    assert {finding.total for finding in findings.values()} == {5}
+    assert findings["near_shared_queries"].examples[1]["training_query"] == "2019年的年会在哪里举行?"
 
 
 def noisy(rng: random.Random, text: str, edits: int) -> str:
@@ -148,11 +147,6 @@ def noisy(rng: random.Random, text: str, edits: int) -> str:
         place = rng.randrange(len(text))
         text = text[:place] + rng.choice(["", "呢", "的，", "甲"]) + text[place + rng.randrange(2) :]
     return text
-
-
-def slow_near(one: str, other: str, limit: float) -> bool:
-    ratio = fuzz.ratio(letters(one), letters(other))
-    return ratio == 100 or (numbers(one) == numbers(other) and ratio >= 100 * limit)
 
 
 def test_near_queries_are_those_that_comparing_all_pairs_finds() -> None:
@@ -174,7 +168,10 @@ def test_near_queries_are_those_that_comparing_all_pairs_finds() -> None:
     ]
     train = list(dict.fromkeys("".join(rng.choices(words, k=5)) for _ in range(300)))
     test = [noisy(rng, rng.choice(train), rng.randrange(1, 4)) for _ in range(200)]
-    expected = [any(slow_near(query, other, 0.9) for other in train) for query in test if query not in train]
+    asked = [query for query in test if query not in train]
+    likeness = Likeness([*train, *asked])
+    each = [likeness.stack([other]) for other in train]
+    expected = [any(likeness.same_questions(query, other, NEAR_QUERY)[0] for other in each) for query in asked]
     assert 40 < sum(expected) < len(expected) - 40
     rows = [{"query": query, "pos": [query + "，见说明"]} for query in train]
     findings = found(rows, against=[{"query": query, "pos": ["无"]} for query in test])
@@ -190,7 +187,8 @@ def test_near_contradictions_are_those_that_comparing_all_pairs_finds() -> None:
         negatives = dict.fromkeys(noisy(rng, positive, rng.randrange(1, 5)) or "空" for _ in range(3))
         rows.append({"query": f"问题{i}", "pos": [positive], "neg": [text for text in negatives if text.strip()]})
     pairs = [(r["pos"][0], text) for r in rows for text in r["neg"] if text != r["pos"][0]]
-    expected = sum(slow_near(*pair, 0.95) for pair in pairs)
+    likeness = Likeness(list(dict.fromkeys(text for r in rows for text in (*r["pos"], *r["neg"]))))
+    expected = sum(likeness.near_duplicates(one, likeness.stack([other]), NEAR_TEXT)[0] for one, other in pairs)
     assert 20 < expected < len(pairs) - 20
     assert found(rows)["near_contradictions"].count == expected
 

@@ -548,7 +548,7 @@ def test_check_looks_at_a_file_and_mines_nothing(tmp_path: Path, capsys: pytest.
     assert mine.main(["--check", str(file), "--check_against", str(against), "--report", str(report)]) == 0
     shown = capsys.readouterr().out
     assert "2 rows" in shown and "1 of 1 test rows ask a query of the training data" in shown
-    assert "say nearly word for word what a positive" in shown
+    assert "say in nearly the same words what a positive" in shown
     assert file.read_bytes() == before and report.exists()
 
 

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from bge_core.mining.facts import MiningReport, auc, closest_in_words, mining_warnings
 from bge_core.mining.file_checks import Finding
+from bge_core.mining.near_duplicates import Likeness
 from bge_core.mining.report import _draw_ranks, write_check_report, write_mining_report
 
 RNG = np.random.default_rng(0)
@@ -120,8 +121,10 @@ def test_the_negatives_most_like_a_positive_are_found() -> None:
     neg = [[f"{i * 7}路公交车", "停车场在后面"] for i in range(9)]
     neg[7][1], neg[3] = "第七号柜台办理", []
     mined: Any = SimpleNamespace(neg=neg, neg_score=[[0.1, 0.2]] * 9)
-    found = closest_in_words(rows, mined, most=5)
+    found = closest_in_words(
+        rows, mined, Likeness([text for of in (*neg, *(row["pos"] for row in rows)) for text in of]), 5
+    )
     assert found[0] == {
-        "query": "q7", "positive": "第7号柜台办理", "negative": "第七号柜台办理", "alike": 0.86, "score": 0.2,
+        "query": "q7", "positive": "第7号柜台办理", "negative": "第七号柜台办理", "alike": 1.0, "score": 0.2,
     }  # fmt: skip
     assert len(found) == 5 and [one["alike"] for one in found] == sorted((o["alike"] for o in found), reverse=True)
