@@ -6,6 +6,8 @@ from typing import Any
 import torch
 import xxhash
 
+from bge_core.encoder.code import model_code
+
 # Where a config came from, how its weights were drawn, how it is run, what stands behind an encoder or makes texts.
 _NO_INFLUENCE = {
     "transformers_version", "architectures", "auto_map", "dtype", "torch_dtype", "use_cache", "return_dict",
@@ -16,7 +18,7 @@ _NO_INFLUENCE_BEGIN = ("_", "classifier_", "initializer_", "output_")
 
 
 def fingerprint(encoder: Any) -> str:
-    """Hash of what determines a score: weights, config, tokenizer, pooling, similarity; not where they came from.
+    """Hash of what determines a score: weights, config, code, tokenizer, pooling, similarity; not where it came from.
 
     Device and attention kernel are left out: they change last bits. So is dropout, which encoding switches off.
 
@@ -27,7 +29,11 @@ def fingerprint(encoder: Any) -> str:
     Returns:
         32 hexadecimal digits.
     """
-    config = [type(encoder.backbone).__name__, influential(encoder.backbone.config.to_dict())]
+    config = [
+        type(encoder.backbone).__name__,
+        model_code(encoder.backbone),
+        influential(encoder.backbone.config.to_dict()),
+    ]
     settings = [encoder.tokenizer.truncation_side, encoder.settings.scoring]
     digest = xxhash.xxh3_128(_json([config, settings, tokenizer_text(encoder.tokenizer.backend_tokenizer)]))
     for name, tensor in [*encoder.backbone.state_dict().items(), *encoder.dense.state_dict().items()]:

@@ -22,6 +22,7 @@ from bge_core.encoder.settings import EncoderSettings, find_file, read_settings
 from bge_core.runtime.flags import Attention, Pooling
 
 logger = logging.getLogger(__name__)
+_CODE_HINT = "; it comes with model code of its own, which --trust_remote_code runs"
 
 
 def load_encoder(
@@ -133,12 +134,16 @@ def open_pretrained(
         config = AutoConfig.from_pretrained(name, subfolder=subfolder, **hub)
         if attention_dropout is not None:
             set_attention_dropout(config, attention_dropout)
-        model, info = kind.from_pretrained(
-            name, config=config, dtype=dtype, output_loading_info=True, subfolder=subfolder, **options
-        )
+        try:
+            model, info = kind.from_pretrained(
+                name, config=config, dtype=dtype, output_loading_info=True, subfolder=subfolder, **options
+            )
+        except RuntimeError:  # shapes that are not the class's; transformers has logged them
+            hint = _CODE_HINT if _ignores_code(config) and not options.get("trust_remote_code") else ""
+            raise UserError(f"{label}: its weights have not the shapes that its config.json says{hint}") from None
         own = {} if tokenizer_name else {"subfolder": subfolder}
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_name or name, use_fast=True, **own, **hub)
-    if getattr(config, "auto_map", None) and not options.get("trust_remote_code"):
+    if _ignores_code(config, type(model).__module__):
         logger.warning("%s: comes with model code of its own, which is not run; --trust_remote_code runs it", label)
     if not tokenizer.is_fast or tokenizer.pad_token_id is None:
         label = tokenizer_name or label
@@ -247,12 +252,18 @@ def lower_case(tokenizer: Any) -> None:
         backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), *steps])
 
 
+def _ignores_code(config: Any, module: str = "") -> bool:
+    """Whether a checkpoint has model code of its own and the class in use is not of it."""
+    return "AutoModel" in (getattr(config, "auto_map", None) or {}) and not module.startswith("transformers_modules.")
+
+
 def _refuse_missing_weights(name: str | Path, backbone: Any, info: dict[str, Any]) -> None:
     missing = set(info["missing_keys"])
     pooler = {key for key in missing if key.startswith("pooler.")}
     if missing - pooler:
+        hint = _CODE_HINT if _ignores_code(backbone.config, type(backbone).__module__) else ""
         raise UserError(
-            f"{name}: the checkpoint lacks weights of {type(backbone).__name__}: {', '.join(sorted(missing)[:5])}"
+            f"{name}: the checkpoint lacks weights of {type(backbone).__name__}: {', '.join(sorted(missing)[:5])}{hint}"
         )
     if pooler:  # a random pooler, which nothing uses, must not get into what we save
         backbone.pooler = None

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from bge_core import UserError
 from bge_core.encoder import packing
+from bge_core.encoder.code import save_code
 from bge_core.encoder.dense import save_dense
 from bge_core.encoder.dropout import replace_dropout
 from bge_core.encoder.encode import encode
@@ -157,6 +158,7 @@ class Encoder(nn.Module):
         for path in ("", *(dense.path for dense in self.settings.dense)):
             for file in (folder / path).glob("*.safetensors"):  # the library makes them readable by their owner alone
                 file.chmod((folder / "config.json").stat().st_mode)
+        save_code(folder, self.backbone)
         save_tokenizer(self.tokenizer, folder)
         write_settings(folder, self.settings, self.embedding_size, min(self.max_length, 8192))
 

@@ -16,6 +16,7 @@ from tokenizers.normalizers import BertNormalizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from bge_core import UserError
+from bge_core.encoder.fingerprint import fingerprint
 from bge_core.encoder.load import load_encoder
 from bge_core.encoder.reranker import load_reranker
 from bge_core.encoder.settings import EncoderSettings, write_settings
@@ -148,3 +149,97 @@ def test_do_lower_case_is_as_in_sentence_transformers(tiny_bert: Path, tmp_path:
             got = of.encode(["A Loan", "a loan"])
             np.testing.assert_allclose(got, want, atol=1e-6)
             assert np.allclose(got[0], got[1]) == stated
+
+
+# ------------------------------------------------------------------------------------------------------- own code
+
+CONFIG = """from transformers import BertConfig
+
+
+class OwnConfig(BertConfig):
+    model_type = "own"
+
+    def __init__(self, rope_scaling=None, **others):  # as code of before transformers 5, which calls it rope_parameters
+        super().__init__(**others)
+        self.rope_scaling = rope_scaling
+"""
+MODEL = """from transformers import BertModel
+
+from .configuration_own import OwnConfig
+from .scale import scale
+
+
+class OwnModel(BertModel):
+    config_class = OwnConfig
+
+    def forward(self, *args, **more):
+        output = super().forward(*args, **more)
+        output.last_hidden_state = scale(output.last_hidden_state, (self.config.rope_scaling or {}).get("factor", 1.0))
+        return output
+"""
+SCALE = "def scale(x, factor):\n    return x.roll(1, -1) * factor\n"
+CODE = {"configuration_own.py": CONFIG, "modeling_own.py": MODEL, "scale.py": SCALE}
+REVISION = "0" * 40
+
+
+def with_code(tiny_bert: Path, folder: Path, hub: Path | None = None, scale: str = SCALE) -> Path:
+    """A BERT that does something else; its code lies in the folder, or in a repository of the hub's cache."""
+    shutil.copytree(tiny_bert, folder)
+    home = folder
+    if hub:
+        home = hub / "models--owner--code" / "snapshots" / REVISION
+        home.mkdir(parents=True)
+        (home.parents[1] / "refs").mkdir()
+        (home.parents[1] / "refs" / "main").write_text(REVISION)
+    for name, text in (CODE | {"scale.py": scale}).items():
+        (home / name).write_text(text)
+    at = "owner/code--" if hub else ""
+    auto_map = {"AutoConfig": f"{at}configuration_own.OwnConfig", "AutoModel": f"{at}modeling_own.OwnModel"}
+    config = json.loads((folder / "config.json").read_text())
+    rope = {"rope_scaling": {"type": "ntk", "factor": 3.0}, "rope_theta": 20000.0}
+    (folder / "config.json").write_text(json.dumps(config | rope | {"model_type": "own", "auto_map": auto_map}))
+    return folder
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_a_saved_folder_has_all_its_code_and_computes_the_same(
+    elsewhere: bool, tiny_bert: Path, tmp_path: Path
+) -> None:
+    hub = tmp_path / "hub" if elsewhere else None
+    folder = with_code(tiny_bert, tmp_path / f"model_{elsewhere}", hub)
+    told: dict[str, Any] = {"trust_remote_code": True, "cache_dir": str(hub) if hub else None, "normalize": False}
+    encoder = load_encoder(folder, **told)
+    want = load_encoder(tiny_bert, normalize=False).encode(["快递"])
+    np.testing.assert_allclose(encoder.encode(["快递"]), 3 * np.roll(want, 1), atol=1e-5)
+    encoder.save(tmp_path / "saved")
+    if hub:
+        shutil.rmtree(hub)
+    again = load_encoder(tmp_path / "saved", trust_remote_code=True)
+    assert (again.encode(["快递"]) == encoder.encode(["快递"])).all()
+    assert fingerprint(again) == fingerprint(encoder)
+    assert set(CODE) <= {file.name for file in (tmp_path / "saved").iterdir()}
+    with pytest.raises(UserError, match="model code of its own; read it, and if you trust it, add --trust_remote_code"):
+        load_encoder(tmp_path / "saved")
+
+
+def test_other_code_is_another_model(tiny_bert: Path, tmp_path: Path) -> None:
+    one, other = (
+        load_encoder(with_code(tiny_bert, tmp_path / name, scale=text), trust_remote_code=True)
+        for name, text in (("one", SCALE), ("other", SCALE.replace("1,", "2,")))
+    )
+    assert fingerprint(one) != fingerprint(other)
+
+
+def test_weights_that_need_the_code_name_the_flag(
+    tiny_bert: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A stock model type with code: without the flag transformers takes its own class, which fits or does not."""
+    folder = with_code(tiny_bert, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text()) | {"model_type": "bert"}
+    (folder / "config.json").write_text(json.dumps(config))
+    load_encoder(folder)
+    assert "comes with model code of its own, which is not run; --trust_remote_code runs it" in caplog.text
+    for change in ({"num_hidden_layers": 3}, {"intermediate_size": 64}):
+        (folder / "config.json").write_text(json.dumps(config | change))
+        with pytest.raises(UserError, match="; it comes with model code of its own, which --trust_remote_code runs"):
+            load_encoder(folder)
