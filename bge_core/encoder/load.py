@@ -267,3 +267,14 @@ def _refuse_missing_weights(name: str | Path, backbone: Any, info: dict[str, Any
         )
     if pooler:  # a random pooler, which nothing uses, must not get into what we save
         backbone.pooler = None
+
+
+def warn_of_longer(encoder: Encoder, name: str, max_len: int) -> None:
+    """Say that texts of up to `max_len` tokens are read where the folder states that the model is for shorter ones."""
+    if encoder.settings.max_length and max_len > encoder.settings.max_length:
+        logger.warning(
+            "%s states max_seq_length %d: sentence-transformers cuts texts there, up to %d tokens are read here",
+            name,
+            encoder.settings.max_length,
+            min(max_len, encoder.max_length),
+        )
