@@ -194,6 +194,7 @@ def compare_to_baseline(
 
 
 def check_values(name: str, values: Any, max_dimensions: int = 1) -> np.ndarray:
+    """The values as float64. UserError: there is none, one is not finite, or they have more dimensions."""
     array = np.asarray(values, dtype=np.float64)
     if not 1 <= array.ndim <= max_dimensions or len(array) == 0:
         raise UserError(f"{name} has the shape {array.shape}: give one number for each query, of at least one")
@@ -203,6 +204,7 @@ def check_values(name: str, values: Any, max_dimensions: int = 1) -> np.ndarray:
 
 
 def check_resamples(resamples: int) -> None:
+    """UserError where there is none."""
     if resamples < 1:
         raise UserError(f"resamples={resamples}: give a whole number from 1, as 10000")
 

@@ -40,9 +40,7 @@ def refuse_output(config: MineConfig) -> None:
                     raise UserError(f"--output_file {output}: would replace --{name}; choose another name")
                 within = other.is_dir() and other.resolve() in output.resolve().parents
                 if within and output.name.lower().endswith(sources.SUFFIXES):
-                    raise UserError(
-                        f"--output_file {output}: the next run would read it with --{name} {other}; move it"
-                    )
+                    raise UserError(f"--output_file {output}: the next run would read it in --{name} {other}; move it")
     atomic.refuse_unwritable(output.parent)
 
 
