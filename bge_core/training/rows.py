@@ -124,26 +124,31 @@ class KnownPositives:
     """
 
     def __init__(self, keys: datasets.Dataset) -> None:
-        query_N: np.ndarray = keys.select_columns(["query_id"]).with_format("numpy")[:]["query_id"]
-        order_N = np.argsort(query_N, kind="stable")
-        same_as_next = np.diff(query_N[order_N]) == 0
-        rows = order_N[np.append(same_as_next, False) | np.insert(same_as_next, 0, False)]
-        query_of_row = query_N[rows]
-        self.query_U, first_U = np.unique(query_of_row, return_index=True)
-        ids, counts = [np.empty(0, np.int64)], [np.zeros(1, np.int64)]
-        for part in (
-            keys.select(rows).select_columns(["pos_ids"]).with_format("arrow").iter(10_000) if len(rows) else ()
-        ):
-            lists = part["pos_ids"].combine_chunks()
-            ids.append(lists.flatten().to_numpy())
-            counts.append(lists.value_lengths().to_numpy())
-        starts = np.cumsum(np.concatenate(counts))
-        self.id_K, self.start_U1 = np.concatenate(ids), starts[np.append(first_U, len(rows))]
+        query_N = keys.select_columns(["query_id"]).with_format("arrow")[:]["query_id"].to_numpy()
+        query_of_row, num_rows = np.unique(query_N, return_counts=True)
+        self.query_U = query_of_row[num_rows > 1]
+        ids, queries = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+        columns = keys.select_columns(["query_id", "pos_ids"]).with_format("arrow")
+        for part in columns.iter(10_000) if len(self.query_U) else ():
+            pos_ids = part["pos_ids"].combine_chunks()
+            query_of_id = np.repeat(part["query_id"].to_numpy(), pos_ids.value_lengths().to_numpy())
+            _, is_known = self._places(query_of_id)
+            ids.append(pos_ids.flatten().to_numpy()[is_known])
+            queries.append(query_of_id[is_known])
+        query_K = np.concatenate(queries)
+        order_K = np.argsort(query_K, kind="stable")
+        self.id_K = np.concatenate(ids)[order_K]
+        self.start_U1 = np.append(np.searchsorted(query_K[order_K], self.query_U), len(query_K))
 
     def of(self, query_ids: Sequence[int]) -> list[list[int]]:
         """For each query the ids of its positives; none for one that stands on a single row, which has them itself."""
         if not len(self.query_U):
             return [[]] * len(query_ids)
-        place_B = np.minimum(np.searchsorted(self.query_U, query_ids), len(self.query_U) - 1)
-        end_B = np.where(self.query_U[place_B] == query_ids, self.start_U1[place_B + 1], self.start_U1[place_B])
-        return [self.id_K[start:end].tolist() for start, end in zip(self.start_U1[place_B], end_B, strict=True)]
+        place, is_known = self._places(np.asarray(query_ids, np.int64))
+        start, end = self.start_U1[place], np.where(is_known, self.start_U1[place + 1], self.start_U1[place])
+        return [self.id_K[i:j].tolist() for i, j in zip(start, end, strict=True)]
+
+    def _places(self, query_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Where each query is among those that are known, if it is."""
+        place = np.minimum(np.searchsorted(self.query_U, query_ids), len(self.query_U) - 1)
+        return place, self.query_U[place] == query_ids
