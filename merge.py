@@ -23,14 +23,13 @@ from typing import Any
 import torch
 
 from bge_core import UserError
-from bge_core.encoder.settings import read_settings
 from bge_core.evaluation.metrics import parse_metric
 from bge_core.evaluation.tasks import evaluation_command
 from bge_core.files.atomic import read_json
 from bge_core.merging.choose import METRIC, choose, write_sweep
+from bge_core.merging.compare import merged_settings, open_model_folders
 from bge_core.merging.folders import refuse_output, write_merged
 from bge_core.merging.methods import check_arguments, check_weights
-from bge_core.merging.model_folders import open_model_folders
 from bge_core.merging.sweep import parse_sweep
 from bge_core.reports.model_card import write_model_card
 from bge_core.runtime.cli import as_dict, changed_fields, run_stage
@@ -46,12 +45,15 @@ def merge(config: MergeConfig) -> None:
     """
     refuse_merge(config)
     hub: dict[str, Any] = {"cache_dir": config.cache_dir, "trust_remote_code": config.trust_remote_code}
-    choice = choose(config, open_model_folders([*config.models, *filter(None, [config.base_model])], **hub), **hub)
+    folders = open_model_folders([*config.models, *filter(None, [config.base_model])], **hub)
+    settings = merged_settings(folders, config.prompts_from)
+    choice = choose(config, folders, settings, **hub)
     output = Path(config.output_path)
     manifest = write_merged(
         choice.models,
         choice.weights,
         output,
+        settings,
         method="linear" if config.method == "greedy_soup" else config.method,
         density=config.density,
         dtype=config.dtype,
@@ -72,7 +74,7 @@ def merge(config: MergeConfig) -> None:
             "settings": changed_fields(config),
         },
         scores=None,
-        prompt=read_settings(output).query_prompt or "",
+        prompt=settings.query_prompt or "",
     )
     if choice.told:
         print(choice.told)

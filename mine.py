@@ -20,7 +20,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from bge_core.encoder.load import load_encoder, warn_of_longer
+from bge_core.encoder.load import load_encoder
 from bge_core.encoder.model import Encoder
 from bge_core.files.records import Row
 from bge_core.mining.facts import why_short
@@ -60,7 +60,6 @@ def mine(config: MineConfig) -> None:
         trust_remote_code=config.trust_remote_code,
         attention=config.attention,
     ).to(accelerator.device)
-    warn_of_longer(encoder, str(config.model_name_or_path), max(config.query_max_len, config.passage_max_len))
     if num_scored := sum(row.get("neg_scores") is not None for row in rows):
         logger.warning("neg_scores of %d rows are left out: mined negatives have no score", num_scored)
     logger.info("%d rows, %d candidates, on %s", len(rows), len(pool), accelerator.device)

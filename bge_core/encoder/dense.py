@@ -73,12 +73,7 @@ def load_dense(
             )
         hidden_size = settings.out_features
         module = Dense(settings)
-        files = (
-            find_file(name, f"{settings.path}/{file}", **access) for file in ("model.safetensors", "pytorch_model.bin")
-        )
-        file = next(filter(None, files), None)
-        if file is None:
-            raise UserError(f"{name}/{settings.path}: has no weights (model.safetensors)")
+        file = dense_file(name, settings.path, **access)
         try:
             weights = load_file(file) if file.suffix == ".safetensors" else torch.load(file, weights_only=True)
             module.load_state_dict({key: value.to(dtype) for key, value in weights.items()}, assign=True)
@@ -86,6 +81,14 @@ def load_dense(
             raise UserError(f"{file}: are not the weights of {settings}: {str(error).splitlines()[0]}") from None
         modules.append(module)
     return nn.Sequential(*modules)
+
+
+def dense_file(name: str | Path, path: str, **access: Any) -> Path:
+    """The weights of the Dense module at `path` in a folder or hub model. UserError where it has none."""
+    files = (find_file(name, f"{path}/{file}", **access) for file in ("model.safetensors", "pytorch_model.bin"))
+    if found := next(filter(None, files), None):
+        return found
+    raise UserError(f"{name}/{path}: has no weights (model.safetensors)")
 
 
 def save_dense(folder: Path, stated: tuple[DenseSettings, ...], weights: dict[str, Tensor]) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 import xxhash
+from tokenizers.pre_tokenizers import BertPreTokenizer, PreTokenizer
 
 from bge_core.encoder.code import model_code
 
@@ -47,7 +48,12 @@ def tokenizer_text(tokenizer: Any) -> str:
     truncation, padding = tokenizer.truncation, tokenizer.padding
     tokenizer.no_truncation()
     tokenizer.no_padding()
+    splitter = tokenizer.pre_tokenizer
+    if type(splitter) is PreTokenizer:  # in Python, which has no JSON (RoFormer's)
+        tokenizer.pre_tokenizer = BertPreTokenizer()
     text: str = tokenizer.to_str()
+    if type(splitter) is PreTokenizer:
+        tokenizer.pre_tokenizer = splitter
     if truncation:
         tokenizer.enable_truncation(**truncation)
     if padding:

@@ -208,7 +208,7 @@ def refuse_other_models(name: str | Path, backbone: Any, tokenizer: Any) -> None
     problem = "has a decoder" if backbone.config.is_encoder_decoder else None
     if max_length(backbone) < 1:
         problem = "states no longest text"
-    if problem is None:
+    if problem is None and backbone.device.type != "meta":  # there no weights are
         id_sL = torch.full((2, 3), tokenizer.pad_token_id)
         mask_sL = torch.tensor([[1, 1, 1], [1, 1, 0]])
         try:
@@ -267,14 +267,3 @@ def _refuse_missing_weights(name: str | Path, backbone: Any, info: dict[str, Any
         )
     if pooler:  # a random pooler, which nothing uses, must not get into what we save
         backbone.pooler = None
-
-
-def warn_of_longer(encoder: Encoder, name: str, max_len: int) -> None:
-    """Say that texts of up to `max_len` tokens are read where the folder states that the model is for shorter ones."""
-    if encoder.settings.max_length and max_len > encoder.settings.max_length:
-        logger.warning(
-            "%s states max_seq_length %d: sentence-transformers cuts texts there, up to %d tokens are read here",
-            name,
-            encoder.settings.max_length,
-            min(max_len, encoder.max_length),
-        )

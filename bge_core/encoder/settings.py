@@ -80,6 +80,11 @@ class EncoderSettings:
     transformer_path: str = field(default="", compare=False)
 
     @property
+    def is_stated(self) -> bool:
+        """Whether the model has sentence-transformers' files at all."""
+        return self.normalize is not None
+
+    @property
     def scored_by(self) -> Similarity:
         """How two vectors are compared in effect: of those of length 1 the inner product is the cosine."""
         return "cosine" if self.normalize else self.similarity

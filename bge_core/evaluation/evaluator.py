@@ -25,9 +25,8 @@ from bge_core.encoder.load import load_encoder
 from bge_core.encoder.model import Encoder
 from bge_core.evaluation.costs import Cost
 from bge_core.evaluation.metrics import DEFAULT_METRICS, mean_metrics, per_query_metrics, search_depth
-from bge_core.evaluation.significance import Comparison, bootstrap_means, compare_to_baseline
+from bge_core.evaluation.significance import Comparison, Threshold, bootstrap_means, compare_to_baseline, thresholds
 from bge_core.evaluation.tasks import Paths, RetrievalTask, load_task
-from bge_core.evaluation.thresholds import Reply, Threshold, reply_thresholds, thresholds
 from bge_core.search.cache import EmbeddingCache
 from bge_core.search.exact import score_pairs, search_in_shares
 
@@ -131,23 +130,12 @@ class EvaluationResult:
 
     @functools.cached_property
     def thresholds(self) -> dict[str, list[Threshold]]:
-        """{model: `thresholds.thresholds`} of each question's best positive against its best negative."""
+        """{model: `significance.thresholds`} of each question's best positive against its best negative."""
         found = {}
         for name, ranking in self.rankings.items():
             positive, negative = ranking.positive_score, ranking.negative_score
             positive, negative = positive[np.isfinite(positive)], negative[np.isfinite(negative)]
             found[name] = thresholds(positive, negative, seed=self.seed) if len(positive) and len(negative) else []
-        return found
-
-    @functools.cached_property
-    def replies(self) -> dict[str, list[Reply]]:
-        """{model: `thresholds.reply_thresholds` of the first hit of each question that has one}."""
-        found = {}
-        for name, of in self.rankings.items():
-            first = of.rows[:, :1]
-            answered = first[:, 0] >= 0
-            right = is_positive(first, self.task)[answered, 0]
-            found[name] = reply_thresholds(of.scores[answered, 0], right, seed=self.seed) if answered.any() else []
         return found
 
     def table(self) -> Any:

@@ -113,8 +113,6 @@ def _add_scores(page: Page, result: EvaluationResult, words: Words) -> None:
         finite = {label: values[np.isfinite(values)] for label, values in scores.items()}
         draw = partial(draw_histograms, scores=finite, edges=edges, xlabel="score", ylabel=words["questions"])
         page.plot(draw, words["scored"].format(name))
-    if any(result.replies.values()):
-        _add_replies(page, result, words)
     if not any(result.thresholds.values()):
         return
     header = [words[key] for key in ("model", "target", "threshold")] + ["95 %"]
@@ -131,24 +129,6 @@ def _add_scores(page: Page, result: EvaluationResult, words: Words) -> None:
             spread = None if None in (of.low, of.high) else f"[{of.low:.3f}, {of.high:.3f}]"
             rows.append([name, words[of.target].format(of.value), of.threshold, spread, of.reached, of.recall, moved])
     page.section(words["thresholds"], words["threshold_text"]).table(header, rows)
-
-
-def _add_replies(page: Page, result: EvaluationResult, words: Words) -> None:
-    """May the bot reply: from which score of the first hit on, how often it is right, how many questions it answers."""
-    rows = [
-        [
-            name,
-            f"{of.precision:.0%}",
-            of.threshold,
-            None if None in (of.low, of.high) else f"[{of.low:.3f}, {of.high:.3f}]",
-            None if of.reached is None else f"{of.reached:.1%}",
-            f"{of.coverage:.1%}",
-        ]
-        for name, found in result.replies.items()
-        for of in found
-    ]
-    header = [words["model"], words["wanted"], words["threshold"], "95 %", words["right"], words["answered"]]
-    page.section(words["replies"], words["reply_text"]).table(header, rows)
 
 
 def _recall(result: EvaluationResult) -> dict[str, np.ndarray]:

@@ -10,7 +10,7 @@ import numpy as np
 
 from bge_core import UserError
 from bge_core.encoder.fingerprint import fingerprint
-from bge_core.encoder.load import load_encoder, warn_of_longer
+from bge_core.encoder.load import load_encoder
 from bge_core.encoder.prompts import choose_prompts
 from bge_core.encoder.settings import EncoderSettings
 from bge_core.evaluation.costs import COST_METRICS, Cost, measure_costs, refuse_costs
@@ -70,7 +70,6 @@ def score_encoders(
             trust_remote_code=config.trust_remote_code,
             attention=config.attention,
         ).to(device)
-        warn_of_longer(encoder, path, max(config.query_max_len, config.passage_max_len))
         refuse_costs(encoder.embedding_size, config.dims, config.dtypes, config.index_factories)
         known = fingerprint(encoder) if config.output_dir else None
         for task in tasks:

@@ -1,9 +1,9 @@
-"""How sure a difference is: intervals and p-values of metrics per query.
+"""How sure a difference is: intervals and p-values of metrics per query, and thresholds of the score.
 
 Queries are the sample: what is drawn again or has its sign flipped is a query, with all that a model made of it. The
 same draws serve every model and every metric, so comparisons are paired, and a result is a function of values and seed.
 
-    Q  queries     M  columns: a metric of a model, or the difference of two models
+    Q  queries     M  columns: a metric of a model, or the difference of two models     U  distinct scores
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,6 +15,9 @@ import numpy as np
 from bge_core import UserError
 
 INTERVAL = (1 - 0.95) / 2, (1 + 0.95) / 2  # the quantiles between which a 95 % interval lies
+TARGETS = tuple(
+    [("precision", share) for share in (0.9, 0.95, 0.99)] + [("false_positive_rate", share) for share in (0.01, 0.05)]
+)
 _CELLS_AT_ONCE = 2**21  # resamples x queries in memory: some 60 MB
 _ROUNDING = 1e-12  # metrics are at most 1: a difference below this is one of the order of summation
 
@@ -42,6 +45,26 @@ class Comparison:
     ties: int
 
 
+@dataclass(frozen=True)
+class Threshold:
+    """The lowest score from which on answers may be accepted.
+
+    Args:
+        target, value: "precision" of at least `value`, or "false_positive_rate" of at most `value`.
+        threshold, low, high: the score and its 95 % interval; None: above all scores.
+        reached: the target's rate at the threshold; None: no score reaches it.
+        recall: the share of positives at or above it.
+    """
+
+    target: str
+    value: float
+    threshold: float | None
+    low: float | None
+    high: float | None
+    reached: float | None
+    recall: float
+
+
 def bootstrap_means(
     values: np.ndarray, resamples: int = 10_000, seed: int = 0
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -63,8 +86,8 @@ def bootstrap_means(
 
     Source: Efron & Tibshirani 1993, An Introduction to the Bootstrap, section 13.3 (the percentile interval).
     """
-    values = check_values("values", values, max_dimensions=2)
-    check_resamples(resamples)
+    values = _check_values("values", values, max_dimensions=2)
+    _check_resamples(resamples)
     num_queries, shape = len(values), values.shape[1:]
     value_QM = values.reshape(num_queries, -1)
     rng = np.random.default_rng(seed)
@@ -136,7 +159,7 @@ def holm(p_values: Sequence[float] | np.ndarray) -> np.ndarray:
 
     Source: Holm 1979, A Simple Sequentially Rejective Multiple Test Procedure, Scand. J. Statist. 6:65-70.
     """
-    p = check_values("p_values", p_values)
+    p = _check_values("p_values", p_values)
     if p.min() < 0 or p.max() > 1:
         raise UserError(f"p_values go from {p.min():g} to {p.max():g}: give numbers from 0 to 1")
     order = np.argsort(p)
@@ -171,7 +194,7 @@ def compare_to_baseline(
         for name in per_query[baseline]:
             if name not in values:
                 raise UserError(f"{model} has no metric {name!r}; it has {', '.join(values)}")
-            table[name, model] = check_values(f"{name} of {model}", values[name])
+            table[name, model] = _check_values(f"{name} of {model}", values[name])
     sizes = {len(values): f"{len(values)} queries in {name} of {model}" for (name, model), values in table.items()}
     if len(sizes) > 1:
         raise UserError(f"{', '.join(sizes.values())}: compare models on the same queries")
@@ -193,8 +216,86 @@ def compare_to_baseline(
     return [Comparison(model, baseline, name, *of) for (name, model), of in zip(pairs, figures, strict=True)]
 
 
-def check_values(name: str, values: Any, max_dimensions: int = 1) -> np.ndarray:
-    """The values as float64. UserError: there is none, one is not finite, or they have more dimensions."""
+def thresholds(
+    positive: np.ndarray,
+    negative: np.ndarray,
+    targets: Sequence[tuple[str, float]] = TARGETS,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> list[Threshold]:
+    """The lowest scores from which on answers may be accepted, for targets of precision and false positive rate.
+
+    An answer is accepted if its score is at least t. With P(t), N(t) the positives and negatives accepted:
+
+        precision(t) = P(t) / (P(t) + N(t))     false_positive_rate(t) = N(t) / N     recall(t) = P(t) / Q
+        threshold    = the lowest of the given scores t with precision(t) >= value, or false_positive_rate(t) <= value
+
+    The lowest, because it has the highest recall of all that reach the target. What to bear in mind:
+
+    - Precision speaks of the mix given: with ten times the negatives, N(t) is ten times as large. The false positive
+      rate does not depend on the mix.
+    - Precision does not rise steadily with t: above the threshold it may fall below the target again, as when the
+      highest score is a negative's. The false positive rate only falls.
+    - A false positive rate below 1/N asks for a threshold above every negative.
+
+    Args:
+        positive: (Q,) scores of right answers, one per query.
+        negative: (N,) scores of wrong answers, drawn again independently of the positives.
+        targets: ("precision" or "false_positive_rate", value from 0 to 1) each.
+        resamples, seed: of the percentile bootstrap interval; positives and negatives are drawn again, each as many as
+            there are. A resample without a threshold counts as one above all scores.
+
+    Returns:
+        One for each target, in order.
+
+    Raises:
+        UserError: no positive or no negative, a score that is not finite, or resamples below 1.
+
+    Source: Efron & Tibshirani 1993, section 13.3, for the interval.
+    """
+    positive, negative = _check_values("positive", positive), _check_values("negative", negative)
+    _check_resamples(resamples)
+    score_U, place = np.unique(np.concatenate([positive, negative]), return_inverse=True)
+    samples = place[: len(positive)], place[len(positive) :]
+    rng = np.random.default_rng(seed)
+    drawn = np.empty((resamples, len(targets)), dtype=np.int64)
+    for b in range(resamples):
+        again = [at[rng.integers(len(at), size=len(at))] for at in samples]
+        drawn[b] = [at for at, _, _ in _lowest_reaching(again[0], again[1], len(score_U), targets)]
+    ends = np.quantile(drawn, INTERVAL, axis=0, method="inverted_cdf").astype(np.int64)
+    scores = [*score_U.tolist(), None]
+    found = _lowest_reaching(*samples, len(score_U), targets)
+    return [
+        Threshold(*target, scores[at], scores[low], scores[high], reached, recall)
+        for target, (at, reached, recall), (low, high) in zip(targets, found, ends.T, strict=True)
+    ]
+
+
+def _lowest_reaching(
+    positive_at: np.ndarray, negative_at: np.ndarray, num_scores: int, targets: Sequence[tuple[str, float]]
+) -> list[tuple[int, float | None, float]]:
+    """For each target the index of the lowest score that reaches it (num_scores: none), its rate, its recall.
+
+    A sample is given as indices of its scores among the distinct ones in rising order.
+    """
+    positive_U, negative_U = (np.bincount(at, minlength=num_scores) for at in (positive_at, negative_at))
+    present_U = positive_U + negative_U > 0
+    positive_U, negative_U = (np.cumsum(count[::-1])[::-1] for count in (positive_U, negative_U))  # at or above
+    rates = {
+        "precision": positive_U / np.maximum(positive_U + negative_U, 1),
+        "false_positive_rate": negative_U / len(negative_at),
+    }
+    found: list[tuple[int, float | None, float]] = []
+    for target, value in targets:
+        reaches_U = rates[target] >= value if target == "precision" else rates[target] <= value
+        reaches_U &= present_U
+        at = int(reaches_U.argmax())
+        reached = (at, float(rates[target][at]), float(positive_U[at] / len(positive_at)))
+        found.append(reached if reaches_U[at] else (num_scores, None, 0.0))
+    return found
+
+
+def _check_values(name: str, values: Any, max_dimensions: int = 1) -> np.ndarray:
     array = np.asarray(values, dtype=np.float64)
     if not 1 <= array.ndim <= max_dimensions or len(array) == 0:
         raise UserError(f"{name} has the shape {array.shape}: give one number for each query, of at least one")
@@ -203,8 +304,7 @@ def check_values(name: str, values: Any, max_dimensions: int = 1) -> np.ndarray:
     return array
 
 
-def check_resamples(resamples: int) -> None:
-    """UserError where there is none."""
+def _check_resamples(resamples: int) -> None:
     if resamples < 1:
         raise UserError(f"resamples={resamples}: give a whole number from 1, as 10000")
 

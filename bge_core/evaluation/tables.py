@@ -69,23 +69,7 @@ def markdown_report(result: EvaluationResult) -> str:
         )
     if result.similarities:
         lines += ["", f"{SCORED_DIFFERENTLY}: {scored_by(result)}."]
-    if any(result.replies.values()):
-        lines += ["", *_reply_table(result, list(result.replies))]
     return "\n".join(lines) + "\n"
-
-
-def _reply_table(result: EvaluationResult, names: Sequence[str]) -> list[str]:
-    """May the bot reply? For each model and wanted precision the score, and what is right and answered from there."""
-    lines = ["| answering with the first hit | right at least | score | 95 % interval | right | questions answered |"]
-    lines.append("| --- | ---: | ---: | ---: | ---: | ---: |")
-    for name in names:
-        for of in result.replies[name]:
-            cells = ["not reached", "", "", ""]
-            if of.threshold is not None:
-                spread = "" if None in (of.low, of.high) else f"{of.low:.3f} to {of.high:.3f}"
-                cells = [f"{of.threshold:.3f}", spread, f"{of.reached:.1%}", f"{of.coverage:.1%}"]
-            lines.append("| " + " | ".join([name, f"{of.precision:.0%}", *cells]) + " |")
-    return lines
 
 
 def interval(result: EvaluationResult, name: str, metric: str) -> str:
@@ -122,7 +106,5 @@ def model_card_section(name: str, results: Sequence[EvaluationResult]) -> str:
                 cells = [f"{of.threshold:.3f}", spread, f"{of.recall:.1%}"]
             target = f"{of.target.replace('_', ' ')} {of.value:.0%}"
             lines.append("| " + " | ".join([target, *cells, "" if was is None else f"{was:.3f}"]) + " |")
-        if result.replies[name]:
-            lines += ["", *_reply_table(result, list(dict.fromkeys([first, name])))]
         lines.append("")
     return "\n".join(lines)

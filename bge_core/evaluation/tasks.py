@@ -204,7 +204,7 @@ def _beir_files(path: str) -> tuple[Path, Path] | None:
         return place.parent.parent, place
     if not place.is_dir():
         return None
-    found = sorted((place / "qrels").glob("[!.]*.tsv"))
+    found = sorted((place / "qrels").glob("*.tsv"))
     test = [file for file in found if file.name == "test.tsv"] or found
     if not test or not (place / "queries.jsonl").is_file():
         raise UserError(f"{place}: lacks queries.jsonl or qrels/*.tsv of a BEIR folder; if you mean a file, name it")

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from bge_core.encoder.load import load_encoder
+from bge_core.encoder.settings import EncoderSettings
 from bge_core.evaluation.evaluator import evaluate_encoder
 from bge_core.evaluation.tasks import RetrievalTask, describe_task, load_task
 from bge_core.files import atomic, records
@@ -21,7 +22,7 @@ from bge_core.files.records import Row
 from bge_core.merging.folders import write_merged
 from bge_core.merging.lm_cocktail import example_losses, weights_from_losses
 from bge_core.merging.methods import greedy_soup
-from bge_core.merging.model_folders import ModelFolder, merged_settings
+from bge_core.merging.model_folders import ModelFolder
 from bge_core.merging.sweep import Sweep, parse_sweep, sweep
 from bge_core.reports.plots import plot_sweep
 from bge_core.reports.tables import text_table
@@ -52,16 +53,22 @@ class Choice:
     told: str = ""
 
 
-def choose(config: MergeConfig, folders: list[ModelFolder], **hub: Any) -> Choice:
-    """The models and weights that the settings ask for; `folders` are those of --models, and behind them the base.
+def choose(config: MergeConfig, folders: list[ModelFolder], settings: EncoderSettings, **hub: Any) -> Choice:
+    """The models and weights that the flags ask for.
+
+    Args:
+        config: the flags.
+        folders: those of --models, and behind them the base.
+        settings: what a merged model states.
+        hub: cache_dir, trust_remote_code.
 
     Raises:
         UserError: data that cannot be read.
     """
     if config.method == "greedy_soup":
-        return _choose_soup(config, folders, hub)
+        return _choose_soup(config, folders, settings, hub)
     if config.sweep:
-        return _choose_by_sweep(config, folders, hub)
+        return _choose_by_sweep(config, folders, settings, hub)
     if config.example_data:
         examples = records.read_rows(config.example_data, records.check_training_row)
         losses = example_losses(
@@ -82,11 +89,12 @@ def _equal(models: Sequence[Any]) -> list[float]:
     return [1 / len(models)] * len(models)
 
 
-def _choose_soup(config: MergeConfig, folders: Sequence[ModelFolder], hub: dict[str, Any]) -> Choice:
+def _choose_soup(
+    config: MergeConfig, folders: Sequence[ModelFolder], settings: EncoderSettings, hub: dict[str, Any]
+) -> Choice:
     """The models whose uniform average scores best by `greedy_soup`. Each is written beside the output, and removed."""
     assert config.val_data is not None
     metric, task = config.metric or METRIC, load_task(config.val_data, config.corpus)
-    pooling = merged_settings(folders).pooling
     output = Path(config.output_path)
 
     def score(models: Sequence[ModelFolder]) -> float:
@@ -94,8 +102,8 @@ def _choose_soup(config: MergeConfig, folders: Sequence[ModelFolder], hub: dict[
             model = models[0].name
             if len(models) > 1:
                 model = str(Path(folder, "average"))
-                write_merged(models, _equal(models), model)
-            return float(score_model(config, model, [task], pooling=pooling, **hub)[0].mean())
+                write_merged(models, _equal(models), model, settings)
+            return float(score_model(config, model, [task], pooling=settings.pooling, **hub)[0].mean())
 
     chosen, trials = greedy_soup(folders, score)
     tried = [
@@ -111,7 +119,9 @@ def _choose_soup(config: MergeConfig, folders: Sequence[ModelFolder], hub: dict[
     return Choice(models, _equal(models), facts, describe_task(task, config.val_data, config.corpus), told=told)
 
 
-def _choose_by_sweep(config: MergeConfig, folders: list[ModelFolder], hub: dict[str, Any]) -> Choice:
+def _choose_by_sweep(
+    config: MergeConfig, folders: list[ModelFolder], settings: EncoderSettings, hub: dict[str, Any]
+) -> Choice:
     """The two weights that `sweep` chooses. Scores of an earlier sweep in the output folder are used where they fit."""
     assert config.val_data is not None and config.sweep is not None
     sets = {"domain": (config.val_data, config.corpus)}
@@ -119,22 +129,21 @@ def _choose_by_sweep(config: MergeConfig, folders: list[ModelFolder], hub: dict[
         sets["general"] = config.general_data, config.general_corpus
     weights = parse_sweep(config.sweep)
     tasks = {name: load_task(*of) for name, of in sets.items()}
-    pooling = merged_settings(folders).pooling
     file = _scores_file(config)
     earlier = Path(config.output_path, SCORES_FILE)
     if earlier.exists() and not file.exists():
         shutil.copy(earlier, file)
 
     def score(folder: str) -> dict[str, np.ndarray]:
-        found = score_model(config, folder, list(tasks.values()), pooling=pooling, **hub)
+        found = score_model(config, folder, list(tasks.values()), pooling=settings.pooling, **hub)
         return dict(zip(tasks, found, strict=True))
 
     found = sweep(
         weights,
-        lambda weight, folder: write_merged(folders, [1 - weight, weight], folder),
+        lambda weight, folder: write_merged(folders, [1 - weight, weight], folder, settings),
         score,
         file,
-        key=_sweep_key(config, list(tasks.values()), folders),
+        key=_sweep_key(config, list(tasks.values()), folders, settings),
         metric=config.metric or METRIC,
         general_weight=config.general_weight,
         seed=config.seed,
@@ -144,7 +153,12 @@ def _choose_by_sweep(config: MergeConfig, folders: list[ModelFolder], hub: dict[
     return Choice(folders, [1 - found.chosen, found.chosen], {"sweep": found.row()}, inputs, found, told)
 
 
-def _sweep_key(config: MergeConfig, tasks: Sequence[RetrievalTask], folders: Sequence[ModelFolder]) -> str:
+def _sweep_key(
+    config: MergeConfig,
+    tasks: Sequence[RetrievalTask],
+    folders: Sequence[ModelFolder],
+    settings: EncoderSettings,
+) -> str:
     """A hash of all that a weight's scores depend on."""
     parts: list[Any] = [
         [
@@ -157,9 +171,9 @@ def _sweep_key(config: MergeConfig, tasks: Sequence[RetrievalTask], folders: Seq
         ]
         for task in tasks
     ]
-    parts += [config.metric or METRIC, config.max_input_length, config.fp16, config.bf16]
+    parts += [config.metric or METRIC, config.max_input_length, config.fp16, config.bf16, repr(settings)]
     for one in folders:
-        parts += [*(line["sha256"] for line in one.inputs), repr(one.settings), one.backbone.config.to_json_string()]
+        parts += [*(line["sha256"] for line in one.inputs), one.backbone.config.to_json_string()]
         parts += [one.tokenizer.backend_tokenizer.to_str()]
     text = json.dumps(parts, ensure_ascii=False).encode("utf-8", "replace")
     return hashlib.blake2b(text, digest_size=16).hexdigest()

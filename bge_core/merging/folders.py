@@ -22,9 +22,13 @@ import torch
 from torch import Tensor
 
 from bge_core import UserError
-from bge_core.encoder.settings import save_tokenizer, write_settings
+from bge_core.encoder.code import save_code
+from bge_core.encoder.dense import save_dense
+from bge_core.encoder.packing import max_length
+from bge_core.encoder.settings import EncoderSettings, save_tokenizer, write_settings
 from bge_core.files import atomic
 from bge_core.files.records import Row
+from bge_core.merging.compare import merged_names, merged_settings, open_model_folders
 from bge_core.merging.methods import (
     DENSITY,
     Merged,
@@ -37,7 +41,7 @@ from bge_core.merging.methods import (
     task_arithmetic,
     ties,
 )
-from bge_core.merging.model_folders import ModelFolder, merged_names, merged_settings, open_model_folders
+from bge_core.merging.model_folders import DENSE, ModelFolder
 from bge_core.runtime.config import MergeMethod, MergeType
 
 logger = logging.getLogger(__name__)
@@ -61,14 +65,16 @@ def merge_folders(
     base_model: str | None = None,
     density: float | None = None,
     dtype: MergeType = "float32",
+    prompts_from: str | None = None,
     overwrite: bool = False,
     **hub: Any,
 ) -> Row:
     """Write the weighted average of models, or what another method makes of them, as a folder, whole or not at all.
 
-    Configuration, tokenizer, pooling and prompts are the first model's (a setting that it does not state, the next
-    one's that does). Integer tensors are copied from the first; one that differs elsewhere is an error (LM_Cocktail
-    takes the last model's). A pooler that not every model has is left out: no embedding uses it.
+    Configuration, tokenizer, modules and similarity are the first model's (what it does not state, the next one's that
+    does); prompts are those that any model states. Integer tensors are copied from the first; one that differs
+    elsewhere is an error (LM_Cocktail takes the last model's). A pooler that not every model has is left out: no
+    embedding uses it.
 
     Args:
         models: hub names or folders; at least one.
@@ -79,6 +85,7 @@ def merge_folders(
         base_model: of the last two: what the models were fine-tuned from.
         density: of ties; None: 0.2.
         dtype: of the result, computed in float32; "keep": the first model's.
+        prompts_from: the model whose prompts count where two are different; None: that is an error.
         overwrite: replace a model there; files of other names stay.
         hub: cache_dir, token, trust_remote_code.
 
@@ -94,13 +101,15 @@ def merge_folders(
     everything = [*models, *filter(None, [base_model])]
     refuse_output(output_path, everything, overwrite)
     folders = open_model_folders(everything, **hub)
-    return write_merged(folders, weights, output_path, method=method, density=density, dtype=dtype)
+    settings = merged_settings(folders, prompts_from)
+    return write_merged(folders, weights, output_path, settings, method=method, density=density, dtype=dtype)
 
 
 def write_merged(
     folders: Sequence[ModelFolder],
     weights: Sequence[float],
     output_path: str | Path,
+    settings: EncoderSettings,
     *,
     method: MergeMethod = "linear",
     density: float | None = None,
@@ -113,13 +122,14 @@ def write_merged(
 
     Args:
         folders: the models, and behind them the base where the method wants one.
+        settings: what the result states.
         weights, output_path, method, density, dtype: of `merge_folders`.
         config, inputs, facts: settings, further input files and further entries for the manifest.
     """
     if method == "task_arithmetic" and math.isclose(math.fsum(weights), 1):
         told = "weights %s sum to 1: the base cancels out, and the result is that of --method linear"
         logger.warning(told, joined(weights))
-    settings, names, first = merged_settings(folders), merged_names(folders), folders[0]
+    names, first = merged_names(folders), folders[0]
     density = DENSITY if density is None else density
     combine, result_type = _combine(method, density), _result_type(dtype, first)
     facts = {
@@ -138,10 +148,13 @@ def write_merged(
             temporary.mkdir()
             like = {name: torch.empty_like(first.tensors[name](), device="meta") for name in names}
             like = {name: t.to(result_type) if t.is_floating_point() else t for name, t in like.items()}
-            merged = average(folders, weights, names, combine, result_type)
-            _write_safetensors(temporary / "model.safetensors", like, merged)
+            dense = {name: like.pop(name) for name in names if name.startswith(DENSE)}
+            merged = functools.partial(average, folders, weights, combine=combine, dtype=result_type)
+            _write_safetensors(temporary / "model.safetensors", like, merged(like))
+            save_dense(temporary, settings.dense, _whole(dense, merged(dense)))
             _save_config_and_tokenizer(temporary, first, result_type)
-            write_settings(temporary, settings, first.backbone.config.hidden_size)
+            longest = min(max_length(first.backbone), 8192)
+            write_settings(temporary, settings, first.backbone.config.hidden_size, longest)
             files = [line for lines in described for line in lines]
             manifest = atomic.make_manifest("merge", config or facts, [*files, *inputs], **facts)
             atomic.write_json(temporary / "manifest.json", manifest)
@@ -240,6 +253,14 @@ def _write_safetensors(path: Path, like: dict[str, Tensor], pieces: Averages) ->
             file.write(piece.view(torch.uint8).numpy().data)  # numpy has no bfloat16
 
 
+def _whole(like: dict[str, Tensor], pieces: Averages) -> dict[str, Tensor]:
+    """The small tensors of Dense modules, whole."""
+    found: dict[str, list[Tensor]] = {name: [] for name in like}
+    for name, piece in pieces:
+        found[name].append(piece)
+    return {name.removeprefix(DENSE): torch.cat(of).view(like[name].shape) for name, of in found.items()}
+
+
 def _combine(method: str, density: float) -> Combine:
     """The function of methods.py; a soup is no way to merge, but a choice of models."""
     ways: dict[str, Combine] = {
@@ -268,4 +289,5 @@ def _save_config_and_tokenizer(folder: Path, first: ModelFolder, dtype: torch.dt
     config = first.backbone.config
     config.architectures, config.dtype = [type(first.backbone).__name__], dtype
     config.save_pretrained(folder)
+    save_code(folder, first.backbone)
     save_tokenizer(first.tokenizer, folder)

@@ -14,9 +14,9 @@ from bge_core.encoder.load import load_encoder
 from bge_core.files import records
 from bge_core.files.records import Row
 from bge_core.loss import info_nce
+from bge_core.merging.compare import merged_names, merged_settings, open_model_folders
 from bge_core.merging.folders import average, merge_folders, refuse_output
 from bge_core.merging.methods import check_weights
-from bge_core.merging.model_folders import merged_names, merged_settings, open_model_folders
 
 logger = logging.getLogger(__name__)
 

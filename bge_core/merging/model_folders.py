@@ -1,11 +1,9 @@
-"""Model folders to merge: opened without reading their weights, and compared."""
+"""Model folders to merge, opened without reading their weights."""
 
 import functools
 import json
-import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
-from itertools import combinations
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +14,15 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer
 from transformers.utils import cached_file
 
 from bge_core import UserError
-from bge_core.encoder.load import load_encoder, refuse_adapter
-from bge_core.encoder.settings import EncoderSettings, read_settings
+from bge_core.encoder.dense import dense_file, load_dense
+from bge_core.encoder.load import load_encoder, refuse_other_models, settings_of
+from bge_core.encoder.settings import EncoderSettings
 from bge_core.files import atomic
 from bge_core.files.records import Row
 from bge_core.merging.methods import joined
 
-logger = logging.getLogger(__name__)
 _QUIET: Any = {f"_raise_exceptions_for_{x}": False for x in ("missing_entries", "gated_repo", "connection_errors")}
+DENSE = "dense/"  # before the names of Dense modules' tensors: a backbone has none of that kind
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
@@ -31,7 +30,8 @@ _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.
 class ModelFolder:
     """A model on disk: its transformers model without weights, its tokenizer, what its sentence-transformers files say.
 
-    `tensors` holds a function for each tensor, by the backbone's names, that maps it from its file.
+    `tensors` holds a function for each tensor that maps it from its file: by the backbone's names, and those of Dense
+    modules by `DENSE` and the name that they have together.
     """
 
     name: str
@@ -47,14 +47,6 @@ class ModelFolder:
         return [{"path": str(file), "sha256": atomic.sha256(file), "model": self.name} for file in self.files]
 
 
-def open_model_folders(names: Sequence[str], **hub: Any) -> list[ModelFolder]:
-    """Open all models; UserError where they cannot be merged: both and what differs are named."""
-    folders = [open_model_folder(str(name), **hub) for name in names]
-    for one, other in combinations(folders, 2):
-        _refuse_difference(one, other)
-    return folders
-
-
 def open_model_folder(name: str, **hub: Any) -> ModelFolder:
     """Open a hub model or a folder without reading its weights.
 
@@ -65,17 +57,19 @@ def open_model_folder(name: str, **hub: Any) -> ModelFolder:
         UserError: not a model, not reachable, damaged, weights missing, a LoRA adapter.
     """
     access = {key: hub.get(key) for key in ("cache_dir", "token")}
-    refuse_adapter(name, **access)
+    settings = settings_of(name, **access)
+    inside = {"subfolder": settings.transformer_path}
     try:
-        config = AutoConfig.from_pretrained(name, **hub)
-        tokenizer = AutoTokenizer.from_pretrained(name, **hub)
+        config = AutoConfig.from_pretrained(name, **inside, **hub)
+        tokenizer = AutoTokenizer.from_pretrained(name, **inside, **hub)
         with torch.device("meta"):
             backbone = AutoModel.from_config(config, trust_remote_code=hub.get("trust_remote_code"))
     except (OSError, ValueError, KeyError):
         load_encoder(name, attention="padded", **hub)  # says what is wrong, as in every other stage
         raise
+    refuse_other_models(name, backbone, tokenizer)
     names = set(backbone.state_dict())
-    files = _weight_files(name, **access)
+    files = _weight_files(name, **inside, **access)
     tensors: dict[str, Callable[[], Tensor]] = {}
     for file in files if all(file.suffix == ".safetensors" for file in files) else []:
         try:
@@ -91,7 +85,10 @@ def open_model_folder(name: str, **hub: Any) -> ModelFolder:
     if any(key not in tensors and not key.startswith("pooler.") for key in names):
         state = load_encoder(name, attention="padded", **hub).backbone.state_dict()
         tensors = {key: functools.partial(state.__getitem__, key) for key in state}
-    return ModelFolder(name, backbone, tokenizer, read_settings(name, **access), files, tensors)
+    dense = load_dense(name, settings.dense, config.hidden_size, torch.float32, **access).state_dict()
+    tensors |= {DENSE + key: functools.partial(dense.__getitem__, key) for key in dense}
+    files += [dense_file(name, of.path, **access) for of in settings.dense]
+    return ModelFolder(name, backbone, tokenizer, settings, files, tensors)
 
 
 def _read_tensor(stored: Any, key: str) -> Tensor:
@@ -111,44 +108,3 @@ def _weight_files(name: str, **hub: Any) -> list[Path]:
     if absent := [shard for shard, path in found.items() if path is None]:
         raise UserError(f"{name}: lacks {joined(absent)}, which {Path(present).name} lists; fetch it again")
     return [Path(path) for path in found.values() if path]
-
-
-def _refuse_difference(one: ModelFolder, other: ModelFolder) -> None:
-    def same(what: str, ours: object, theirs: object) -> None:
-        if ours != theirs:
-            raise UserError(f"{one.name} and {other.name} cannot be merged: {what} is {ours} and {theirs}")
-
-    ours, theirs = one.backbone.config, other.backbone.config
-    for field in ("model_type", "num_attention_heads"):  # another number of heads has the same shapes
-        same(field, getattr(ours, field, None), getattr(theirs, field, None))
-    keys, other_keys = set(one.backbone.state_dict()), set(other.backbone.state_dict())
-    for key in sorted(key for key in keys ^ other_keys if not key.startswith("pooler.")):
-        same(f"weight {key}", *("present" if key in held else "absent" for held in (keys, other_keys)))
-    for key in sorted(one.tensors.keys() & other.tensors.keys()):
-        same(f"the shape of {key}", *(tuple(c.tensors[key]().shape) for c in (one, other)))
-    ids, other_ids = one.tokenizer.get_vocab(), other.tokenizer.get_vocab()
-    for token in sorted(token for token, _ in ids.items() ^ other_ids.items())[:1]:
-        same(f"the tokenizer's id of {token!r}", ids.get(token, "absent"), other_ids.get(token, "absent"))
-    if one.settings.pooling and other.settings.pooling:
-        same("pooling", one.settings.pooling, other.settings.pooling)
-
-
-def merged_settings(folders: Sequence[ModelFolder]) -> EncoderSettings:
-    """Each setting as the first model that states it has it (else cls, normalized); a contradiction is warned of."""
-    stated: dict[str, Any] = {}
-    for name in (field.name for field in fields(EncoderSettings)):
-        for folder in folders:
-            value = getattr(folder.settings, name)
-            if value is not None and stated.setdefault(name, value) != value:
-                logger.warning("%s: has %s %r; the result has %r", folder.name, name, value, stated[name])
-    return replace(EncoderSettings(pooling="cls", normalize=True), **stated)
-
-
-def merged_names(folders: Sequence[ModelFolder]) -> list[str]:
-    """The tensors of the merged model: the first model's, without its pooler unless every model has one."""
-    names = set(folders[0].tensors)
-    poolers = {name for name in names if name.startswith("pooler.")}
-    if lacking := [of.name for of in folders if poolers - of.tensors.keys()]:
-        logger.info("%s: no pooler, which no embedding uses; the result has none either", joined(lacking))
-        names -= poolers
-    return sorted(names)

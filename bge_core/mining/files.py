@@ -38,9 +38,6 @@ def refuse_output(config: MineConfig) -> None:
             for other in map(Path, getattr(config, name)):
                 if path.exists() and other.exists() and path.samefile(other):
                     raise UserError(f"--output_file {output}: would replace --{name}; choose another name")
-                within = other.is_dir() and other.resolve() in output.resolve().parents
-                if within and output.name.lower().endswith(sources.SUFFIXES):
-                    raise UserError(f"--output_file {output}: the next run would read it in --{name} {other}; move it")
     atomic.refuse_unwritable(output.parent)
 
 
@@ -48,7 +45,6 @@ def read_inputs(config: MineConfig) -> tuple[list[Row], list[str], list[Row]]:
     """The rows, the candidates, each once, and the manifest's entries of both."""
     rows: list[Row] = []
     inputs: list[Row] = []
-    sources.warn_of_copies(file for file in map(Path, dict.fromkeys(config.input_file)) if file.is_file())
     for path in config.input_file:
         found = sources.read_training_rows([path])
         rows += found

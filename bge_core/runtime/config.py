@@ -328,6 +328,7 @@ class MergeConfig(ModelStage):
     base_model: str | None = flag(None, "Of task_arithmetic and ties: the model that those of --models started from.")
     density: float | None = flag(None, "Of ties: the share of each difference that is kept, by size. Default: 0.2.")
     dtype: MergeType = flag("float32", "Type of the merged weights; keep: that of the first model.")
+    prompts_from: str | None = flag(None, "The model whose prompts the result states, where two state different ones.")
     example_data: str | None = flag(None, "JSONL with query, pos, neg: weights from each model's loss on it.")
     sweep: str | None = flag(None, "start:stop:step: measure these weights of the second model, and write the best.")
     val_data: str | None = flag(None, "Of sweep and greedy_soup: test set of the domain, as evaluate.py reads it.")

@@ -12,7 +12,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from bge_core import UserError
-from bge_core.encoder.load import load_encoder, warn_of_longer
+from bge_core.encoder.load import load_encoder
 from bge_core.encoder.model import Encoder, compile_layers
 from bge_core.encoder.prompts import choose_prompts
 from bge_core.encoder.settings import EncoderSettings
@@ -38,7 +38,6 @@ def build_encoder(config: TrainConfig, name: str) -> Encoder:
         attention=config.attention,
         attention_dropout=config.attention_dropout,
     )
-    warn_of_longer(encoder, name, max(config.query_max_len, config.passage_max_len))
     encoder.freeze(position_embeddings=config.fix_position_embedding)
     if config.gradient_checkpointing:
         encoder.backbone.gradient_checkpointing_enable({"use_reentrant": False})

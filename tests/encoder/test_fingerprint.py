@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import zoo
 
 from bge_core.encoder.encode import encode
 from bge_core.encoder.fingerprint import fingerprint
@@ -86,3 +87,10 @@ def test_fingerprint_leaves_the_tokenizer_as_it_is(tiny_bert: Path) -> None:
     assert '"max_length":5' in before
     fingerprint(encoder)
     assert encoder.tokenizer.backend_tokenizer.to_str() == before
+
+
+def test_a_tokenizer_with_a_part_in_python_has_a_name_and_stays_as_it_is(tmp_path: Path) -> None:
+    encoder = load_encoder(zoo.make_folder("RoFormer", tmp_path / "roformer"))
+    text = "怎么办理信用卡"
+    before = encoder.tokenizer(text)["input_ids"]
+    assert len(fingerprint(encoder)) == 32 and encoder.tokenizer(text)["input_ids"] == before

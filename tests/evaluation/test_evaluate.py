@@ -356,15 +356,6 @@ def test_trec_files_keep_the_order_of_ties(
     assert row["MRR@100"] == 1 == truth["q"]["recip_rank"]
 
 
-def test_a_model_for_shorter_texts_is_said(tiny_bert: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    model = Path(shutil.copytree(tiny_bert, tmp_path / "short"))
-    write_settings(model, EncoderSettings(pooling="cls", normalize=True, max_length=64), 32)
-    val = write_lines(tmp_path / "val.jsonl", [{"query": "问", "pos": ["答"]}])
-    said = f"{model} states max_seq_length 64: sentence-transformers cuts texts there, up to 128 tokens are read here"
-    assert run(model, val, passage_max_len=64) == 0 and said not in caplog.text
-    assert run(model, val, passage_max_len=128) == 0 and caplog.messages.count(said) == 1
-
-
 def test_repeated_ids_are_refused(by_hand: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     val = write_lines(tmp_path / "val.jsonl", [{"id": "q", "query": "问一", "pos": [text]} for text in ("正", "远")])
     assert run(tmp_path / "m", val) == 2

@@ -17,8 +17,8 @@ from bge_core.evaluation.significance import (
     compare_to_baseline,
     holm,
     permutation_p_values,
+    thresholds,
 )
-from bge_core.evaluation.thresholds import reply_thresholds, thresholds
 
 scipy_stats = pytest.importorskip("scipy.stats")  # comes with sentence-transformers
 
@@ -332,39 +332,6 @@ def test_the_defaults_are_five_targets_in_order() -> None:
         assert row.reached >= row.value if row.target == "precision" else row.reached <= row.value
 
 
-def test_replies_by_hand() -> None:
-    """Ten questions: the first hits of .9, .8, .7 and .5 are right, those of .6, .4, .3, .2, .1 and 0 are not."""
-    score = np.array([0.1, 0.9, 0.8, 0.6, 0.7, 0.5, 0.4, 0.3, 0.2, 0.0])
-    rows = reply_thresholds(score, np.isin(score, [0.9, 0.8, 0.7, 0.5]), [1.0, 0.8, 0.75, 0.4, 0.39], resamples=5)
-    found = [(row.precision, row.threshold, row.reached, row.coverage) for row in rows]
-    assert found == [
-        (1.0, 0.7, 1.0, 0.3), (0.8, 0.5, 0.8, 0.5), (0.75, 0.5, 0.8, 0.5), (0.4, 0.0, 0.4, 1.0), (0.39, 0.0, 0.4, 1.0),
-    ]  # fmt: skip
-    (never,) = reply_thresholds(score, score < 0.5, [0.9], resamples=5)
-    assert (never.threshold, never.low, never.high, never.reached, never.coverage) == (None, None, None, None, 0.0)
-    assert [row.coverage for row in reply_thresholds(score, score >= 0, resamples=5)] == [1, 1, 1]
-    assert [row.coverage for row in reply_thresholds(score, score < 0, resamples=5)] == [0, 0, 0]
-
-
-@given(st.lists(st.tuples(st.integers(0, 8), st.booleans()), min_size=1, max_size=20), st.sampled_from([0.5, 0.8, 1.0]))
-@settings(max_examples=100, deadline=None)
-def test_replies_are_those_of_a_loop(first_hits: list[tuple[int, bool]], value: float) -> None:
-    def slow(of: Sequence[tuple[float, bool]]) -> tuple[float, float | None, float]:
-        for t in sorted({score for score, _ in of}):
-            answered = [right for score, right in of if score >= t]
-            if sum(answered) / len(answered) >= value:
-                return t, sum(answered) / len(answered), len(answered) / len(of)
-        return math.inf, None, 0.0
-
-    score, right = np.array([of for of, _ in first_hits]) / 8, np.array([of for _, of in first_hits])
-    (row,) = reply_thresholds(score, right, [value], resamples=9, seed=4)
-    pairs = list(zip(score.tolist(), right.tolist(), strict=True))
-    assert (math.inf if row.threshold is None else row.threshold, row.reached, row.coverage) == slow(pairs)
-    rng = np.random.default_rng(4)
-    drawn = sorted(slow([pairs[i] for i in rng.integers(len(pairs), size=len(pairs))])[0] for _ in range(9))
-    assert [math.inf if end is None else end for end in (row.low, row.high)] == [drawn[0], drawn[-1]]  # of nine
-
-
 # ------------------------------------------------------------------------------------------------ determinism, mistakes
 
 
@@ -405,8 +372,6 @@ A, NAN = np.array([0.1, 0.2]), np.array([0.1, math.nan])
         (lambda: thresholds(np.array([]), A), "positive has the shape"),
         (lambda: thresholds(A, NAN), "negative: 1 of 2 are NaN"),
         (lambda: thresholds(A, A, resamples=0), "resamples=0"),
-        (lambda: reply_thresholds(NAN, A > 0), "score: 1 of 2 are NaN"),
-        (lambda: reply_thresholds(A, A > 0, resamples=0), "resamples=0"),
     ],
 )
 def test_mistakes_are_named(call: Callable[[], Any], message: str) -> None:

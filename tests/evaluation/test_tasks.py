@@ -263,7 +263,6 @@ def test_the_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (load_task(folder).name, load_task(folder).query_ids) == ("sci", ["q1"])
     assert (load_task(dev).name, load_task(dev).query_ids) == ("sci-dev", ["q2"])
     (folder / "qrels" / "test.tsv").unlink()
-    write(folder / "qrels" / "._dev.tsv", "hidden")
     assert load_task(folder).query_ids == ["q2"]  # the only one
     monkeypatch.chdir(folder)
     assert load_task(".").name == "sci"

@@ -9,24 +9,28 @@ import random
 import shutil
 import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import zoo
 from safetensors.torch import load_file, save_file
 from tiny_model import make_tiny_bert
 from transformers import AutoModel, AutoTokenizer
 
 import merge
 from bge_core import UserError
+from bge_core.encoder.dense import save_dense
 from bge_core.encoder.encode import encode
 from bge_core.encoder.load import load_encoder
-from bge_core.encoder.settings import EncoderSettings, read_settings, write_settings
+from bge_core.encoder.settings import DenseSettings, EncoderSettings, read_settings, write_settings
 from bge_core.files import atomic
+from bge_core.merging import compare, lm_cocktail, model_folders
 from bge_core.merging import folders as merging_folders
-from bge_core.merging import lm_cocktail, model_folders
+from bge_core.merging.compare import open_model_folders
 from bge_core.merging.folders import average, merge_folders
 from bge_core.merging.lm_cocktail import (
     example_losses,
@@ -35,7 +39,6 @@ from bge_core.merging.lm_cocktail import (
     mix_models_with_data,
     weights_from_losses,
 )
-from bge_core.merging.model_folders import open_model_folders
 
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = json.loads((ROOT / "tests" / "golden" / "lm_cocktail.json").read_text(encoding="utf-8"))
@@ -290,11 +293,59 @@ def test_the_result_loads_everywhere_with_the_same_vectors(models: list[Path], t
 def test_settings_come_from_the_first_that_states_them(
     models: list[Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    write_settings(models[0], EncoderSettings("last_token", False, 64, "a:", "b:"), 16)
-    write_settings(models[1], EncoderSettings("last_token", True, 32, "c:", "b:"), 16)
+    """The first states nothing at all; a cosine is one with a Normalize module and without."""
+    write_settings(models[1], EncoderSettings("last_token", False, 64, None, "b:"), 16)
+    write_settings(models[2], EncoderSettings("last_token", True, 32, "a:", "", {"s2p": "c:"}, "s2p"), 16)
     merge_folders(models, [0.2, 0.5, 0.3], tmp_path / "out")
-    assert read_settings(tmp_path / "out") == EncoderSettings("last_token", False, 64, "a:", "b:")
-    assert f"{models[1]}: has query_prompt 'c:'; the result has 'a:'" in caplog.text
+    merged = EncoderSettings("last_token", False, 64, "a:", "b:", {"s2p": "c:"}, "s2p")
+    assert read_settings(tmp_path / "out") == merged
+    assert "the models state other lengths (64, 32); the result has the first" in caplog.text
+
+
+def test_two_prompts_of_one_name_need_a_choice(
+    models: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_settings(models[0], EncoderSettings("cls", True, 64, "a:", other_prompts={"s2p": "x:"}), 16)
+    write_settings(models[1], EncoderSettings("cls", True, 64, "c:", "b:"), 16)
+    assert run(models[:2], tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert f"{models[0]} and {models[1]} cannot be merged: the prompt 'query' is 'a:' and 'c:'; " in error
+    assert f"--prompts_from {models[1]} takes that model's" in error and not (tmp_path / "out").exists()
+    assert run(models[:2], tmp_path / "out", "--prompts_from", "m7") == 2
+    assert "--prompts_from m7: is none of the models" in capsys.readouterr().err
+    assert run(models[:2], tmp_path / "out", "--prompts_from", str(models[1])) == 0
+    assert read_settings(tmp_path / "out") == EncoderSettings("cls", True, 64, "c:", "b:", {"s2p": "x:"})
+
+
+def test_what_changes_no_vector_may_differ(models: list[Path], tmp_path: Path) -> None:
+    """Fields of training and of heads, where a file came from; lower case twice; a field that the class does not know."""
+    change_json(
+        models[2] / "config.json", hidden_dropout_prob=0.3, attention_probs_dropout_prob=0.2, classifier_dropout=0.1,
+        initializer_range=0.5, use_cache=False, id2label={"0": "x"}, label2id={"x": 0}, transformers_version="4.9.0",
+        architectures=["BertForMaskedLM"], _name_or_path="elsewhere", torch_dtype="float16", directionality="bidi",
+        eos_token_id=3, gradient_checkpointing=True, problem_type="regression",
+    )  # fmt: skip
+    write_settings(models[0], EncoderSettings("cls", True, do_lower_case=True), 16)
+    write_settings(models[2], EncoderSettings("cls", True), 16)
+    merge_folders([models[0], models[2]], [0.5, 0.5], tmp_path / "out")
+    assert read_settings(tmp_path / "out").do_lower_case
+
+
+DEEP = [
+    ("Qwen3-Embedding", {"rope_theta": 7.0}, "rope_parameters.rope_theta is "),
+    ("Qwen3-Embedding", {"use_sliding_window": True}, "use_sliding_window is False and True"),
+    ("ModernBERT-embed", {"local_attention": 2}, "local_attention is "),
+    ("multilingual-e5", {"pad_token_id": 2}, "pad_token_id is 1 and 2"),
+]
+
+
+@pytest.mark.parametrize(("family", "change", "message"), DEEP)
+def test_what_stands_deep_in_a_configuration(family: str, change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    one, other = (zoo.make_folder(family, tmp_path / name) for name in ("one", "other"))
+    open_model_folders([str(one), str(other)])
+    change_json(other / "config.json", **change)
+    with pytest.raises(UserError, match=f"cannot be merged: {message}"):
+        open_model_folders([str(one), str(other)])
 
 
 def test_manifest(models: list[Path], tmp_path: Path) -> None:
@@ -345,8 +396,8 @@ def test_full_disk_leaves_what_was_there(
 
     if failing == "weights":
 
-        def half(*args: Any) -> Iterator[tuple[str, torch.Tensor]]:
-            yield next(average(*args))
+        def half(*args: Any, **options: Any) -> Iterator[tuple[str, torch.Tensor]]:
+            yield next(average(*args, **options))
             raise OSError(28, "No space left on device")
 
         monkeypatch.setattr(merging_folders, "average", half)
@@ -413,14 +464,46 @@ def pool_by_mean(folder: Path) -> None:
     write_settings(folder, EncoderSettings("mean", True), 16)
 
 
+def state(**values: Any) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        settings = replace(EncoderSettings("cls", True), **values)
+        write_settings(folder, settings, 16)
+        weights = {"0.linear.weight": torch.zeros(8, 16), "0.linear.bias": torch.zeros(8)}
+        save_dense(folder, settings.dense, weights)
+
+    return change
+
+
+def read_cased(folder: Path) -> None:
+    change_json(folder / "tokenizer_config.json", do_lower_case=False)
+
+
+def cut_left(folder: Path) -> None:
+    change_json(folder / "tokenizer_config.json", truncation_side="left")
+
+
+def narrow_a_weight(folder: Path) -> None:
+    tensors = weights_of(folder)
+    store(folder, {**tensors, "embeddings.LayerNorm.bias": tensors["embeddings.LayerNorm.bias"][:8].clone()})
+
+
 BOTH = "{0} and {1} cannot be merged: "
 REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "layers": (remake(num_layers=3), BOTH + "weight encoder.layer.2.attention.output.LayerNorm.bias is absent and p"),
+    "layers": (remake(num_layers=3), BOTH + "num_hidden_layers is 2 and 3"),
     "heads": (configure(num_attention_heads=4), BOTH + "num_attention_heads is 2 and 4"),
-    "width": (wider_with_as_many_heads, BOTH + "the shape of embeddings.LayerNorm.bias is (16,) and (24,)"),
+    "width": (wider_with_as_many_heads, BOTH + "hidden_size is 16 and 24"),
     "kind": (configure(model_type="roberta"), BOTH + "model_type is bert and roberta"),
     "vocabulary": (other_vocabulary, BOTH + "the tokenizer's id of '一' is"),
     "pooling": (pool_by_mean, BOTH + "pooling is cls and mean"),
+    "similarity": (state(normalize=False, similarity="dot"), BOTH + "similarity is cosine and dot"),
+    "prompt": (state(include_prompt=False), BOTH + "include_prompt is True and False"),
+    "dense": (state(dense=(DenseSettings("2_Dense", 16, 8),)), BOTH + "dense is [] and [{{'path': ''"),
+    "activation": (configure(hidden_act="relu"), BOTH + "hidden_act is gelu and relu"),
+    "epsilon": (configure(layer_norm_eps=1e-5), BOTH + "layer_norm_eps is 1e-12 and 1e-05"),
+    "padding": (configure(pad_token_id=3), BOTH + "pad_token_id is 0 and 3"),
+    "lower case": (read_cased, BOTH + "the tokenizer's normalizer.lowercase is True and False"),
+    "side": (cut_left, BOTH + "the tokenizer's truncation_side is right and left"),
+    "the file's shape": (narrow_a_weight, BOTH + "the shape of embeddings.LayerNorm.bias is (16,) and (8,)"),
     "no model": (lambda folder: (folder / "config.json").unlink(), "{1}: is not a model folder"),
     "no folder": (shutil.rmtree, "{1}: no such folder"),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "{1}: could not be loaded as a model"),
@@ -468,7 +551,7 @@ def test_weights_that_do_not_fit(
 def test_output_folder_is_checked_before_the_work(
     models: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(model_folders, "open_model_folder", None)
+    monkeypatch.setattr(compare, "open_model_folder", None)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("mine")
     (tmp_path / "file").write_text("mine")

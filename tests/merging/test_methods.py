@@ -466,7 +466,7 @@ STRANGERS: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "lora beside": (lora_beside, "{stranger}: is a LoRA adapter"),
     "tokenizer": (other_vocabulary, "{0} and {stranger} cannot be merged: the tokenizer's id of '一' is"),
-    "architecture": (remake(num_layers=3), "{0} and {stranger} cannot be merged: weight encoder.layer.2"),
+    "architecture": (remake(num_layers=3), "{0} and {stranger} cannot be merged: num_hidden_layers is 2 and 3"),
     "pooling": (pool_by_mean, "{0} and {stranger} cannot be merged: pooling is cls and mean"),
 }  # fmt: skip
 

@@ -16,7 +16,7 @@ import merge
 from bge_core import UserError
 from bge_core.encoder.load import load_encoder
 from bge_core.files import atomic
-from bge_core.merging import choose, model_folders
+from bge_core.merging import choose, compare, model_folders
 from bge_core.merging.sweep import Sweep, parse_sweep, sweep
 from bge_core.search import cache
 
@@ -242,7 +242,7 @@ def test_each_model_is_opened_and_hashed_once(
 
         return call
 
-    monkeypatch.setattr(model_folders, "open_model_folder", counted("open", model_folders.open_model_folder))
+    monkeypatch.setattr(compare, "open_model_folder", counted("open", model_folders.open_model_folder))
     monkeypatch.setattr(atomic, "sha256", counted("hash", atomic.sha256))
     data = questions(tmp_path / "d.jsonl", "天地玄黄")
     assert merge.main(["--models", *models, *way, "--val_data", data, "--output_path", str(tmp_path / "out")]) == 0
