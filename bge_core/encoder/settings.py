@@ -1,10 +1,14 @@
 """What a model folder states beyond its weights, read and written in the one place: modules, prompts, similarity."""
 
+import copy
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
+from tokenizers.pre_tokenizers import BertPreTokenizer, PreTokenizer
 from transformers.utils import cached_file
 
 from bge_core import UserError
@@ -110,11 +114,32 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
     tokenizer.backend_tokenizer.no_truncation()  # else the length of the last call would be saved with it
     tokenizer.backend_tokenizer.no_padding()
     try:
-        tokenizer.save_pretrained(folder)
+        with _without_python(tokenizer.backend_tokenizer):
+            tokenizer.save_pretrained(folder)
     except Exception as error:
         if type(error) is not Exception:
             raise
         raise OSError(str(error)) from None
+
+
+def copy_tokenizer(tokenizer: Any) -> Any:
+    """A tokenizer of its own, which saving may change."""
+    with _without_python(tokenizer.backend_tokenizer):
+        return copy.deepcopy(tokenizer)
+
+
+@contextmanager
+def _without_python(backend: Any) -> Iterator[None]:
+    """Within it a word splitter written in Python (RoFormer's) is away: no JSON can hold it; its class puts it back."""
+    splitter = backend.pre_tokenizer
+    in_python = type(splitter) is PreTokenizer
+    if in_python:
+        backend.pre_tokenizer = BertPreTokenizer()
+    try:
+        yield
+    finally:
+        if in_python:
+            backend.pre_tokenizer = splitter
 
 
 def find_file(name: str | Path, file: str, **hub: Any) -> Path | None:

@@ -101,11 +101,11 @@ def prompt_length(tokenizer: Any, prompt: str, max_length: int) -> int:
 
 
 def tokenize(tokenizer: Any, texts: Sequence[str], max_length: int) -> list[list[int]]:
-    """Token ids of each text with its special tokens, cut to `max_length`, not padded."""
+    """Token ids of each text with its special tokens, cut to `max_length`, not padded; the padding token for none."""
     if not texts:
         return []
     ids: list[list[int]] = tokenizer(list(texts), truncation=True, max_length=max_length, verbose=False)["input_ids"]
-    return ids
+    return [of_text or [tokenizer.pad_token_id] for of_text in ids]
 
 
 def bucket_texts(lengths: Sequence[int], max_waste: float = 0.125) -> list[list[int]]:

@@ -9,7 +9,6 @@ A checkpoint is written beside its place and renamed, so a folder of that name i
 of every file in it, so what a disk does to it later is noticed. It is copied in the loop and written in a thread.
 """
 
-import copy
 import hashlib
 import json
 import logging
@@ -26,6 +25,7 @@ from torch import Tensor
 
 from bge_core import UserError
 from bge_core.encoder.model import Encoder
+from bge_core.encoder.settings import copy_tokenizer
 from bge_core.files import atomic
 from bge_core.runtime.distributed import gather_objects, on_main, whole_copy, world
 from bge_core.training.random_state import random_state
@@ -126,7 +126,7 @@ class Saver:
     def __init__(self, output_dir: Path, encoder: Encoder, manifest: dict[str, Any], limit: int | None) -> None:
         self.output_dir, self.manifest, self.limit = output_dir, manifest, limit
         # A tokenizer of its own: saving changes it, while the loop goes on using the other.
-        tokenizer = copy.deepcopy(encoder.tokenizer)
+        tokenizer = copy_tokenizer(encoder.tokenizer)
         self.encoder = Encoder(encoder.backbone, tokenizer, encoder.settings, dense=encoder.dense)
         self.newest = 0
         self._thread: threading.Thread | None = None

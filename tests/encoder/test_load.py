@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,13 +14,15 @@ import transformers
 from sentence_transformers import SentenceTransformer
 from tiny_model import tiny_vocabulary
 from tokenizers.normalizers import BertNormalizer
+from tokenizers.pre_tokenizers import PreTokenizer
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from bge_core import UserError
 from bge_core.encoder.fingerprint import fingerprint
 from bge_core.encoder.load import load_encoder
 from bge_core.encoder.reranker import load_reranker
-from bge_core.encoder.settings import EncoderSettings, write_settings
+from bge_core.encoder.settings import EncoderSettings, copy_tokenizer, save_tokenizer, write_settings
 from bge_core.encoder.tokens import Tokens
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
@@ -243,3 +246,21 @@ def test_weights_that_need_the_code_name_the_flag(
         (folder / "config.json").write_text(json.dumps(config | change))
         with pytest.raises(UserError, match="; it comes with model code of its own, which --trust_remote_code runs"):
             load_encoder(folder)
+
+
+def test_a_word_splitter_in_python_survives_saving_and_copying(tiny_bert: Path, tmp_path: Path) -> None:
+    """RoFormer's, which transformers leaves out of the tokenizer that it saves, and cannot copy."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
+    backend = tokenizer.backend_tokenizer
+    backend.pre_tokenizer = PreTokenizer.custom(SimpleNamespace(pre_tokenize=lambda text: None))
+    save_tokenizer(tokenizer, tmp_path)
+    assert type(backend.pre_tokenizer) is PreTokenizer
+    assert copy_tokenizer(tokenizer) is not tokenizer and type(backend.pre_tokenizer) is PreTokenizer
+
+
+@pytest.mark.parametrize("attention", ["auto", "padded"])
+def test_a_text_of_no_tokens_is_zero(attention: Any, tiny_bert: Path) -> None:
+    """As in sentence-transformers, of a tokenizer without special tokens (tests/zoo.py has SGPT's)."""
+    encoder = load_encoder(tiny_bert, pooling="mean", attention=attention)
+    encoder.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A", special_tokens=[])
+    assert encoder.encode(["快递", ""]).any(axis=1).tolist() == [True, False]
