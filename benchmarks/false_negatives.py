@@ -1,6 +1,7 @@
 """How many planted false negatives reach a miner's output, and how many true ones it loses: FlagEmbedding and ours.
 
     python benchmarks/false_negatives.py --peers-python outputs/peers/bin/python --data path/to/cmrc [--reuse] [--show]
+    python benchmarks/false_negatives.py --data path/to/cmrc --guards_only
 
 Real questions and sentences (CMRC 2018, or any folder with train.jsonl and corpus.jsonl), into which texts are planted
 of which it is known what they are:
@@ -21,6 +22,10 @@ Both miners get the same files and settings: ranks 2 to 200, the encoder's own p
 negatives, which keeps all that the range holds and so counts exactly, and once 15. A planted text counts as reached if
 it is a negative of its row or of a row with the same question. FlagEmbedding's miner is that of 1.2.11 with 1.4.2's
 model (`peers.py`); what it gave is kept in --output and used again with --reuse while the planted files are the same.
+
+--guards_only asks our guards of every planted text, wherever it ranks: no encoder, no peer, half a minute. Questions
+that are nearly the same are looked for among BM25's first 32. Guards were chosen on the texts planted at even places;
+those at odd places are counted apart.
 """
 
 import argparse
@@ -41,6 +46,7 @@ from planting import plant
 
 RANGE, COUNTS = (2, 200), (198, 15)  # 198 is all of the range
 SIDES = ("flagembedding", "ours")
+LEFT = ("planted", "left", "planted_odd", "left_odd")  # of --guards_only
 
 # -------------------------------------------------------------------------------------------------------- both miners
 
@@ -116,6 +122,31 @@ def run_ours(args: argparse.Namespace, folder: Path) -> None:
         harness.run([sys.executable, "mine.py", *words, *shlex.split(args.mine_args)], args.threads)
 
 
+# ---------------------------------------------------------------------------------------------------- the guards alone
+
+
+def ask_guards(rows: Sequence[Row], pool: Sequence[str], planted: Sequence[Row]) -> list[Row]:
+    """A line for each subkind and kind: how many of the planted texts the guards leave as negatives."""
+    from bge_core.mining.guards import Guards, GuardSettings
+    from bge_core.search.words import bm25_search
+
+    queries, positives, rows_of = [row["query"] for row in rows], defaultdict(list), defaultdict(list)
+    for i, row in enumerate(rows):
+        positives[row["query"]] += row["pos"]
+        rows_of[row["query"]].append(i)
+    near = bm25_search(queries, queries, 32)[1]
+    guards = Guards(queries, [positives[query] for query in queries], [[]] * len(rows), GuardSettings(), pool, near)
+    lines: dict[tuple[str, str], Row] = {}
+    for place, new in enumerate(planted):
+        is_left = any(guards.reasons(i, [new["text"]]) == [None] for i in rows_of[new["query"]])
+        kind = "near miss" if new["kind"] == "near miss" else "all false negatives"
+        for key in dict.fromkeys([(new["kind"], new["subkind"]), (new["kind"], "all"), (kind, "all")]):
+            line = lines.setdefault(key, dict(zip(("kind", "subkind"), key, strict=True)) | dict.fromkeys(LEFT, 0))
+            for name in LEFT[: 2 * (1 + place % 2)]:
+                line[name] += is_left if "left" in name else 1
+    return sorted(lines.values(), key=lambda line: (line["kind"], line["subkind"] == "all"))
+
+
 # ------------------------------------------------------------------------------------------------------- the counting
 
 
@@ -185,6 +216,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("outputs/false_negatives"))
     parser.add_argument("--reuse", action="store_true", help="the peer's result, if it is of the same files")
     parser.add_argument("--show", action="store_true", help="five samples of each subkind, and no mining")
+    parser.add_argument("--guards_only", action="store_true", help="ask the guards alone; no mining")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     folder = args.output.resolve()
@@ -195,6 +227,12 @@ def main() -> None:
     write_lines(folder / "planted.jsonl", planted)
     if args.show:
         print("\n".join(samples(planted, 5, args.seed)))
+        return
+    if args.guards_only:
+        asked, told = ask_guards(rows, pool, planted), harness.facts(seed=args.seed)
+        heads = ["kind", "subkind", "planted", "left as negatives", "planted at odd places", "left of these"]
+        text = harness.table(heads, [list(line.values()) for line in asked], left=2)
+        harness.save("guards", told | {"lines": asked}, f"{text}\n\n{harness.note(told)}", args.results)
         return
     run_flagembedding(args, folder)
     run_ours(args, folder)

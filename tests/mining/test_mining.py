@@ -384,6 +384,23 @@ def test_guards_stand_in_a_plain_call_and_each_can_be_switched_off(model: Path, 
         assert set(read_lines(output)[0]["neg"]) == {NEAR_POOL[i] for i in {2, 5, 6, 7} | spared}, flag
 
 
+def test_a_frame_around_all_answers_costs_no_negatives(model: Path, tmp_path: Path) -> None:
+    said = [
+        "可以代办",
+        "周末晚上九点闭馆",
+        "请把饮料放进门口的储物柜",
+        "黑白每张三角",
+        "每本书可以续借两次",
+        "少儿区在二楼东侧",
+    ]
+    rows = [{"query": f"{text[:3]}吗", "pos": [f"您好：{text}。谢谢！（某馆服务台 8800123）"]} for text in said]
+    train_file = write_lines(tmp_path / "train.jsonl", rows)
+    code, output = run(model, train_file, "--range_for_sampling", "0-8", "--negative_number", "3")
+    counts = manifest_of(output)["counts"]
+    assert code == 0 and all(len(row["neg"]) == 3 for row in read_lines(output))
+    assert not counts["rows_short"] and "near_duplicate_dropped" not in counts
+
+
 @pytest.mark.parametrize(
     ("name", "value", "good"),
     [
