@@ -70,6 +70,8 @@ def export(model: str, output: str | Path) -> EncoderSettings:
     """
     encoder, tokenizer = load_encoder(model), AutoTokenizer.from_pretrained(model)
     settings = encoder.settings
+    if settings.dense or settings.pooling not in ("cls", "mean", "last_token") or not settings.include_prompt:
+        raise SystemExit(f"{model}: has Dense modules or a pooling that this example does not write: add it to Padded")
     padded = Padded(AutoModel.from_pretrained(model, dtype=torch.float32), settings.pooling, settings.normalize).eval()
     example: Any = tokenizer(["什么是向量检索？", "信用卡在境外取现怎么收费"], padding=True, return_tensors="pt")
     shape = {0: torch.export.Dim("texts"), 1: torch.export.Dim("tokens", max=encoder.max_length)}

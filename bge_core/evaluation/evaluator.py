@@ -23,6 +23,7 @@ from bge_core import UserError
 from bge_core.encoder.encode import encode_for_search
 from bge_core.encoder.load import load_encoder
 from bge_core.encoder.model import Encoder
+from bge_core.encoder.prompts import choose_prompts
 from bge_core.evaluation.costs import Cost
 from bge_core.evaluation.metrics import DEFAULT_METRICS, mean_metrics, per_query_metrics, search_depth
 from bge_core.evaluation.significance import Comparison, Threshold, bootstrap_means, compare_to_baseline, thresholds
@@ -198,6 +199,8 @@ def evaluate(
             continue
         encoder = model if isinstance(model, Encoder) else load_encoder(str(model)).to(_device())
         stored = encoder.settings
+        if query_prompt is None:
+            choose_prompts(name, stored)  # refuses to guess
         rankings[name] = evaluate_encoder(
             encoder,
             task,

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from bge_core.encoder.load import load_encoder
+from bge_core.encoder.prompts import choose_prompts
 from bge_core.encoder.settings import EncoderSettings
 from bge_core.evaluation.evaluator import evaluate_encoder
 from bge_core.evaluation.tasks import RetrievalTask, describe_task, load_task
@@ -198,12 +199,12 @@ def _scores_file(config: MergeConfig) -> Path:
 def score_model(config: MergeConfig, name: str, tasks: Sequence[RetrievalTask], **loading: Any) -> list[np.ndarray]:
     """The metric of each question, for each test set, with the prompts that the model stores."""
     encoder = load_encoder(name, **loading).to("cuda" if torch.cuda.is_available() else "cpu")
-    metric = config.metric or METRIC
+    metric, (query_prompt, passage_prompt) = config.metric or METRIC, choose_prompts(name, encoder.settings)
     options: dict[str, Any] = {
         "metrics": [metric],
         "precision": "fp16" if config.fp16 else "bf16" if config.bf16 else "no",
-        "query_prompt": encoder.settings.query_prompt or "",
-        "passage_prompt": encoder.settings.passage_prompt or "",
+        "query_prompt": query_prompt or "",
+        "passage_prompt": passage_prompt or "",
         "query_max_len": config.max_input_length,
         "passage_max_len": config.max_input_length,
     }

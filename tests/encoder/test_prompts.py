@@ -1,13 +1,17 @@
 """Prompts under any name: chosen by a flag, never guessed; the standard names work untold."""
 
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from bge_core import UserError
+from bge_core.encoder.load import load_encoder
 from bge_core.encoder.prompts import choose_prompts
 from bge_core.encoder.settings import EncoderSettings
+from bge_core.evaluation.evaluator import evaluate
 from bge_core.evaluation.score import prompts
 from bge_core.runtime.config import EvaluateConfig, MineConfig, TrainConfig
 from bge_core.training.build import resolve
@@ -86,3 +90,16 @@ def test_without_a_stored_prompt_each_stage_has_its_default() -> None:
 def test_a_forgotten_passage_prompt_is_said(caplog: pytest.LogCaptureFixture) -> None:
     of_stage("mine", NOMIC, query_prompt_name="search_query")
     assert "--passage_prompt_name chooses one of search_query, search_document" in caplog.text
+
+
+def test_where_no_flag_chooses_the_folder_has_to_say(tiny_bert: Path, tmp_path: Path) -> None:
+    """A teacher, a sweep, the evaluation called from Python."""
+    with pytest.raises(UserError, match="and none as query: store one as query in m/config_sentence_transformers.json"):
+        choose_prompts("m", STELLA)
+    encoder = load_encoder(tiny_bert)
+    encoder.settings = replace(encoder.settings, other_prompts=STELLA.other_prompts)
+    file = tmp_path / "test.jsonl"
+    file.write_text('{"query": "a", "pos": ["b"]}\n{"query": "c", "pos": ["d"]}\n')
+    with pytest.raises(UserError, match="model: states the prompts s2p_query, s2s_query, and none as query"):
+        evaluate(encoder, str(file))
+    assert evaluate(encoder, str(file), query_prompt="").metrics["model"]
