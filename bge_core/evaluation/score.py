@@ -10,7 +10,7 @@ import numpy as np
 
 from bge_core import UserError
 from bge_core.encoder.fingerprint import fingerprint
-from bge_core.encoder.load import load_encoder
+from bge_core.encoder.load import load_encoder, settings_of
 from bge_core.encoder.prompts import choose_prompts
 from bge_core.encoder.settings import EncoderSettings
 from bge_core.evaluation.costs import COST_METRICS, Cost, measure_costs, refuse_costs
@@ -36,13 +36,15 @@ class Scored:
 
 
 def refuse_evaluation(config: EvaluateConfig) -> None:
-    """UserError for what can be refused before anything is read or encoded: metrics' names, model cards."""
+    """UserError for what can be refused before anything is encoded: metrics' names, model cards, what folders state."""
     for name in config.metrics:
         parse_metric(name)
     for path in config.encoder if config.update_model_card else ():
         if not Path(path).is_dir():
             raise UserError(f"--update_model_card: {path} is no folder; evaluate a local copy of it")
         read_model_card(Path(path))
+    for path in config.encoder:
+        settings_of(path)
 
 
 def score_encoders(

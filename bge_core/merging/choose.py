@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from bge_core.encoder.code import model_code
+from bge_core.encoder.fingerprint import tokenizer_text
 from bge_core.encoder.load import load_encoder
 from bge_core.encoder.prompts import choose_prompts
 from bge_core.encoder.settings import EncoderSettings
@@ -175,7 +177,7 @@ def _sweep_key(
     parts += [config.metric or METRIC, config.max_input_length, config.fp16, config.bf16, repr(settings)]
     for one in folders:
         parts += [*(line["sha256"] for line in one.inputs), one.backbone.config.to_json_string()]
-        parts += [one.tokenizer.backend_tokenizer.to_str()]
+        parts += [model_code(one.backbone), tokenizer_text(one.tokenizer.backend_tokenizer)]
     text = json.dumps(parts, ensure_ascii=False).encode("utf-8", "replace")
     return hashlib.blake2b(text, digest_size=16).hexdigest()
 

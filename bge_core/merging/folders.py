@@ -152,9 +152,7 @@ def write_merged(
             merged = functools.partial(average, folders, weights, combine=combine, dtype=result_type)
             _write_safetensors(temporary / "model.safetensors", like, merged(like))
             save_dense(temporary, settings.dense, _whole(dense, merged(dense)))
-            _save_config_and_tokenizer(temporary, first, result_type)
-            longest = min(max_length(first.backbone), 8192)
-            write_settings(temporary, settings, first.backbone.config.hidden_size, longest)
+            _save_what_is_stated(temporary, first, settings, result_type)
             files = [line for lines in described for line in lines]
             manifest = atomic.make_manifest("merge", config or facts, [*files, *inputs], **facts)
             atomic.write_json(temporary / "manifest.json", manifest)
@@ -285,9 +283,11 @@ def _result_type(name: MergeType, first: ModelFolder) -> torch.dtype:
     return dtype
 
 
-def _save_config_and_tokenizer(folder: Path, first: ModelFolder, dtype: torch.dtype) -> None:
+def _save_what_is_stated(folder: Path, first: ModelFolder, settings: EncoderSettings, dtype: torch.dtype) -> None:
+    """Configuration, model code, tokenizer and sentence-transformers' files."""
     config = first.backbone.config
     config.architectures, config.dtype = [type(first.backbone).__name__], dtype
     config.save_pretrained(folder)
     save_code(folder, first.backbone)
     save_tokenizer(first.tokenizer, folder)
+    write_settings(folder, settings, config.hidden_size, min(max_length(first.backbone), 8192))

@@ -14,7 +14,7 @@ from bge_core.encoder.load import load_encoder
 from bge_core.files import records
 from bge_core.files.records import Row
 from bge_core.loss import info_nce
-from bge_core.merging.compare import merged_names, merged_settings, open_model_folders
+from bge_core.merging.compare import merged_names, open_model_folders
 from bge_core.merging.folders import average, merge_folders, refuse_output
 from bge_core.merging.methods import check_weights
 
@@ -163,7 +163,8 @@ def example_losses(
             raise UserError(f"example_data[{number}]: {problem}")
     if not examples:
         raise UserError("example_data: holds no row")
-    pooling = merged_settings(open_model_folders(models, **hub)).pooling
+    stated = [of.settings.pooling for of in open_model_folders(models, **hub) if of.settings.is_stated]
+    pooling = stated[0] if stated else "cls"
     rng = random.Random(seed)
     negatives = [rng.sample(row.get("neg") or [], min(neg_number, len(row.get("neg") or []))) for row in examples]
     groups = [[row["pos"][0], *drawn] for row, drawn in zip(examples, negatives, strict=True)]

@@ -86,7 +86,7 @@ def _draw_scores(axes: Any, report: MiningReport) -> None:
     edges = np.histogram_bin_edges(np.concatenate([report.pos_scores, report.neg_scores]), BINS)
     named = {"negatives": report.neg_scores, "positives": report.pos_scores}
     labelled = {f"{name} ({scores.size:,})": scores for name, scores in named.items()}
-    draw_histograms(axes, labelled, edges, "cosine", "share", shares=True)
+    draw_histograms(axes, labelled, edges, "score", "share", shares=True)
 
 
 def _draw_ranks(axes: Any, ranks: np.ndarray) -> None:

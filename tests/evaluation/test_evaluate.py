@@ -84,6 +84,7 @@ def by_hand(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
 
     monkeypatch.setattr(evaluator, "encode_for_search", vectors)
     monkeypatch.setattr(score, "load_encoder", lambda path, **options: Texts())
+    monkeypatch.setattr(score, "settings_of", lambda path: Texts().settings)
     monkeypatch.setattr(score, "fingerprint", lambda encoder: "none")
     return prompts
 

@@ -315,6 +315,7 @@ def test_two_prompts_of_one_name_need_a_choice(
     assert "--prompts_from m7: is none of the models" in capsys.readouterr().err
     assert run(models[:2], tmp_path / "out", "--prompts_from", str(models[1])) == 0
     assert read_settings(tmp_path / "out") == EncoderSettings("cls", True, 64, "c:", "b:", {"s2p": "x:"})
+    assert len(example_losses([str(model) for model in models[:2]], EXAMPLES)) == 2  # which adds no prompt
 
 
 def test_what_changes_no_vector_may_differ(models: list[Path], tmp_path: Path) -> None:
