@@ -56,7 +56,7 @@ from bge_core.runtime.log import append_metrics
 from bge_core.training import build, checkpoint, plan, preflight, run_folder
 from bge_core.training.batch import Batch
 from bge_core.training.data import TrainingData
-from bge_core.training.optim import ExponentialMovingAverage, build_optimizer
+from bge_core.training.optim import ExponentialMovingAverage
 from bge_core.training.progress import Meter, Progress
 from bge_core.training.random_state import restore_random_state, seed_random_state
 from bge_core.training.read_ahead import ReadAhead, lost_worker
@@ -91,11 +91,7 @@ def train(config: TrainConfig, at_end: ExitStack) -> int:
     encoder = build.build_encoder(config, config.model_name_or_path)
     guide = build.build_guide(config)
     config = build.resolve(config, encoder.settings, encoder.embedding_size, DEFAULT_METRICS)
-    guide_reads = (guide.tokenizer, guide.max_length) if guide else None
-    data = TrainingData(
-        config, encoder.tokenizer, encoder.max_length, rank, world_size, accumulation, guide_reads,
-        include_prompt=encoder.settings.include_prompt,
-    )  # fmt: skip
+    data = build.build_data(config, encoder, guide, rank, world_size, accumulation)
     task = load_task(config.val_data, config.val_corpus) if config.val_data else None
     schedule = Schedule.of(config, data.num_steps)
     if config.show_batch:
@@ -106,13 +102,11 @@ def train(config: TrainConfig, at_end: ExitStack) -> int:
     order = build.data_order(config, data, accumulation, world_size)
     # asked here; `begin` below touches it
     opening = None if config.plan else claim_run_folder(config, order, at_end)
-    resume = opening.resume if opening else None
-    if resume:
+    if resume := opening and opening.resume:
         encoder = build.build_encoder(config, str(resume))
     encoder.settings = build.settings_to_save(config, encoder.settings, data)
     model = wrap(encoder.to(accelerator.device), shard)
-    betas = (config.adam_beta1, config.adam_beta2)
-    optimizer = build_optimizer(encoder, config.learning_rate, config.weight_decay, betas, config.adam_epsilon)
+    optimizer = build.build_optimizer(config, encoder)
     ema = ExponentialMovingAverage(encoder, config.ema_decay) if config.ema_decay else None
     scaler = accelerator.scaler or torch.amp.GradScaler(enabled=False)
     settings = build.step_settings(config, loss, accelerator, scaler, guide)
@@ -186,10 +180,7 @@ def train(config: TrainConfig, at_end: ExitStack) -> int:
         meter.add(means)
         bar.update()
         if step % config.logging_steps == 0 or step == last_step:
-            finite = grad_norm if math.isfinite(grad_norm) else None  # of a skipped step; JSON has no infinity
-            logged = meter.read() | {"lr": optimizer.param_groups[0]["lr"], "grad_norm": finite}
-            if scaler.is_enabled():
-                logged |= {"skipped_steps": progress.skipped, "loss_scale": scaler.get_scale()}
+            logged = meter.read() | figures(optimizer, grad_norm, scaler, progress)
             log({"step": step, "epoch": round(step / data.plan.steps_per_epoch, 4)} | logged)
             bar.set_postfix_str(preflight.one_line(logged))
             if bar.disable and rank == 0:
@@ -201,15 +192,11 @@ def train(config: TrainConfig, at_end: ExitStack) -> int:
             save(step)
         if stops:
             saver.wait()
-            if not told_to_stop:
-                raise lost_worker(config.dataloader_num_workers, step)
-            logger.info("stopped by a signal after step %d; --resume_from_checkpoint latest goes on", step)
-            return STOPPED_BY_SIGNAL
+            return stopped(step, told_to_stop, config.dataloader_num_workers)
         if schedule.evaluates(step):
             evaluate(step)
         if progress.stale >= patience:
-            what = config.metric_for_best_model
-            logger.info("stopped early: %d evaluations without a better %s", progress.stale, what)
+            logger.info("stopped early: %d evaluations without a better one", progress.stale)
             break
     bar.close()
 
@@ -275,6 +262,22 @@ def open_log(
         accelerator.log({name: value for name, value in values.items() if name != "step"}, step=values["step"])
 
     return log
+
+
+def figures(optimizer: torch.optim.Optimizer, grad_norm: float, scaler: Any, progress: Progress) -> dict[str, Any]:
+    """What is logged of an update beside the means."""
+    finite = grad_norm if math.isfinite(grad_norm) else None  # of a skipped step; JSON has no infinity
+    found = {"lr": optimizer.param_groups[0]["lr"], "grad_norm": finite}
+    scaling = {"skipped_steps": progress.skipped, "loss_scale": scaler.get_scale()}
+    return found | scaling if scaler.is_enabled() else found
+
+
+def stopped(step: int, told_to_stop: bool, num_workers: int) -> int:
+    """The exit code of a run that saved after `step` and ends before its time. UserError: for a lost worker alone."""
+    if not told_to_stop:
+        raise lost_worker(num_workers, step)
+    logger.info("stopped by a signal after step %d; --resume_from_checkpoint latest goes on", step)
+    return STOPPED_BY_SIGNAL
 
 
 def count(batches: Sequence[Batch], **more: int) -> dict[str, torch.Tensor]:

@@ -56,7 +56,7 @@ STAGES = {
 APPENDED = {"prepare.py": ["--train_num", "32"], "train.py": ["--max_steps", "2"]}
 # Flags of what starts a stage, of recipe.py and the benchmarks, and of the programs that the pages name.
 OTHERS_FLAGS = {
-    "max-restarts", "nproc_per_node", "nnodes", "node_rank", "master_addr", "master_port", "config_file",
+    "max-restarts", "shutdown-timeout", "nproc_per_node", "nnodes", "node_rank", "master_addr", "master_port", "config_file",
     "main_process_ip", "machine_rank", "num_processes", "mixed_precision", "cpu", "nodes", "launcher", "local-dir",
     "config", "model-id", "port", "runner", "phase", "best", "demo", "data", "cmrc", "encoder",
 }  # fmt: skip

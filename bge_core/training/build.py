@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 
 from bge_core import UserError
@@ -19,6 +20,7 @@ from bge_core.encoder.settings import EncoderSettings
 from bge_core.files.atomic import sha256
 from bge_core.loss import LossConfig, training_loss
 from bge_core.runtime.config import TrainConfig
+from bge_core.training import optim
 from bge_core.training.data import TrainingData
 from bge_core.training.step import LossFunction, StepSettings
 
@@ -54,6 +56,28 @@ def build_guide(config: TrainConfig) -> Encoder | None:
         config.guide_encoder, cache_dir=config.cache_dir, token=config.token, trust_remote_code=config.trust_remote_code
     )
     return guide.requires_grad_(False)
+
+
+def build_data(
+    config: TrainConfig, encoder: Encoder, guide: Encoder | None, rank: int, world_size: int, accumulation: int
+) -> TrainingData:
+    """The rows, as the encoder and the guide read them. UserError: as `TrainingData`."""
+    return TrainingData(
+        config,
+        encoder.tokenizer,
+        encoder.max_length,
+        rank,
+        world_size,
+        accumulation,
+        (guide.tokenizer, guide.max_length) if guide else None,
+        include_prompt=encoder.settings.include_prompt,
+    )
+
+
+def build_optimizer(config: TrainConfig, encoder: Encoder) -> torch.optim.AdamW:
+    """AdamW with the flags' settings."""
+    betas = (config.adam_beta1, config.adam_beta2)
+    return optim.build_optimizer(encoder, config.learning_rate, config.weight_decay, betas, config.adam_epsilon)
 
 
 def resolve(

@@ -27,6 +27,7 @@ from test_checkpoint import (
     SETTINGS,
     assert_nothing_half_written,
     assert_same_run,
+    impatient,
     logged,
     no_file_beyond,
     slow_logging,
@@ -454,10 +455,10 @@ def test_two_runs_on_one_folder(
 def test_data_workers_that_are_killed(
     unbroken: Path, begin: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """At a random moment: one message, exit code 2, and the run goes on to the same end."""
+    """At a random moment: the step is saved, one message, exit code 2, and the run goes on to the same end."""
     rng, folder, log, num_tries, problems = draw(), tmp_path / "run", tmp_path / "log", 6, []
     for number in range(num_tries):
-        child = begin(slow_logging)
+        child = begin(impatient)
         while child.is_alive() and not logged(folder, 2):
             time.sleep(0.001)
         time.sleep(rng.uniform(0, 0.8))
@@ -466,6 +467,8 @@ def test_data_workers_that_are_killed(
             codes, said = runs.finish([child]), log.read_text(encoding="utf-8")
             assert codes == [2] and said.count("error: ") == 1 and "Traceback" not in said, said[-2000:]
             assert "DataLoader worker" in said
+            (*_, last) = checkpoint.checkpoints(folder)
+            assert f"saved after step {last.name.split('-')[1]};" in said
             assert_nothing_half_written(folder)
             assert runs.finish([begin(resume_from_checkpoint="latest")]) == [0]
             assert_same_run(folder, unbroken)
