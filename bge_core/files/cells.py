@@ -80,7 +80,7 @@ def _judge(row: Row, columns: Columns, min_label: float | None) -> tuple[bool, s
             raise UserError(f"field '{name}' is {row[name]!r}; it must be a number") from None
     if label not in YES | NO:
         raise UserError(
-            f"field '{name}' is {row[name]!r}; it must be yes or no as in the rows before (1, 0, 是, 否, ...)"
+            f"field '{name}' is {row[name]!r}; it must be yes or no (1, 0, 是, 否, ...) as in other rows, or empty"
         )
     return label in NO, None
 

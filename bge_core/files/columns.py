@@ -37,7 +37,7 @@ NEGATIVE_NAME = re.compile(r"(hard_?)?neg(ative)?s?(_?\d+)?|负例|难负例|负
 SIMILAR_NAME = re.compile(rf"({'|'.join(SIMILAR_NAMES)})_?\d*")
 LABEL_NAME = re.compile(
     r"(gold_?|true_?)?labels?|标签|标注|(is_?)?(best|correct|relevant|duplicate|match|similar|accepted)(_answer)?|relevance|"
-    r"((human|similarity|relevance)_?)?score|similarity|grade|是否(相关|匹配|正确|相似|最佳|采纳|相同|一致|同义)|最佳|相似度|"
+    r"((human|similarity|relevance|relatedness)_?)?score|similarity|grade|是否(相关|匹配|正确|相似|最佳|采纳|相同|一致|同义)|最佳|相似度|"
     r"相关[性度]|得分|分数|评分"
 )
 OFF_NAME = re.compile(r"(是否)?已?(停用|禁用|删除|下线|失效|作废|过期)|(is_?)?(disabled?|deleted|expired|inactive)")
@@ -61,9 +61,10 @@ OFF = frozenset([
     "已删除", "disabled", "inactive",
 ])
 # fmt: on
+NOTHING = ("-", "--", "nan", "none", "null", "n/a")
 LETTER = re.compile(r"[^\W\d_]")
 NO_NAME = re.compile(r"[。？！?!]$|^[-+]?\d+(\.\d+)?$")
-NUMBER = re.compile(r"[-+]?\d+(\.\d+)?")
+NUMBER = re.compile(r"[-+]?\d+(\.\d+)?(e[-+]?\d+)?")
 
 
 class UnknownColumns(UserError):
@@ -107,8 +108,9 @@ def plain_name(name: object) -> str:
 
 
 def word(value: Any) -> str:
-    """A cell as one of the words above, "" where it is empty."""
-    return "" if value is None or value != value else normalize_text(str(value)).casefold()
+    """A cell as one of the words above, "" where it says nothing."""
+    text = "" if value is None else normalize_text(str(value)).casefold()
+    return "" if text in NOTHING else text
 
 
 def holds_text(values: Sequence[Any]) -> bool:
@@ -181,10 +183,11 @@ def _find_label(
     scores = {}
     for name in (name for name, short in rest.items() if no_header or LABEL_NAME.fullmatch(short)):
         words = {word(value) for value in values[name]} - {""}
-        if words and words <= YES | NO:
-            return name, False
-        if words and all(NUMBER.fullmatch(one) for one in words):
+        others = words - YES - NO
+        if others and all(NUMBER.fullmatch(one) for one in words):
             scores[name] = sorted(map(float, words))
+        elif words and (not others or (words & YES and words & NO and not no_header)):
+            return name, False
     for name, numbers in scores.items():
         if wanted.min_label is None:
             lowest, highest = numbers[0], numbers[-1]
@@ -198,10 +201,10 @@ def _find_label(
 
 
 def _off_words(name: str, values: Sequence[Any]) -> frozenset[str]:
-    """The values of a column of this name that take a row out; none where it holds other values, too."""
+    """The values of a column of this name that take a row out; none where it holds none of these words."""
     words = {word(value) for value in values} - {""}
     for pattern, off, on in ((OFF_NAME, YES | OFF, NO | ON), (ON_NAME, NO | OFF, YES | ON), (STATUS_NAME, OFF, ON)):
-        if pattern.fullmatch(name) and words and words <= off | on:
+        if pattern.fullmatch(name) and (words & off or (words and words <= off | on)):
             return off
     return frozenset()
 

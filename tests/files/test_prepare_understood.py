@@ -61,20 +61,24 @@ def test_a_label_of_yes_and_no_decides(name: str, yes: str, no: str, tmp_path: P
 def test_labels_of_other_kinds(tmp_path: Path) -> None:
     json_lines = [{"sentence1": "a", "sentence2": "b", "label": label} for label in (True, False)]
     assert understand(write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, json_lines))))[0] == {"a": (["b"], [])}
-    nli = "premise,hypothesis,label\n猫在睡,猫没醒,entailment\n猫在睡,狗在睡,neutral\n猫在睡,猫醒着,contradiction\n"
-    assert understand(write(tmp_path / "b.csv", nli))[0] == {"猫在睡": (["猫没醒"], ["狗在睡", "猫醒着"])}
+    nli = "premise,hypothesis,label\n猫在睡,猫没醒,entailment\n猫在睡,狗在睡,neutral\n猫在睡,猫醒着,contradiction\n猫在睡,?,-\n"
+    found, understood = understand(write(tmp_path / "b.csv", nli))
+    assert found == {"猫在睡": (["猫没醒"], ["狗在睡", "猫醒着"])} and dict(understood.lost) == {"'label' is empty": 1}
     category = "问题,答案,标签\nq,a,医保\nq2,a2,社保\n"
     found, understood = understand(write(tmp_path / "c.csv", category))
     assert list(found) == ["q", "q2"] and understood.columns["not taken"] == ["标签"]
     unknown = "问题,答案,相似吗\nq,a,1\nq2,a2,0\n"
     assert "'相似吗' says yes or no" in understand(write(tmp_path / "d.csv", unknown))[1].notes[0]
+    unsure = "问题,答案,标签\nq,a,是\nq2,a2,否\nq3,a3,不确定\n"
+    with pytest.raises(UserError, match="f.csv:4: field '标签' is '不确定'; it must be yes or no"):
+        understand(write(tmp_path / "f.csv", unsure))
     late = "问题,答案,label\n" + "q,a,1\n" * 1500 + "q,a,3\n"
     with pytest.raises(UserError, match=r"e.csv:1502: field 'label' is '3'; it must be yes or no"):
         understand(write(tmp_path / "e.csv", late))
 
 
 @pytest.mark.parametrize(
-    ("numbers", "least"), [(["0", "3.8", "5"], "4"), (["0.2", "0.9", "1"], "0.8"), ([0, 1, 2], "2")]
+    ("numbers", "least"), [(["0", "3.8", "5"], "4"), (["2e-05", "0.9", "1"], "0.8"), ([0, 1, 2], "2")]
 )
 def test_a_score_is_no_yes_or_no(numbers: list[Any], least: str, tmp_path: Path) -> None:
     rows = "".join(f"q{i},a{i},{number}\n" for i, number in enumerate(numbers))
@@ -152,7 +156,7 @@ UNDERSTOOD = {
     ),
     "switched off": (
         "a.csv",
-        "问题,答案,是否停用,是否启用,状态\nq1,a,否,是,正常\nq2,a,是,是,正常\nq3,a,否,否,正常\nq4,a,否,是,已下线\nq5,a,,,\n",
+        "问题,答案,是否停用,是否启用,状态\nq1,a,否,是,正常\nq2,a,是,是,正常\nq3,a,否,否,正常\nq4,a,否,是,已下线\nq5,a,,,审核中\n",
         {"q1": ["a"], "q5": ["a"]},
         "",
     ),
