@@ -17,7 +17,8 @@ from pathlib import Path
 import harness
 from harness import Row
 
-BATCH_SIZE, GROUP_SIZE, NUM_NEGATIVES, LENGTH = 32, 8, 15, 100
+BATCH_SIZE, GROUP_SIZE, NUM_NEGATIVES = 32, 8, 15
+TEXT = "请携带本人有效证件，到就近网点柜台办理；" * 5  # 100 characters
 
 
 def write_data(file: Path, num_rows: int) -> None:
@@ -27,8 +28,8 @@ def write_data(file: Path, num_rows: int) -> None:
         (
             {
                 "query": f"第{i}个问题怎么办理",
-                "pos": [f"{i}号" + "答" * LENGTH],
-                "neg": [f"{i}号{j}" + "错" * LENGTH for j in range(NUM_NEGATIVES)],
+                "pos": [f"{i}号" + TEXT],
+                "neg": [f"{i}号{j}" + TEXT for j in range(NUM_NEGATIVES)],
             }
             for i in range(num_rows)
         ),
