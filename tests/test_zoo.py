@@ -1,15 +1,18 @@
 """Folders of the families of zoo.py through every stage: as sentence-transformers has them, or refused in a sentence.
 
-What sentence-transformers makes of each is in golden/zoo.json.
+What sentence-transformers makes of each is in golden/zoo.json. The tables of docs/model-folders.md are what happens here.
 """
 
 import ast
 import contextlib
+import functools
 import io
 import json
+import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -32,32 +35,6 @@ GOLDEN = json.loads((ROOT / "tests/golden/zoo.json").read_text(encoding="utf-8")
 TOLERANCE = 1e-6  # of vectors of length 1; of longer ones relative to their largest entry
 NEAREST = 5  # mined passages of each question
 
-KNOWN: dict[str, list[str]] = {
-    "train": [
-        "m3e",
-        "text2vec",
-        "gte-multilingual",
-        "stella-zh-v3",
-        "stella-en-v5",
-        "piccolo-v2",
-        "Conan",
-        "zpoint",
-        "jina-v2-zh",
-        "nomic-v1.5",
-        "paraphrase-multilingual",
-        "distiluse",
-        "nli-max",
-        "sentence-camembert",
-        "0_Transformer",
-        "RoFormer",
-        "SGPT",
-        "default_prompt_name",
-    ],
-    "encode": ["0_Transformer", "SGPT"],
-    "mine": ["0_Transformer", "include_prompt false"],
-    "evaluate": ["0_Transformer", "include_prompt false"],
-}
-
 
 @pytest.fixture(autouse=True)
 def without_plots(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,6 +55,20 @@ class Case:
         self.folder = zoo.make_folder(self.name, self.root / "model")
         self.rows, self.corpus = zoo.write_rows(self.root)
         self.length = self.golden.get("max_length", 64)
+
+    @cached_property
+    def trained(self) -> tuple[Path, Any]:
+        """The folder after two steps, and the encoder that was trained."""
+        reset()
+        settings = {"max_steps": 2, "train_group_size": 2, "dataloader_num_workers": 0, "learning_rate": 1e-2}
+        settings |= {"query_max_len": self.length, "passage_max_len": self.length}
+        words = flags(self.folder, self.rows, self.root / "trained", **settings)
+        seen: list[Any] = []
+        build = train.build.build_encoder
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(train.build, "build_encoder", lambda *a: seen.append(build(*a)) or seen[-1])
+            run(self, train.main, [*words, *self.family.flags, *self.family.training_flags, *self.prompts()])
+        return self.root / "trained", seen[0].eval()
 
     @property
     def loading(self) -> dict[str, Any]:
@@ -177,21 +168,15 @@ def same_statement(case: Case, folder: Path) -> None:
     for name, text in (("query", query), ("passage", passage), ("document", passage)):  # used under the standard names
         if ours["prompts"].get(name) == text:
             theirs["prompts"].setdefault(name, text)
+    if "Normalize" not in theirs["modules"] and theirs["similarity"] == "cosine" and "Normalize" in ours["modules"]:
+        theirs["modules"].append("Normalize")  # the same score; what was trained
+        theirs["configs"].append({})
     assert ours == theirs
 
 
 def train_(case: Case) -> None:
     """Two steps; the saved folder, opened anew, gives the vectors that the encoder had, and states what it stated."""
-    output = case.root / "trained"
-    reset()
-    settings = {"max_steps": 2, "train_group_size": 2, "dataloader_num_workers": 0, "learning_rate": 1e-2}
-    settings |= {"query_max_len": case.length, "passage_max_len": case.length}
-    seen: list[torch.nn.Module] = []
-    build = train.build.build_encoder
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train.build, "build_encoder", lambda *a: seen.append(build(*a)) or seen[-1])
-        run(case, train.main, [*flags(case.folder, case.rows, output, **settings), *case.family.flags, *case.prompts()])
-    trained: Any = seen[0].eval()
+    output, trained = case.trained
     same_statement(case, output)
     reopened, first = load_encoder(output, **case.loading), load_encoder(case.folder, **case.loading).state_dict()
     options = {"max_length": case.length}
@@ -208,13 +193,16 @@ def dense_tensors(case: Case, state: dict[str, Any]) -> set[str]:
 
 
 def merge_(case: Case) -> None:
-    """The mean of the folder and a sister: every tensor, Dense's too, and what both state."""
-    sister = zoo.make_folder(case.name, case.root / "sister", seed=1)
+    """The mean of the folder and what was trained from it: every tensor, Dense's too, and what both state."""
+    if case.family.refused:
+        trained = case.folder
+    else:
+        trained, _ = case.trained
     output = case.root / "merged"
     trust = [word for word in case.family.flags if word == "--trust_remote_code"]
-    run(case, merge.main, ["--models", case.folder, sister, "--weights", 0.25, 0.75, "--output_path", output, *trust])
+    run(case, merge.main, ["--models", case.folder, trained, "--weights", 0.25, 0.75, "--output_path", output, *trust])
     same_statement(case, output)
-    merged, one, other = (load_encoder(f, **case.loading).state_dict() for f in (output, case.folder, sister))
+    merged, one, other = (load_encoder(f, **case.loading).state_dict() for f in (output, case.folder, trained))
     assert merged.keys() == one.keys() and dense_tensors(case, merged) <= merged.keys()
     for name, tensor in merged.items():
         close(tensor, 0.25 * one[name] + 0.75 * other[name])
@@ -234,24 +222,72 @@ STAGES: dict[str, Callable[[Case], None]] = {
 }  # fmt: skip
 
 
-def every(refused: bool) -> list[Any]:
-    """Each stage with each family; those of KNOWN fail."""
-    return [
-        pytest.param(
-            stage, name, marks=[pytest.mark.xfail(strict=True, reason="not yet")] * (name in KNOWN.get(stage, ()))
-        )
-        for stage in STAGES
-        for name, family in zoo.FAMILIES.items()
-        if family.refused == refused
+MODES: dict[str, Callable[[Any], str]] = {
+    "Pooling": lambda module: next(m for m, flag in zoo.POOLING_FLAGS.items() if module[f"pooling_mode_{flag}"]),
+    "Dense": lambda module: "Dense " + module["activation_function"].rpartition(".")[2],
+    "Normalize": lambda module: "Normalize",
+}
+
+
+class Tables:
+    """The rows of docs/model-folders.md and its Chinese twin. WRITE_TABLES=1 writes them, in place of a comparison."""
+
+    pages = ROOT / "docs/model-folders.md", ROOT / "docs/model-folders.zh-CN.md"
+
+    def hold(self, marker: str, name: str, row: str) -> None:
+        """Both pages have this row for the family, within the marker; or get it."""
+        for page in self.pages:
+            text = page.read_text(encoding="utf-8")
+            start = text.index(f"<!-- {marker} -->")
+            before, table, after = text[:start], *text[start:].split(f"<!-- /{marker} -->", 1)
+            rows = {
+                line.split(" | ")[0].removeprefix("| "): line for line in table.splitlines() if line.startswith("|")
+            }
+            if "WRITE_TABLES" in os.environ and rows.get(name) != row:
+                table = table.replace(rows[name], row) if name in rows else f"{table}{row}\n"
+                page.write_text(f"{before}{table}<!-- /{marker} -->{after}", encoding="utf-8")
+            else:
+                assert rows.get(name) == row, f"{page}: write it with WRITE_TABLES=1 pytest tests/test_zoo.py"
+
+
+@pytest.fixture(scope="module")
+def tables() -> Tables:
+    return Tables()
+
+
+@pytest.fixture(scope="module")
+def cases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Case]:
+    """Each family's folder is made once, and trained once."""
+    return functools.cache(lambda name: Case(name, tmp_path_factory.mktemp("family")))
+
+
+@pytest.mark.parametrize("name", [name for name, family in zoo.FAMILIES.items() if not family.refused])
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_family_goes_through(stage: str, name: str, cases: Callable[[str], Case]) -> None:
+    STAGES[stage](cases(name))
+
+
+@pytest.mark.parametrize("name", [name for name, family in zoo.FAMILIES.items() if family.refused])
+def test_what_is_no_encoder_is_refused_in_every_stage(name: str, cases: Callable[[str], Case], tables: Tables) -> None:
+    case, sentences = cases(name), set()
+    for stage in STAGES.values():
+        with pytest.raises(UserError) as refused:
+            stage(case)
+        sentences.add(str(refused.value).splitlines()[0].removeprefix(f"{case.folder}: "))
+    (sentence,) = sentences
+    tables.hold("refused", name, f"| {name} | {case.family.like} | {sentence} |")
+
+
+@pytest.mark.parametrize("name", [name for name, family in zoo.FAMILIES.items() if not family.refused])
+def test_the_table_has_what_goes_through(name: str, tables: Tables) -> None:
+    family = zoo.FAMILIES[name]
+    modules = [
+        family.config["model_type"],
+        *(MODES.get(module["kind"], str)(module) for module in family.modules or ()),
     ]
-
-
-@pytest.mark.parametrize(("stage", "name"), every(refused=False))
-def test_a_family_goes_through(stage: str, name: str, tmp_path: Path) -> None:
-    STAGES[stage](Case(name, tmp_path))
-
-
-@pytest.mark.parametrize(("stage", "name"), every(refused=True))
-def test_what_is_no_encoder_is_refused(stage: str, name: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError):
-        STAGES[stage](Case(name, tmp_path))
+    modules += ["no files of sentence-transformers"] * (family.modules is None) + ["code of its own"] * bool(
+        family.code
+    )
+    needs = " ".join(f"`{word}`" if word.startswith("--") else word for word in (" ".join(family.flags),) if word)
+    equal = "| = " * len(STAGES)
+    tables.hold("zoo", name, f"| {name} | {family.like} | {', '.join(modules)} | {needs} {equal}|")

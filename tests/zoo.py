@@ -46,7 +46,7 @@ class Family:
         st: config_sentence_transformers.json, beyond the version; None: no such file.
         code: names of files of code of its own -> text.
         prompts: (query, passage) that its users write; encoding and evaluation use them.
-        flags: what a stage needs to be told.
+        flags, training_flags: what each stage, and training alone, needs to be told.
         refused: it is no encoder that can be trained here.
     """
 
@@ -66,6 +66,7 @@ class Family:
     code: dict[str, str] = field(default_factory=dict)
     prompts: tuple[str, str] = ("", "")
     flags: tuple[str, ...] = ()
+    training_flags: tuple[str, ...] = ()
     write: Callable[[Path], None] | None = None
     refused: bool = False
 
@@ -449,7 +450,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "stella-zh-v3": Family("infgrad/stella-base-zh-v3-1792d", BERT, modules=DENSE_AFTER_MEAN),
     "stella-en-v5": Family(
-        "dunzhang/stella_en_400M_v5", GTE, "bert", DENSE_AFTER_MEAN, 64, code=GTE_CODE, flags=TRUSTED,
+        "dunzhang/stella_en_400M_v5", GTE, "bert", DENSE_AFTER_MEAN, 128, code=GTE_CODE, flags=TRUSTED,
         st={"prompts": {"s2p_query": f"{WEB_SEARCH}.\nQuery: ",
                         "s2s_query": "Instruct: Retrieve semantically similar text.\nQuery: "},
             "default_prompt_name": None, "similarity_fn_name": "cosine"},
@@ -610,7 +611,7 @@ FAMILIES: dict[str, Family] = {
         "its config names one of its prompts as the default", BERT, modules=(pooling("cls"),),
         st={"prompts": {"retrieval.query": "query: ", "retrieval.passage": "passage: "},
             "default_prompt_name": "retrieval.query", "similarity_fn_name": "dot"},
-        prompts=("query: ", "passage: "),
+        prompts=("query: ", "passage: "), training_flags=("--normalize_embeddings", "False"),
     ),
     "sentence-t5": Family(
         "sentence-transformers/sentence-t5-base",

@@ -174,6 +174,11 @@ def _loading(label: str, what: str, folder: Path) -> Iterator[None]:
             raise UserError(
                 f"{label}: comes with model code of its own; read it, and if you trust it, add --trust_remote_code"
             ) from None
+        if "does not recognize this architecture" in str(error):
+            raise UserError(
+                f"{label}: states a model_type that transformers does not know: it is no {what} that can be run here, "
+                "or needs a newer transformers"
+            ) from None
         raise UserError(
             f"{label}: could not be loaded as a {what}: {str(error).strip().splitlines()[0]}\n"
             "Give a folder, or a hub name; where the hub is out of reach, set HF_ENDPOINT to a mirror."
