@@ -69,13 +69,17 @@ def encode(
     max_length = min(max_length, encoder.max_length)
     skip = 0 if encoder.settings.include_prompt else prompt_length(encoder.tokenizer, prompt, max_length)
 
+    is_bare = not encoder.tokenizer("")[
+        "input_ids"
+    ]  # no special tokens around a text; Qwen3-Embedding's is its padding
+
     def token_lists(block: Sequence[str]) -> list[list[int]]:
         return tokenize(encoder.tokenizer, [prompt + text for text in block], max_length)
 
     def vectors(batch: list[list[int]]) -> Tensor:
         tokens = Tokens.from_lists(batch, [skip] * len(batch) if skip else None)
         vector_SD: Tensor = encoder(tokens.to(encoder.device))
-        if any(nothing := [ids == [encoder.tokenizer.pad_token_id] for ids in batch]):  # 0, as of no tokens
+        if is_bare and any(nothing := [ids == [encoder.tokenizer.pad_token_id] for ids in batch]):  # 0, as of no tokens
             vector_SD = vector_SD.masked_fill(torch.tensor(nothing, device=vector_SD.device)[:, None], 0.0)
         return torch.nn.functional.normalize(vector_SD, dim=-1) if unit_length else vector_SD
 
