@@ -267,7 +267,8 @@ ANSWERS = [
 @pytest.mark.parametrize("every", [1, 2])  # all answers have the frame, or every second one
 def test_a_frame_around_answers_is_no_evidence(every: int) -> None:
     pool = [text if i % every else framed(text) for i, text in enumerate(ANSWERS)]
-    guards = Guards(ANSWERS, [[text] for text in pool], [[]] * len(pool), GuardSettings(), pool)
+    asked = [f"第{number}问" for number in range(len(pool))]  # names nothing that is answered
+    guards = Guards(asked, [[text] for text in pool], [[]] * len(pool), GuardSettings(), pool)
     for number, positive in enumerate(pool):
         reasons = dict(zip(pool, guards.reasons(number, pool), strict=True))
         assert reasons.pop(positive) == "identical" and set(reasons.values()) == {None}
