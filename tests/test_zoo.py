@@ -291,3 +291,20 @@ def test_the_table_has_what_goes_through(name: str, tables: Tables) -> None:
     needs = " ".join(f"`{word}`" if word.startswith("--") else word for word in (" ".join(family.flags),) if word)
     equal = "| = " * len(STAGES)
     tables.hold("zoo", name, f"| {name} | {family.like} | {', '.join(modules)} | {needs} {equal}|")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name, family in zoo.FAMILIES.items() if not family.refused])
+def test_what_is_written_opens_in_sentence_transformers(name: str, cases: Callable[[str], Case]) -> None:
+    """The trained folder, and its average with the first: there as here."""
+    from sentence_transformers import SentenceTransformer
+
+    case = cases(name)
+    written, output = [case.trained[0]], case.root / "average"
+    trust = [word for word in case.family.flags if word == "--trust_remote_code"]
+    run(case, merge.main, ["--models", case.folder, *written, "--output_path", output, *trust])
+    for folder in (*written, output):
+        own = {"dtype": torch.float32}
+        theirs = SentenceTransformer(str(folder), device="cpu", trust_remote_code=bool(trust), model_kwargs=own)
+        ours = load_encoder(folder, trust_remote_code=bool(trust)).encode(zoo.TEXTS, max_length=theirs.max_seq_length)
+        close(ours / 2, theirs.encode(zoo.TEXTS, prompt="") / 2)  # two roundings

@@ -176,7 +176,9 @@ def read_settings(name: str | Path, **hub: Any) -> EncoderSettings:
     transformer: dict[str, Any] = next(filter(None, lengths), {})
     length = transformer.get("max_seq_length")
     if length is None:  # sentence-transformers 6 keeps it with the tokenizer, which has 10^30 for "none"
-        length = (_read_file(name, f"{root}/tokenizer_config.json", **hub) or {}).get("model_max_length")
+        limits = ("tokenizer_config.json", "model_max_length"), ("config.json", "max_position_embeddings")
+        stated_lengths = [(_read_file(name, f"{root}/{file}", **hub) or {}).get(key) for file, key in limits]
+        length = min(filter(None, stated_lengths), default=None) if stated_lengths[0] else None
     _refuse_stated(name, transformer, "config_kwargs", "config_args", "processing_kwargs")
     stated = _read_file(name, "config_sentence_transformers.json", **hub) or {}
     _refuse_stated(name, stated, "truncate_dim")
