@@ -8,6 +8,7 @@ that state otherwise) and in FlagEmbedding, and gives the same vectors.
 Shapes: T tokens of all texts, S texts, L longest text of a padded rectangle, D embedding size.
 """
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ from bge_core.encoder.encode import encode
 from bge_core.encoder.settings import EncoderSettings, save_tokenizer, write_settings
 from bge_core.encoder.tokens import Tokens, pad_buckets
 from bge_core.runtime.flags import POOLINGS, Attention, Pooling
+
+logger = logging.getLogger(__name__)
 
 
 class Encoder(nn.Module):
@@ -80,7 +83,8 @@ class Encoder(nn.Module):
     def freeze(self, *, position_embeddings: bool = False) -> None:
         """Switch off the gradient of what gets none (BERT's pooler) and, on request, of the position embeddings.
 
-        A pass over a few tokens tells: what its graph does not reach gets no gradient.
+        A pass over a few tokens tells: what its graph does not reach gets no gradient. Warned of, but for a pooler: of
+        a mixture of experts they are those that none of these tokens went to.
         """
         was_training = self.training
         num_tokens = min(self.backbone.get_input_embeddings().num_embeddings, self.max_length, 64)
@@ -90,9 +94,12 @@ class Encoder(nn.Module):
             hidden_1TD = self.backbone(input_ids=id_1T, attention_mask=torch.ones_like(id_1T)).last_hidden_state
         self.train(was_training)
         reached = _leaves_of(hidden_1TD)
+        unreached = {name for name, parameter in self.backbone.named_parameters() if id(parameter) not in reached}
         for name, parameter in self.backbone.named_parameters():
-            if id(parameter) not in reached or (position_embeddings and "position_embeddings" in name):
+            if name in unreached or (position_embeddings and "position_embeddings" in name):
                 parameter.requires_grad_(False)
+        if odd := sorted(name for name in unreached if not name.startswith("pooler.")):
+            logger.warning("%d weights get no gradient and stay as they are, as %s", len(odd), odd[0])
 
     def forward(self, tokens: Tokens) -> Tensor:
         """Vectors of S texts; what occurs twice is computed once, unless dropout makes the two differ.

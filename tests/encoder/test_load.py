@@ -55,7 +55,13 @@ def make(folder: Path, tiny_bert: Path, kind: str, settings: dict[str, Any]) -> 
     ],
 )
 def test_positions_and_what_learns_nothing_are_asked_of_the_model(
-    kind: str, settings: dict[str, Any], longest: int, frozen: set[str], tiny_bert: Path, tmp_path: Path
+    kind: str,
+    settings: dict[str, Any],
+    longest: int,
+    frozen: set[str],
+    tiny_bert: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     stock = make(tmp_path, tiny_bert, kind, settings)
     encoder = load_encoder(tmp_path, pooling="mean", normalize=False)
@@ -66,6 +72,9 @@ def test_positions_and_what_learns_nothing_are_asked_of_the_model(
 
     encoder.freeze()
     assert {name for name, p in encoder.backbone.named_parameters() if not p.requires_grad} == frozen
+    assert ("1 weights get no gradient and stay as they are, as encoder.embed_positions" in caplog.text) == (
+        kind == "RoFormer"
+    )
     encoder(Tokens.from_lists([[5, 6, 7], [8, 9]])).sum().backward()
     assert all(p.grad is not None for p in encoder.parameters() if p.requires_grad)
 
