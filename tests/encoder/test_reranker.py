@@ -318,7 +318,7 @@ def test_what_is_no_model_is_refused(folder_of: Callable[[str], Path], tmp_path:
     weights.write_bytes(weights.read_bytes()[:1000])
     assert "could not be loaded as a cross-encoder" in refused(tmp_path / "cut")
     (tmp_path / "cut" / "config.json").write_text('{"model_type": "no such type"}')
-    assert "could not be loaded as a cross-encoder" in refused(tmp_path / "cut")
+    assert "it is no cross-encoder that can be run here" in refused(tmp_path / "cut")
 
 
 def test_the_maker_is_a_function_of_nothing(tmp_path: Path) -> None:

@@ -218,20 +218,27 @@ def test_memory_does_not_grow_with_queries_times_corpus() -> None:
         assert peak_mb < 4 + 12 * 8000 * 5 / 2**20 + 2
 
 
-def test_a_gpu_index_is_filled_block_by_block_and_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The GPU's code path with a CPU index in the GPU's place."""
+@pytest.mark.parametrize(
+    ("processes", "gpus"), [({}, None), ({"LOCAL_WORLD_SIZE": "4", "LOCAL_RANK": "3"}, [1])], ids=["alone", "of four"]
+)
+def test_a_gpu_index_is_filled_block_by_block_and_gives_the_same(
+    processes: dict[str, str], gpus: list[int] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The GPU's code path with a CPU index in the GPU's place: on all GPUs, or on this process's own of two."""
     made = []
+    for name, value in processes.items():
+        monkeypatch.setenv(name, value)
 
-    def to_all_gpus(index: Any, co: Any) -> Any:
+    def to_gpus(index: Any, co: Any, gpus: list[int] | None) -> Any:
         assert co.shard is True and co.useFloat16 is False
-        made.append(index)
+        made.append(gpus)
         return index
 
     stub = SimpleNamespace(
-        get_num_gpus=lambda: 1,
+        get_num_gpus=lambda: 2,
         GpuMultipleClonerOptions=SimpleNamespace,
         IndexFlatIP=faiss.IndexFlatIP,
-        index_cpu_to_all_gpus=to_all_gpus,
+        index_cpu_to_gpus_list=to_gpus,
         knn=faiss.knn,
         METRIC_INNER_PRODUCT=faiss.METRIC_INNER_PRODUCT,
     )
@@ -241,9 +248,8 @@ def test_a_gpu_index_is_filled_block_by_block_and_gives_the_same(monkeypatch: py
     assert gpu_available()
     found = exact_search(queries, corpus, 10, memory_mb=0.05, use_gpu=True)
     assert_same(found, brute_force(queries, corpus, 10))
-    assert len(made) == 1
     exact_search(queries, corpus, 2040, use_gpu=True)  # more than faiss can return there: on the CPU
-    assert len(made) == 1
+    assert made == [gpus]
 
 
 def test_without_a_gpu_it_warns_once_and_searches_on_the_cpu(
