@@ -119,7 +119,8 @@ def train(config: TrainConfig, at_end: ExitStack) -> int:
         return show_plan(data, model, optimizer, settings, facts, schedule)
     manifest = make_manifest("train", as_dict(config), data.inputs, data_order=order, facts=facts)
     log = open_log(config, accelerator, data, opening, manifest, progress.evaluated)
-    saver = checkpoint.Saver(output_dir, encoder, manifest | {"stage": "checkpoint"}, config.save_total_limit)
+    of_checkpoints = manifest | {"stage": "checkpoint"}
+    saver = checkpoint.Saver(output_dir, encoder, of_checkpoints, config.save_total_limit, first_step)
     at_end.callback(saver.close)
     signals = catch_stop_signals(at_end)
     at_end.enter_context(watchdog.watch(rank, world_size, config.ddp_timeout, saver.close))

@@ -118,17 +118,20 @@ class Saver:
         encoder: what is trained.
         manifest: of every checkpoint; see `changed_settings`.
         limit: keep this many newest checkpoints; None: all.
+        first_step: that the run goes on from.
 
     Attributes:
-        newest: the step of the last `save`; 0: none yet.
+        newest: the step of the newest checkpoint in the folder, of the last `save` or of `first_step`; 0: none yet.
     """
 
-    def __init__(self, output_dir: Path, encoder: Encoder, manifest: dict[str, Any], limit: int | None) -> None:
+    def __init__(
+        self, output_dir: Path, encoder: Encoder, manifest: dict[str, Any], limit: int | None, first_step: int = 0
+    ) -> None:
         self.output_dir, self.manifest, self.limit = output_dir, manifest, limit
         # A tokenizer of its own: saving changes it, while the loop goes on using the other.
         tokenizer = copy_tokenizer(encoder.tokenizer)
         self.encoder = Encoder(encoder.backbone, tokenizer, encoder.settings, dense=encoder.dense)
-        self.newest = 0
+        self.newest = first_step if (output_dir / f"checkpoint-{first_step}").is_dir() else 0
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
 

@@ -738,6 +738,31 @@ def test_what_is_done_is_saved_before_it_is_evaluated(
     assert runs.manifest(folder)["scores"] == runs.manifest(whole)["scores"]
 
 
+def test_a_run_killed_in_its_evaluation_saves_the_step_no_second_time(
+    tiny_bert_dropout: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The checkpoint is there; what the owed evaluation finds is not in that of the unbroken run either."""
+    settings = {"max_steps": 4, "eval_steps": 2, "save_steps": 2, "load_best_model_at_end": True, "val_data": data}
+    whole, folder = tmp_path / "whole", tmp_path / "run"
+    assert run(tiny_bert_dropout, data, whole, **settings) == 0
+    scores = [line["MRR@10"] for line in read_steps(whole) if "MRR@10" in line]
+    assert scores[0] < scores[1]  # so that the best model is that of the last step
+    evaluate_encoder, calls = train.evaluate_encoder, []
+
+    def die_in_the_second(*args: Any, **kwargs: Any) -> Any:
+        calls.append(args)
+        if len(calls) == 2:
+            raise SystemExit(9)
+        return evaluate_encoder(*args, **kwargs)
+
+    monkeypatch.setattr(train, "evaluate_encoder", die_in_the_second)
+    with pytest.raises(SystemExit):
+        run(tiny_bert_dropout, data, folder, **settings)
+    monkeypatch.undo()
+    assert run(tiny_bert_dropout, data, folder, resume_from_checkpoint="latest", **settings) == 0
+    assert_same_run(folder, whole)
+
+
 def test_a_second_run_in_the_same_folder_is_refused(
     unbroken: Path, tiny_bert_dropout: Path, data: Path, tmp_path: Path, resume: Callable[..., int],
     capsys: pytest.CaptureFixture[str],
