@@ -4,46 +4,54 @@
     python benchmarks/operations.py --json --case "32 x 2" the counts of one case alone, by phase
 
 Three cases: batch 32 with group size 2 and 8, and GradCache of 128 x 8, 288 texts at a time; bf16, hidden dropout 0.1,
-attention dropout 0. The step is train.py's: gradient, clipping, the metrics' read, AdamW. Counted is the second step,
-when all is there that a run makes once. An operation is what torch dispatches to the device, at some cost for the host
-whatever its size; a kernel is one that starts work there. A copy to the device is pinned (the host goes on), pageable
-(asynchronous by its flag, but the host copies first) or blocking. A wait is a point where the host stands still until
-the GPU has caught up: a blocking copy, a read.
+attention dropout 0, lengths as in gpu.py. What runs is train.py, on a model without numbers. Counted is its second
+step, when all is there that a run makes once: from where it begins to where the third one begins. An operation is what
+torch dispatches to the device, at some cost for the host whatever its size; a kernel is one that starts work there. A
+copy to the device is pinned (the host goes on), pageable (asynchronous by its flag, but the host copies first) or
+blocking. A wait is a point where the host stands still until the GPU has caught up: a blocking copy, a read.
 
-Phases: represent (GradCache's forward without a graph), forward, loss, backward, clip, metrics, update. The counts of
-each --name are kept in benchmarks/results/operations.json, with the commit; the sums of all are operations.md.
+Phases: represent (GradCache's forward without a graph), forward, loss, backward, clip, and loop, which is the rest. The
+counts of each --name are kept in benchmarks/results/operations.json, with the commit; operations.md has all sums.
 """
 
 import fake_gpu
 
 # isort: split
 import json
+import random
 import subprocess
+import tempfile
 from collections.abc import Callable, Iterable
-from functools import partial
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import harness
 import torch
 from gpu import QUESTIONS, SENTENCES, draw_lengths
 from harness import Row
-from models import LARGE, VOCABULARY, random_batch, random_encoder
+from models import LARGE, random_encoder
+from transformers import AutoTokenizer
 
 import train
 from bge_core.encoder import Encoder
-from bge_core.runtime.distributed import clip_gradients
-from bge_core.training.batch import Batch
-from bge_core.training.optim import build_optimizer
-from bge_core.training.step import StepSettings, forward_backward
 
 CASES = {"32 x 2": (32, 2, None), "32 x 8": (32, 8, None), "GradCache 128 x 8": (128, 8, 288)}
 COPIES = ("blocking to device", "pageable to device", "pinned to device")
+COUNTED = 2  # the step
 
 
-def make_model(gpu: fake_gpu.FakeGpu, layers: int) -> Encoder:
-    """bge-large's shape on the GPU; its forward is a phase."""
+class Counted(Exception):
+    """The counted step is over."""
+
+
+def make_model(gpu: fake_gpu.FakeGpu, layers: int, tokenizer: Any) -> Encoder:
+    """bge-large's shape, without numbers; its forward is a phase."""
+    sizes = {"num_hidden_layers": layers, "attention_probs_dropout_prob": 0.0}
     with torch.device("meta"):
-        encoder = random_encoder({**LARGE, "num_hidden_layers": layers, "attention_probs_dropout_prob": 0.0}, "auto")
-    encoder.to_empty(device="cuda")
+        encoder = random_encoder(LARGE | sizes, "auto")
+    encoder.tokenizer = tokenizer
     forward = encoder.forward
 
     def in_phase(*args: object) -> torch.Tensor:
@@ -51,46 +59,73 @@ def make_model(gpu: fake_gpu.FakeGpu, layers: int) -> Encoder:
             return forward(*args)
 
     encoder.forward = in_phase
+    encoder.to = lambda device: encoder.to_empty(device=device)  # what has no numbers cannot be copied
     return encoder
 
 
-def make_batch(queries: int, group: int) -> Batch:
-    """The batch of gpu.py."""
-    generator, seed = torch.Generator().manual_seed(queries + group), queries + group
-    lengths = draw_lengths(QUESTIONS, queries, generator), draw_lengths(SENTENCES, queries * group, generator)
-    return random_batch(*lengths, VOCABULARY, seed)
+def write_data(file: Path, queries: int, group: int) -> str:
+    """Rows of one batch, of the lengths of gpu.py; the tiny model has a token for each of these characters."""
+    generator, draw = torch.Generator().manual_seed(queries + group), random.Random(0)
+
+    def texts(quantiles: list[int], count: int) -> list[str]:
+        lengths = draw_lengths(quantiles, count, generator)  # with [CLS] and [SEP]
+        return ["".join(draw.choices("的一是不了在人有我他这个们中来上", k=length - 2)) for length in lengths]
+
+    query, passage = texts(QUESTIONS, queries), texts(SENTENCES, queries * group)
+    rows = [
+        {"query": query[i], "pos": passage[i * group : i * group + 1], "neg": passage[i * group + 1 : (i + 1) * group]}
+        for i in range(queries)
+    ]
+    return harness.write_lines(file, rows)
 
 
-def make_step(gpu: fake_gpu.FakeGpu, encoder: Encoder, chunk_size: int | None) -> Callable[[Batch], None]:
-    """One step as train.py takes it."""
-    optimizer = build_optimizer(encoder, 1e-5, 0.01, (0.9, 0.999), 1e-8)
-    settings = StepSettings(chunk_size=chunk_size, autocast=partial(torch.autocast, "cuda", torch.bfloat16))
-    scaler = settings.scaler
+def in_phases(gpu: fake_gpu.FakeGpu, at_end: ExitStack) -> None:
+    """Let the loop's parts be phases, and the counted step the only one in the log."""
+    steps = iter(range(1, COUNTED + 2))
 
-    def step(batch: Batch) -> None:
-        with gpu.phase("loss"):
-            shares = forward_backward(encoder, [batch], settings)
-        with gpu.phase("clip"):
-            scaler.unscale_(optimizer)
-            shares["grad_norm"] = clip_gradients(encoder.parameters(), 1.0)
-        with gpu.phase("metrics"):
-            shares |= train.count([batch], signals=0, workers_lost=0, save_failed=0)
-            torch.stack([share.to("cuda", torch.float32) for share in shares.values()]).tolist()
-        with gpu.phase("update"):
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad(set_to_none=True)
+    def begin() -> None:
+        step = next(steps)
+        if step == COUNTED:
+            gpu.log.clear()
+        if step > COUNTED:
+            raise Counted
 
-    return step
+    def within(phase: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **options: Any) -> Any:
+            with gpu.phase(phase):
+                return function(*args, **options)
+
+        return run
+
+    for name, phase in {"forward_backward": "loss", "clip_gradients": "clip"}.items():
+        at_end.enter_context(mock.patch.object(train, name, within(phase, getattr(train, name))))
+    at_end.enter_context(mock.patch.object(train.watchdog, "step_begins", begin))
 
 
-def count_case(queries: int, group: int, chunk_size: int | None, layers: int = 24) -> dict[str, dict[str, int]]:
+def count_case(queries: int, group: int, sub_batch_size: int | None, layers: int = 24) -> dict[str, dict[str, int]]:
     """The counts of a step by phase."""
-    with fake_gpu.FakeGpu() as gpu:
-        step, batch = make_step(gpu, make_model(gpu, layers), chunk_size), make_batch(queries, group)
-        step(batch)  # makes the optimizer's state, compares the attention kernel
-        gpu.log.clear()
-        step(batch)
+    with ExitStack() as at_end:
+        folder = Path(at_end.enter_context(tempfile.TemporaryDirectory()))
+        words = {
+            "model_name_or_path": harness.tiny_bert(folder / "model"),
+            "train_data": write_data(folder / "rows.jsonl", queries, group),
+            "output_dir": folder / "run",
+            "per_device_train_batch_size": queries,
+            "train_group_size": group,
+            "query_max_len": 512,
+            "passage_max_len": 512,
+            "num_train_epochs": 100,
+            "bf16": "True",
+            **({"sub_batch_size": sub_batch_size} if sub_batch_size else {}),
+        }
+        tokenizer = AutoTokenizer.from_pretrained(words["model_name_or_path"])
+        gpu = at_end.enter_context(fake_gpu.FakeGpu())
+        encoder = make_model(gpu, layers, tokenizer)
+        at_end.enter_context(mock.patch.object(train.build, "build_encoder", lambda *_: encoder))
+        in_phases(gpu, at_end)
+        with gpu.phase("loop"):
+            with suppress(Counted):
+                train.main([word for name, value in words.items() for word in (f"--{name}", str(value))])
     return fake_gpu.count(gpu.log)
 
 
