@@ -111,6 +111,8 @@ def train(config: TrainConfig, at_end: ExitStack) -> int:
     scaler = accelerator.scaler or torch.amp.GradScaler(enabled=False)
     settings = build.step_settings(config, loss, accelerator, scaler, guide)
     model.train()
+    with settings.autocast():
+        data.fixed_rows, data.guide_rows = encoder.fixed_rows(), guide.fixed_rows() if guide else None
     warm_up_ddp(model)
     torch.manual_seed(config.seed + rank)
     first_step, progress = restore(resume, config.seed, optimizer, scaler, ema) if resume else (0, Progress())

@@ -10,6 +10,8 @@ import torch
 from transformers import BertConfig, BertModel, BertTokenizer
 
 from bge_core.encoder.dense import save_dense
+from bge_core.encoder.fixed import FixedRows
+from bge_core.encoder.packing import FixedRowsOf, first_position
 from bge_core.encoder.settings import DenseSettings, EncoderSettings, write_settings
 
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -113,3 +115,10 @@ def make_tiny_bert(
     model.to(dtype).save_pretrained(folder)
     BertTokenizer(vocab=vocabulary, do_lower_case=True, model_max_length=512).save_pretrained(folder)
     return folder
+
+
+def fixed_rows_always(of: FixedRowsOf, *, distinct: bool) -> FixedRows | None:
+    """`FixedRowsOf.now` as on a GPU in half precision: put in its place, rows have fixed shape on a CPU, too."""
+    if of.attention == "padded":
+        return None
+    return FixedRows("", first_position(of.backbone), of.pad_id, distinct)

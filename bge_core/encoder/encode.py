@@ -78,7 +78,7 @@ def encode(
 
     def vectors(batch: list[list[int]]) -> Tensor:
         tokens = Tokens.from_lists(batch, [skip] * len(batch) if skip else None)
-        vector_SD: Tensor = encoder(tokens.to(encoder.device))
+        vector_SD: Tensor = encoder(tokens)
         if is_bare and any(nothing := [ids == [encoder.tokenizer.pad_token_id] for ids in batch]):  # 0, as of no tokens
             vector_SD = vector_SD.masked_fill(torch.tensor(nothing, device=vector_SD.device)[:, None], 0.0)
         return torch.nn.functional.normalize(vector_SD, dim=-1) if unit_length else vector_SD

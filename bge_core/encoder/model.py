@@ -25,9 +25,11 @@ from bge_core.encoder.code import save_code
 from bge_core.encoder.dense import save_dense
 from bge_core.encoder.dropout import replace_dropout
 from bge_core.encoder.encode import encode
+from bge_core.encoder.fixed import FixedRow, FixedRows
 from bge_core.encoder.settings import EncoderSettings, save_tokenizer, write_settings
 from bge_core.encoder.tokens import Tokens, pad_buckets
 from bge_core.runtime.flags import POOLINGS, Attention, Pooling
+from bge_core.runtime.parcel import send
 
 logger = logging.getLogger(__name__)
 
@@ -56,11 +58,13 @@ class Encoder(nn.Module):
             raise UserError(f"pooling {settings.pooling!r}: use one of {', '.join(POOLINGS)}")
         replace_dropout(backbone)
         self.backbone = backbone
+        self.draws = has_dropout(backbone)
         self.dense = nn.Sequential() if dense is None else dense
         assert len(self.dense) == len(settings.dense)
         self.tokenizer = tokenizer
         self.settings = settings
         self.attention = attention
+        self._rows = packing.FixedRowsOf(backbone, attention, tokenizer.pad_token_id)
         if attention != "padded":
             packing.enable(backbone)
 
@@ -101,34 +105,59 @@ class Encoder(nn.Module):
         if odd := sorted(name for name in unreached if not name.startswith("pooler.")):
             logger.warning("%d weights get no gradient and stay as they are, as %s", len(odd), odd[0])
 
-    def forward(self, tokens: Tokens) -> Tensor:
+    def train(self, mode: bool = True) -> "Encoder":
+        """As nn.Module."""
+        self.draws = mode and has_dropout(self.backbone)
+        return super().train(mode)
+
+    def fixed_rows(self) -> FixedRows | None:
+        """How texts become rows of fixed shape here and now; None: not at all."""
+        return self._rows.now(distinct=not self.draws)
+
+    def forward(self, texts: Tokens | FixedRow) -> Tensor:
         """Vectors of S texts; what occurs twice is computed once, unless dropout makes the two differ.
 
         Args:
-            tokens: on this encoder's device. S may be 0: a rank without rows still takes part in the backward.
+            texts: S may be 0 in Tokens: a rank without rows still takes part in the backward.
 
         Returns:
             (S, D), float32 or wider, of length 1 where `settings.normalize`.
         """
-        if not len(tokens):
-            return self(Tokens(tokens.input_id_T.new_full((1,), self.tokenizer.pad_token_id), [1]))[:0]
-        place_S = list(range(len(tokens)))
-        if not (self.training and has_dropout(self.backbone)):
+        if isinstance(texts, FixedRow):
+            return self.vectors(texts)[texts.place_S]
+        if not len(texts):
+            return self(Tokens(texts.input_id_T.new_full((1,), self.tokenizer.pad_token_id), [1]))[:0]
+        if rows := self.fixed_rows():
+            return self(send(rows.row(texts), self.device))
+        tokens, place_S = texts.to(self.device), list(range(len(texts)))
+        if not self.draws:
             tokens, place_S = tokens.distinct()
         token_vectors = self._padded if self.attention == "padded" else self._packed
         hidden_TD, lengths, order = token_vectors(tokens)
-        skipped = tokens.prompt_lengths and [tokens.prompt_lengths[i] for i in order]
-        vector_SD = self.dense(pool(hidden_TD, lengths, self.settings.pooling, skipped))
-        vector_SD = vector_SD[torch.tensor(order).argsort()[place_S].to(vector_SD.device, non_blocking=True)]
+        length_S, skipped_S = torch.tensor(lengths).to(self.device, non_blocking=True), None
+        if tokens.prompt_lengths:
+            skipped_S = torch.tensor([tokens.prompt_lengths[i] for i in order]).to(self.device, non_blocking=True)
+        vector_SD = self._behind_pooling(hidden_TD, length_S, skipped_S)
+        return vector_SD[torch.tensor(order).argsort()[place_S].to(vector_SD.device, non_blocking=True)]
+
+    def vectors(self, row: FixedRow) -> Tensor:
+        """Vectors (N, D) of all texts of a row: a function of its tensors alone, for a graph."""
+        first_only = self._first_only(row.skipped_N is not None)
+        hidden_TD = packing.fixed_hidden(self.backbone, row, first_only=first_only)
+        length_N = torch.ones_like(row.cu_seqlens[1:]) if first_only else row.cu_seqlens.diff()
+        return self._behind_pooling(hidden_TD, length_N.to(torch.int64), row.skipped_N)
+
+    def _first_only(self, has_prompts: bool) -> bool:
+        """Whether the last layer may work on first tokens alone."""
+        return self.settings.pooling == "cls" and not has_prompts and packing.has_bert_layers(self.backbone)
+
+    def _behind_pooling(self, hidden_TD: Tensor, length_S: Tensor, skipped_S: Tensor | None) -> Tensor:
+        vector_SD = self.dense(pool(hidden_TD, length_S, self.settings.pooling, skipped_S))
         return F.normalize(vector_SD, dim=-1) if self.settings.normalize else vector_SD
 
     def _packed(self, tokens: Tokens) -> tuple[Tensor, list[int], list[int]]:
-        return packing.packed_hidden(
-            self.backbone,
-            tokens,
-            attention=self.attention,
-            first_only=self.settings.pooling == "cls" and not tokens.prompt_lengths,
-        )
+        first_only = self._first_only(tokens.prompt_lengths is not None)
+        return packing.packed_hidden(self.backbone, tokens, first_only=first_only)
 
     def _padded(self, tokens: Tokens) -> tuple[Tensor, list[int], list[int]]:
         """As `packed_hidden`, on padded rectangles."""
@@ -170,9 +199,7 @@ class Encoder(nn.Module):
         write_settings(folder, self.settings, self.embedding_size, min(self.max_length, 8192))
 
 
-def pool(
-    hidden_TD: Tensor, lengths: Sequence[int], pooling: Pooling | None, skipped: Sequence[int] | None = None
-) -> Tensor:
+def pool(hidden_TD: Tensor, length_S: Tensor, pooling: Pooling | None, skipped_S: Tensor | None = None) -> Tensor:
     """One vector a text from the token vectors of S texts in one row, in float32 or wider; (S, D).
 
     cls: the first token. last_token: the last one. max: the largest entry of each dimension. mean: sum of the n tokens
@@ -180,30 +207,34 @@ def pool(
 
     Args:
         hidden_TD: the token vectors.
-        lengths: (S,) of the texts.
+        length_S: int64, of the texts; their sum is T.
         pooling: see above.
-        skipped: (S,) so many first tokens of each text are left out; the others keep their number i. None: none are.
+        skipped_S: int64, so many first tokens of each text are left out, fewer than it has; the others keep their
+            number i. None: none are.
     """
     hidden_TD = hidden_TD.to(torch.promote_types(hidden_TD.dtype, torch.float32))
-    firsts = skipped or [0] * len(lengths)
-    if skipped:
-        kept = [torch.arange(length) >= first for length, first in zip(lengths, firsts, strict=True)]
-        hidden_TD = hidden_TD[torch.cat(kept).to(hidden_TD.device)]
-        lengths = [length - first for length, first in zip(lengths, firsts, strict=True)]
-    length_S = torch.tensor(lengths)
+    end_S = length_S.cumsum(0)
     if pooling in ("cls", "last_token"):
-        chosen_S = length_S.cumsum(0) - (length_S if pooling == "cls" else 1)
-        return hidden_TD[chosen_S.to(hidden_TD.device, non_blocking=True)]
+        first_S = end_S - length_S
+        return hidden_TD[
+            end_S - 1 if pooling == "last_token" else first_S if skipped_S is None else first_S + skipped_S
+        ]
+    num_tokens, num_texts = len(hidden_TD), len(length_S)
+    text_T = torch.arange(num_texts, device=length_S.device).repeat_interleave(length_S, output_size=num_tokens)
+    number_T = torch.arange(1, num_tokens + 1, device=length_S.device) - (end_S - length_S)[text_T]
+    if skipped_S is not None:
+        is_left_out_T = number_T <= skipped_S[text_T]
+        hidden_TD = hidden_TD.masked_fill(is_left_out_T[:, None], -torch.inf if pooling == "max" else 0.0)
+        number_T, length_S = number_T.masked_fill(is_left_out_T, 0), length_S - skipped_S
     if pooling == "max":
-        return torch.stack([text_LD.amax(dim=0) for text_LD in hidden_TD.split(list(lengths))])
+        least_SD = hidden_TD.new_full((num_texts, hidden_TD.shape[1]), -torch.inf)
+        return least_SD.scatter_reduce(0, text_T[:, None].expand_as(hidden_TD), hidden_TD, "amax")
     divisor_S = length_S.to(hidden_TD.dtype) ** 0.5 if pooling == "mean_sqrt_len" else length_S
     if pooling == "weightedmean":
-        places = [torch.arange(first + 1, first + length + 1) for first, length in zip(firsts, lengths, strict=True)]
-        hidden_TD = hidden_TD * torch.cat(places)[:, None].to(hidden_TD.device, non_blocking=True)
-        divisor_S = torch.stack([of_text.sum() for of_text in places])
-    text_T = torch.arange(len(lengths)).repeat_interleave(length_S).to(hidden_TD.device, non_blocking=True)
-    sum_SD = hidden_TD.new_zeros((len(lengths), hidden_TD.shape[1])).index_add(0, text_T, hidden_TD)
-    return sum_SD / divisor_S[:, None].to(hidden_TD.device, non_blocking=True)
+        hidden_TD = hidden_TD * number_T[:, None]
+        divisor_S = torch.zeros_like(length_S).index_add(0, text_T, number_T)
+    sum_SD = hidden_TD.new_zeros((num_texts, hidden_TD.shape[1])).index_add(0, text_T, hidden_TD)
+    return sum_SD / divisor_S[:, None]
 
 
 def _leaves_of(tensor: Tensor) -> set[int]:

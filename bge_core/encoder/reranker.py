@@ -31,6 +31,7 @@ from bge_core.encoder.load import open_pretrained
 from bge_core.encoder.selfcheck import packed_or_padded
 from bge_core.encoder.tokens import Tokens, pad_buckets
 from bge_core.runtime.flags import Attention
+from bge_core.runtime.parcel import send
 
 FLAG = "--reranker_name_or_path"
 
@@ -71,6 +72,7 @@ class Reranker(nn.Module):
                 f"--reranker_max_length {max_length}: a pair needs {num_special} special tokens and one token of each "
                 f"text; use {num_special + 2} or more"
             )
+        self._rows = packing.FixedRowsOf(model.base_model, attention, tokenizer.pad_token_id)
         if attention != "padded":
             packing.enable(model.base_model)
 
@@ -136,32 +138,37 @@ class Reranker(nn.Module):
         return pair_tokens
 
     def _logits(self, batch: list[PairTokens]) -> Tensor:
-        tokens = Tokens.from_lists([pair.ids for pair in batch]).to(self.device)
-        type_T = torch.tensor([t for pair in batch for t in pair.types]).to(self.device) if self.uses_types else None
-        return self(tokens, type_T)  # type: ignore[no-any-return]
+        tokens = Tokens.from_lists([pair.ids for pair in batch])
+        return self(tokens, torch.tensor([t for pair in batch for t in pair.types]) if self.uses_types else None)
 
     def forward(self, tokens: Tokens, type_T: Tensor | None = None) -> Tensor:
         """The logits (S,) of S pairs, float32.
 
         Args:
-            tokens: the pairs, each with its special tokens, on this model's device.
+            tokens: the pairs, each with its special tokens.
             type_T: 0 for tokens of the query, 1 for those of the passage; None: the model has no types.
         """
+        if rows := self._rows.now(distinct=False):
+            row = send(rows.row(tokens, type_T), self.device)
+            first_ND = packing.fixed_hidden(self.model.base_model, row, first_only=True)
+            return self._head(first_ND)[row.place_S, 0].float()
+        tokens, type_T = tokens.to(self.device), None if type_T is None else type_T.to(self.device)
         logit_S1, order = (self._padded if self.attention == "padded" else self._packed)(tokens, type_T)
         return logit_S1[torch.tensor(order).argsort().to(logit_S1.device, non_blocking=True), 0].float()
 
     def _packed(self, tokens: Tokens, type_T: Tensor | None) -> tuple[Tensor, list[int]]:
         """Logits (S, 1) and the position in `tokens` of each: the head on the first tokens of one row."""
         first_SD, _, order = packing.packed_hidden(
-            self.model.base_model,
-            tokens,
-            attention=self.attention,
-            first_only=True,
-            token_type_id_T=type_T,
+            self.model.base_model, tokens, first_only=True, token_type_id_T=type_T
         )
+        return self._head(first_SD), order
+
+    def _head(self, first_SD: Tensor) -> Tensor:
+        """Logits (S, 1) from the vectors of first tokens."""
         first_S1D = first_SD[:, None]  # the heads of transformers look for the first token themselves
         pooler = self.model.base_model.pooler  # BERT's; RoBERTa's head has its own
-        return self.model.classifier(first_S1D if pooler is None else pooler(first_S1D)), order
+        logit_S1: Tensor = self.model.classifier(first_S1D if pooler is None else pooler(first_S1D))
+        return logit_S1
 
     def _padded(self, tokens: Tokens, type_T: Tensor | None) -> tuple[Tensor, list[int]]:
         """As `_packed`, by the stock model on padded rectangles."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bge_core.encoder import packing
-from bge_core.encoder.kernels import relative_error
+from bge_core.encoder.rectangles import relative_error
 from bge_core.encoder.tokens import Tokens
 from bge_core.runtime.flags import Attention
 

@@ -68,6 +68,11 @@ def pack(value: Any) -> Parcel:
     return Parcel(block, layouts, rest.getvalue())
 
 
+def send(value: Any, device: torch.device) -> Any:
+    """A value that lies on the CPU, on a device: to a GPU in one copy that nobody waits for."""
+    return value if device.type == "cpu" else pack(value).pin_memory().to(device)
+
+
 class _Pickler(pickle.Pickler):
     """Keeps the tensors for itself and writes their numbers."""
 

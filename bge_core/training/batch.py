@@ -4,7 +4,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from bge_core.encoder.fixed import FixedRow
 from bge_core.encoder.tokens import Tokens
+
+Chunk = Tokens | FixedRow  # texts that go through the model together
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,8 @@ class Batch:
         rows: the B numbers of the rows.
         guide_tokens: the same texts for the guide encoder, if there is one.
         own_only_B: True for queries whose own passages alone are their negatives; None: for none.
+        chunks, guide_chunks: the texts as rows of fixed shape, as many at a time as go through the model and the guide;
+            None: those take `tokens` and `guide_tokens`.
     """
 
     tokens: Tokens
@@ -33,6 +38,8 @@ class Batch:
     rows: list[int]
     guide_tokens: Tokens | None = None
     own_only_B: Tensor | None = None
+    chunks: list[FixedRow] | None = None
+    guide_chunks: list[FixedRow] | None = None
 
     @property
     def num_queries(self) -> int:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from bge_core import UserError
+from bge_core.encoder.fixed import FixedRow, FixedRows
 from bge_core.encoder.tokens import Tokens, prompt_length, tokenize
 from bge_core.files.sources import load_sources
 from bge_core.runtime.config import TrainConfig
@@ -233,6 +234,9 @@ class TrainingData(torch.utils.data.Dataset[list[Batch]]):
     ) -> None:
         self.config, self.tokenizer, self.rank, self.world_size, self.guide = config, tokenizer, rank, world_size, guide
         self.include_prompt = include_prompt
+        # How texts become rows of fixed shape for the encoder and the guide, where they take them: Encoder.fixed_rows
+        self.fixed_rows: FixedRows | None = None
+        self.guide_rows: FixedRows | None = None
         self.query_max_len = min(config.query_max_len, max_positions)
         self.passage_max_len = min(config.passage_max_len, max_positions)
         sources = load_sources(config.train_data)
@@ -321,6 +325,7 @@ class TrainingData(torch.utils.data.Dataset[list[Batch]]):
             tokens = Tokens.from_lists([ids.tolist() for ids in tokens.texts()], self._prompt_lengths(examples))
         ends = np.cumsum([len(example.passages) for example in examples]).tolist()
         starts = [0, *ends[:-1]]
+        guide_tokens = self._tokenize(self.guide[0], queries, passages, self.guide[1]) if self.guide else None
         teachers = [example.teacher for example in examples if example.teacher]
         return Batch(
             tokens=tokens,
@@ -330,9 +335,16 @@ class TrainingData(torch.utils.data.Dataset[list[Batch]]):
             teacher_BG=_padded(teachers, 0.0) if self.config.knowledge_distillation else None,
             rank_counts=rank_counts,
             rows=[example.row for example in examples],
-            guide_tokens=self._tokenize(self.guide[0], queries, passages, self.guide[1]) if self.guide else None,
+            guide_tokens=guide_tokens,
             own_only_B=torch.tensor([e.own_only for e in examples], dtype=torch.bool) if self.own_only.any() else None,
+            chunks=self._chunks(tokens, self.fixed_rows),
+            guide_chunks=self._chunks(guide_tokens, self.guide_rows),
         )
+
+    def _chunks(self, tokens: Tokens | None, rows: FixedRows | None) -> list[FixedRow] | None:
+        if tokens is None or rows is None:
+            return None
+        return [rows.row(part) for part in tokens.split(self.config.sub_batch_size, self.config.max_tokens)]
 
     def _tokenize(self, tokenizer: Any, queries: list[str], passages: list[str], longest: int) -> Tokens:
         token_lists = tokenize(tokenizer, queries, min(self.query_max_len, longest))

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from bge_core.encoder.tokens import Tokens
 from bge_core.loss import LossConfig, LossInput, LossOutput, training_loss
 from bge_core.runtime.distributed import gather_counts, gather_rows, is_sharded, sync_only_if, unwrap, world
-from bge_core.training.batch import Batch
+from bge_core.training.batch import Batch, Chunk
 from bge_core.training.random_state import random_state, restore_random_state
 
 LossFunction = Callable[[LossInput, LossConfig], LossOutput]
@@ -78,7 +78,7 @@ def forward_backward(model: nn.Module, micro_batches: Sequence[Batch], settings:
     shares: dict[str, Tensor] = {}
     for k, batch in enumerate(micro_batches):
         share = batch.num_queries / num_total_rows
-        chunks = batch.tokens.to(device).split(settings.chunk_size, settings.max_tokens)
+        chunks: list[Chunk] = [*(batch.chunks or batch.tokens.split(settings.chunk_size, settings.max_tokens))]
         if is_sharded(model):
             chunks += [Tokens(batch.tokens.input_id_T.new_empty(0), [])] * _missing_chunks(len(chunks), device)
         is_last = k == len(micro_batches) - 1
@@ -97,9 +97,8 @@ def warm_up_ddp(model: nn.Module) -> None:
 
     Done at every start, they leave the first real step the same order in a fresh and in a resumed run.
     """
-    device = next(model.parameters()).device
     for _ in range(2 if world()[1] > 1 else 0):
-        model(Tokens(torch.zeros(1, dtype=torch.int64, device=device), [1])).sum().backward()
+        model(Tokens(torch.zeros(1, dtype=torch.int64), [1])).sum().backward()
         model.zero_grad(set_to_none=True)
 
 
@@ -110,16 +109,16 @@ def _missing_chunks(num_chunks: int, device: torch.device) -> int:
 
 
 def _plain(
-    model: nn.Module, tokens: Tokens, batch: Batch, share: float, settings: StepSettings, is_last: bool
+    model: nn.Module, chunk: Chunk, batch: Batch, share: float, settings: StepSettings, is_last: bool
 ) -> LossOutput:
     with sync_only_if(is_last, model):
         with settings.autocast():
-            vector_SD = model(tokens)
+            vector_SD = model(chunk)
         return _backward_loss(vector_SD, batch, share, settings)
 
 
 def _cached(
-    model: nn.Module, chunks: list[Tokens], batch: Batch, share: float, settings: StepSettings, is_last: bool
+    model: nn.Module, chunks: list[Chunk], batch: Batch, share: float, settings: StepSettings, is_last: bool
 ) -> LossOutput:
     states, parts = [], []
     for chunk in chunks:  # 1. represent
@@ -141,7 +140,7 @@ def _cached(
 
 def _backward_loss(vector_SD: Tensor, batch: Batch, share: float, settings: StepSettings) -> LossOutput:
     """The loss on representations, in float32 or wider, and its backward scaled for the average over ranks."""
-    guide_SE = guide_vectors(batch, settings, vector_SD.device)
+    guide_SE = guide_vectors(batch, settings)
     with torch.autocast(vector_SD.device.type, enabled=False):
         output = settings.loss(loss_input(vector_SD, batch, settings.cross_device, guide_SE), settings.loss_config)
         settings.scaler.scale(output.loss * (share * world()[1])).backward()
@@ -149,14 +148,14 @@ def _backward_loss(vector_SD: Tensor, batch: Batch, share: float, settings: Step
 
 
 @torch.no_grad()
-def guide_vectors(batch: Batch, settings: StepSettings, device: torch.device) -> Tensor | None:
+def guide_vectors(batch: Batch, settings: StepSettings) -> Tensor | None:
     """The guide's vectors (S, E) of a micro-batch, `chunk_size` texts at a time; None without a guide."""
     if settings.guide is None:
         return None
     assert batch.guide_tokens is not None
-    tokens = batch.guide_tokens.to(device)
+    chunks = batch.guide_chunks or batch.guide_tokens.split(settings.chunk_size, settings.max_tokens)
     with settings.autocast():
-        return torch.cat([settings.guide(chunk) for chunk in tokens.split(settings.chunk_size, settings.max_tokens)])
+        return torch.cat([settings.guide(chunk) for chunk in chunks])
 
 
 def loss_input(vector_SD: Tensor, batch: Batch, cross_device: bool, guide_SE: Tensor | None = None) -> LossInput:

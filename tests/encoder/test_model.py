@@ -13,12 +13,14 @@ import torch
 from batches import Gradients, gradients_of
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer import modules as st_modules
+from tiny_model import fixed_rows_always
 from torch import Tensor
 from transformers import AutoModel, AutoTokenizer, XLMRobertaConfig, XLMRobertaModel
 
 from bge_core import UserError
 from bge_core.encoder.load import load_encoder
 from bge_core.encoder.model import Encoder, compile_layers, pool
+from bge_core.encoder.packing import FixedRowsOf
 from bge_core.encoder.settings import DenseSettings, EncoderSettings, read_settings, write_settings
 from bge_core.encoder.tokens import Tokens, tokenize
 from bge_core.runtime.flags import POOLINGS
@@ -111,16 +113,20 @@ def test_buckets_equal_one_padded_batch_and_single_texts(
 
 def test_pooling_by_hand() -> None:
     hidden_TD = torch.tensor([[1.0, 2.0], [3.0, 6.0], [4.0, 0.0], [5.0, 0.0], [6.0, 3.0]])
-    assert pool(hidden_TD, [2, 3], "cls").tolist() == [[1, 2], [4, 0]]
-    assert pool(hidden_TD, [2, 3], "mean").tolist() == [[2, 4], [5, 1]]
-    assert pool(hidden_TD, [2, 3], "last_token").tolist() == [[3, 6], [6, 3]]
-    assert pool(hidden_TD.bfloat16(), [2, 3], "mean").dtype == torch.float32
+    length_S = torch.tensor([2, 3])
+    assert pool(hidden_TD, length_S, "cls").tolist() == [[1, 2], [4, 0]]
+    assert pool(hidden_TD, length_S, "mean").tolist() == [[2, 4], [5, 1]]
+    assert pool(hidden_TD, length_S, "last_token").tolist() == [[3, 6], [6, 3]]
+    assert pool(hidden_TD.bfloat16(), length_S, "mean").dtype == torch.float32
 
 
+@pytest.mark.parametrize("fixed", [False, True])
 @pytest.mark.parametrize("pooling", POOLINGS)
 def test_a_prompt_left_out_of_the_pooling_is_as_in_sentence_transformers(
-    pooling: Any, tiny_bert: Path, tmp_path: Path
+    pooling: Any, fixed: bool, tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if fixed:
+        monkeypatch.setattr(FixedRowsOf, "now", fixed_rows_always)
     encoder = load_encoder(tiny_bert, pooling=pooling, normalize=False)
     encoder.settings = replace(encoder.settings, include_prompt=False, max_length=40)
     encoder.save(tmp_path)

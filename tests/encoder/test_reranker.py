@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_model import CHINESE_CHARACTERS
+from tiny_model import CHINESE_CHARACTERS, fixed_rows_always
 from tiny_reranker import make_tiny_reranker
 from transformers import (
     BertConfig,
@@ -27,7 +27,7 @@ from transformers import (
 
 import bge_core.encoder.encode as encode_module
 from bge_core import UserError
-from bge_core.encoder.packing import first_position
+from bge_core.encoder.packing import FixedRowsOf, first_position
 from bge_core.encoder.reranker import Reranker, load_reranker
 from bge_core.encoder.tokens import Tokens
 
@@ -127,9 +127,14 @@ def assert_close(found: np.ndarray, want: np.ndarray, bound: float = 1e-5) -> No
     assert np.abs(found - want).max() <= bound * np.abs(want).max()
 
 
-@pytest.mark.parametrize("attention", ["auto", "padded"])
+@pytest.mark.parametrize("way", ["auto", "padded", "fixed"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_way_is_the_stock_model_pair_by_pair(kind: str, attention: Any, folder_of: Callable[[str], Path]) -> None:
+def test_every_way_is_the_stock_model_pair_by_pair(
+    kind: str, way: str, folder_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attention: Any = "padded" if way == "padded" else "auto"
+    if way == "fixed":
+        monkeypatch.setattr(FixedRowsOf, "now", fixed_rows_always)
     want = one_by_one(folder_of(kind), PAIRS)
     assert np.ptp(want) > 0.1 * np.abs(want).max()  # else a mistake would not show
     reranker = load_reranker(folder_of(kind), attention=attention)
