@@ -117,7 +117,6 @@ class FakeGpu(TorchDispatchMode):
         super().__init__()
         self.log: list[Operation] = []
         self._phase, self._fake = "", FakeTensorMode(allow_non_fake_inputs=True)
-        self._pinned: dict[int, Any] = {}  # by address; held, so that no other memory gets the address
 
     def __enter__(self) -> "FakeGpu":
         self._stack = ExitStack()
@@ -145,21 +144,12 @@ class FakeGpu(TorchDispatchMode):
         """Note that the host waits for the GPU."""
         self.log.append(Operation(self._phase, name, waits=True))
 
-    def _pin(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        self._pinned[storage.data_ptr()] = storage
-        return tensor
-
-    def is_pinned(self, tensor: Tensor) -> bool:
-        """Whether a tensor lies in pinned memory of the CPU."""
-        return tensor.device.type == "cpu" and tensor.untyped_storage().data_ptr() in self._pinned
-
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operator of CPU tensors; of others find the result's shape, and note it."""
         kwargs, name = dict(kwargs or {}), func._schema.name
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         if not any(isinstance(x, FakeTensor) for x in inputs) and not _is_cuda(kwargs.get("device")):
-            return self._on_cpu(func, args, kwargs)
+            return func(*args, **kwargs)
         if name in WAITS:
             self.log.append(Operation(self._now(), name, waits=True))
             return True if name == "aten::equal" else torch.zeros((), dtype=inputs[0].dtype).item()
@@ -172,14 +162,6 @@ class FakeGpu(TorchDispatchMode):
             outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
             self.log.append(self._operation(func, inputs, outputs, _flag(func, args, kwargs, "non_blocking")))
         return tree_map_only(FakeTensor, _real_on_cpu, result)
-
-    def _on_cpu(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        """An operator of the CPU; pinned memory is a note beside ordinary memory."""
-        if func._schema.name == "aten::is_pinned":
-            return self.is_pinned(args[0])
-        if func._schema.name == "aten::_pin_memory":
-            return self._pin(args[0].clone())
-        return self._pin(func(*args, **kwargs)) if kwargs.pop("pin_memory", None) else func(*args, **kwargs)
 
     def _faked(self, tree: Any) -> Any:
         """With tensors without numbers in the places of those on the CPU."""
@@ -200,7 +182,7 @@ class FakeGpu(TorchDispatchMode):
             )
         to_host = name in COPIES and outputs[0].device.type == "cpu"
         # torch pins what it makes itself for an asynchronous copy to the host.
-        pinned = all(isinstance(x, FakeTensor) or self.is_pinned(x) for x in far)
+        pinned = all(isinstance(x, FakeTensor) or x.is_pinned() for x in far)
         how = ("pinned" if pinned else "pageable") if non_blocking and name in COPIES else "blocking"
         copied = {"copy": "to host" if to_host else "to device", "how": how, "waits": how == "blocking"}
         return Operation(self._now(), name, kernel, **copied, num_bytes=sum(x.nbytes for x in far))

@@ -116,6 +116,7 @@ def count_case(queries: int, group: int, sub_batch_size: int | None, layers: int
             "passage_max_len": 512,
             "num_train_epochs": 100,
             "bf16": "True",
+            "dataloader_num_workers": 0,
             **({"sub_batch_size": sub_batch_size} if sub_batch_size else {}),
         }
         tokenizer = AutoTokenizer.from_pretrained(words["model_name_or_path"])
