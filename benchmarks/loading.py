@@ -1,6 +1,6 @@
 """What loading a step's batch costs one rank, by the number of ranks: 32 rows of group 8, with 15 negatives each.
 
-    python benchmarks/loading.py --encoder outputs/encoder [--checkout path/to/an/earlier/checkout] [--ranks 1 8 64]
+    python benchmarks/loading.py [--encoder outputs/encoder] [--checkout path/to/an/earlier/checkout] [--ranks 1 8]
 
 Processor time of one thread, the smallest of --steps, in a fresh process for each checkout, which take turns;
 `all_rows_ms` is the part before the rank's own texts are tokenized. Writes benchmarks/results/loading.json.
@@ -64,7 +64,7 @@ def measure(file: str, encoder: str, num_ranks: int, steps: int) -> Row:
 def main() -> None:
     parser = harness.parser(__doc__, "encoder", "results")
     parser.add_argument("--checkout", type=os.path.abspath, help="of an earlier version, to compare with")
-    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 8, 64])
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 8, 16, 32, 64])
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--one", help="of the processes that measure: the training data; --checkout is measured")
     args = parser.parse_args()

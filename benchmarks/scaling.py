@@ -1,4 +1,4 @@
-"""What a training step costs: counted, measured on this machine, predicted for many GPUs.
+"""What a training step costs: counted, and measured on this machine.
 
     python benchmarks/scaling.py             count and measure with 1, 2 and 4 processes, then write the tables
     python benchmarks/scaling.py --tables    only write the tables again, from the figures that are there
@@ -8,7 +8,7 @@ Run the first on a quiet machine: it takes the medians of many repeats, but of w
 
 A step is the sum of five terms (docs/scaling.md derives them): compute, gather, all-reduce, loss, update. Their
 constants are measured one by one; the whole step is measured apart from them, on a small BERT, and compared with the
-sum. The prediction for GPUs uses the vendor's figures and the shares of them that `H100` assumes.
+sum. What 8 GPUs and several nodes cost is communication.py's.
 
 Symbols: W processes, B queries of a process, G passages of a query, R = B G, N = W R candidates, D embedding size, T
 tokens of a process, P parameters.
@@ -22,7 +22,7 @@ import re
 import statistics
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import harness
@@ -79,15 +79,13 @@ class Work:
     processes: int
     queries: int  # B
     group: int  # G
-    query_tokens: int  # of each
-    passage_tokens: int  # of each
-    gradcache: bool = False
-    cross_device: bool = True
+    query_tokens: int = 0  # of each
+    passage_tokens: int = 0  # of each
 
     @property
     def candidates(self) -> int:
         """N."""
-        return self.queries * self.group * (self.processes if self.cross_device else 1)
+        return self.queries * self.group * self.processes
 
     @property
     def tokens(self) -> int:
@@ -110,10 +108,9 @@ class Machine:
 
 
 def encoder_operations(shape: Shape, work: Work) -> float:
-    """6 P_matrix T + 12 L D sum(T_i^2); with GradCache 8/6 of it (one more forward)."""
+    """6 P_matrix T + 12 L D sum(T_i^2)."""
     squares = work.queries * (work.query_tokens**2 + work.group * work.passage_tokens**2)
-    operations = 6 * shape.matrix_parameters * work.tokens + 12 * shape.layers * shape.hidden * squares
-    return operations * (8 / 6 if work.gradcache else 1)
+    return 6 * shape.matrix_parameters * work.tokens + 12 * shape.layers * shape.hidden * squares
 
 
 def loss_operations(shape: Shape, work: Work) -> int:
@@ -127,8 +124,6 @@ def gather_bytes(shape: Shape, work: Work) -> tuple[int, int]:
     Float32 vectors, int64 ids; backward has the candidates alone, for no built-in loss learns from
     other queries' vectors.
     """
-    if not work.cross_device:
-        return 0, 0
     others, passages = work.processes - 1, work.queries * work.group
     forward = 4 * (work.queries + passages) * shape.hidden + 8 * passages
     return others * forward, others * 4 * passages * shape.hidden
@@ -151,48 +146,15 @@ def step_seconds(shape: Shape, work: Work, machine: Machine, bytes_per_pair: flo
     """The five terms of an update, none hidden behind another."""
     forward, backward = gather_bytes(shape, work)
     pairs = work.queries * work.candidates
-    gather = 5 * machine.latency + forward / machine.gather + backward / machine.scatter
+    gather = 4 * machine.latency + forward / machine.gather + backward / machine.scatter
     reduce = machine.latency + reduce_bytes(shape, work.processes) / machine.reduce
     return {
         "compute": encoder_operations(shape, work) / machine.compute,
-        "gather": gather if work.processes > 1 and work.cross_device else 0.0,
+        "gather": gather if work.processes > 1 else 0.0,
         "all-reduce": reduce if work.processes > 1 else 0.0,
         "loss": loss_operations(shape, work) / machine.loss + pairs * bytes_per_pair / machine.memory,
         "update": machine.update * shape.parameters,
     }
-
-
-# -------------------------------------------------------------------------------- the vendor's figures, and assumptions
-
-BGE_LARGE_ZH = Shape(layers=24, hidden=1024, intermediate=4096, vocabulary=21128)
-# NVIDIA, H100 Tensor Core GPU data sheet, SXM5, dense figures: bf16 989 TFLOP/s, float32 67 TFLOP/s, 3.35 TB/s;
-# NVLink 900 GB/s both directions together. InfiniBand NDR: eight adapters of 400 Gb/s a node, one for each GPU.
-VENDOR = {"bf16": 989e12, "float32": 67e12, "memory": 3.35e12, "nvlink": 450e9, "node_network": 8 * 400e9 / 8}
-ASSUMED = {"bf16": 0.4, "float32": 0.6, "memory": 0.7, "links": 0.75, "hop_seconds": 2e-6}
-BYTES_PER_UPDATE = 4 * (2 + 7)  # clipping reads and writes g; AdamW reads p, g, m, v and writes p, m, v
-GPUS = (8, 64, 1024)
-CASES = {
-    "32 x 2": Work(1, 32, 2, 64, 512),
-    "128 x 8, GradCache": Work(1, 128, 8, 64, 512, gradcache=True),
-    "128 x 8, GradCache, 128 tokens": Work(1, 128, 8, 20, 128, gradcache=True),
-    "8 x 2, 32 tokens": Work(1, 8, 2, 16, 32),
-}
-
-
-def h100(processes: int) -> Machine:
-    """A GPU among many. A ring over nodes has one path for each adapter, so it is as fast as all of a node's."""
-    link = ASSUMED["links"] * (VENDOR["nvlink"] if processes <= 8 else VENDOR["node_network"])
-    memory = ASSUMED["memory"] * VENDOR["memory"]
-    return Machine(
-        compute=ASSUMED["bf16"] * VENDOR["bf16"],
-        loss=ASSUMED["float32"] * VENDOR["float32"],
-        memory=memory,
-        gather=link,
-        scatter=link,
-        reduce=link,
-        latency=(processes - 1) * ASSUMED["hop_seconds"],
-        update=BYTES_PER_UPDATE / memory,
-    )
 
 
 # ------------------------------------------------------------------------------------------------- one of W processes
@@ -361,7 +323,7 @@ def measure_all() -> Row:
 
     counts = {name: of(name) for name in ("fixed_global", "fixed_per_process")}
     record = harness.facts(repeats=REPEATS, load=load, counts=counts, bytes_per_pair=found["1"]["bytes_per_pair"])
-    return record | {"constants": of("constants"), "step": of("step"), "vendor": VENDOR, "assumed": ASSUMED}
+    return record | {"constants": of("constants"), "step": of("step")}
 
 
 # --------------------------------------------------------------------------------------------------------- the tables
@@ -421,53 +383,11 @@ def check_rows(results: Row) -> Cells:
     return rows
 
 
-def prediction_rows(results: Row) -> Cells:
-    """bge-large-zh on H100s."""
-    rows = []
-    for name, case in CASES.items():
-        for gpus in GPUS:
-            work = Work(**asdict(case) | {"processes": gpus})
-            terms = step_seconds(BGE_LARGE_ZH, work, h100(gpus), results["bytes_per_pair"])
-            total = sum(terms.values())
-            cells = [name, f"{gpus:,}", f"{work.candidates:,}", *map(milliseconds, terms.values())]
-            cells += [f"{terms['compute'] / total:.0%}", f"{gpus * work.queries / total:,.0f}"]
-            volumes = (work.queries * work.candidates, work.candidates * BGE_LARGE_ZH.hidden)
-            rows.append([*cells, *(size(4 * volume) for volume in volumes)])
-    return rows
-
-
-def limit_rows(results: Row) -> Cells:
-    """Where a term reaches a tenth of compute, between nodes."""
-    rows = []
-    for name, case in CASES.items():
-        gpu = h100(GPUS[-1])
-        tenth = 0.1 * encoder_operations(BGE_LARGE_ZH, case) / gpu.compute
-        tokens = case.tokens * 2 * 4 * BGE_LARGE_ZH.parameters / gpu.reduce / tenth
-        two = Work(**asdict(case) | {"processes": 2})
-        one_more = 5 * ASSUMED["hop_seconds"] + sum(gather_bytes(BGE_LARGE_ZH, two)) / gpu.gather
-        pair = 6 * BGE_LARGE_ZH.hidden / gpu.loss + results["bytes_per_pair"] / gpu.memory
-        limits = (case.tokens, tokens, tenth / one_more, tenth / (case.queries * pair))
-        rows.append([name, *(f"{float(f'{limit:.2g}'):,.0f}" for limit in limits)])
-    return rows
-
-
-def fsdp_rows(_: Row) -> Cells:
-    """Bytes and time of the gradient and the weights, DDP against FSDP2."""
-    rows = []
-    for gpus in GPUS:
-        volumes = (reduce_bytes(BGE_LARGE_ZH, gpus), *(fsdp_bytes(BGE_LARGE_ZH, gpus, chunks) for chunks in (0, 8)))
-        cells = [cell for v in volumes for cell in (size(v), milliseconds(v / h100(gpus).reduce))]
-        rows.append([f"{gpus:,}", *cells])
-    return rows
-
-
-ROWS: dict[str, Callable[[Row], Cells]] = {
+Tables = dict[str, Callable[[Row], Cells]]
+ROWS: Tables = {
     "counts": count_rows,
     "constants": constant_rows,
     "check": check_rows,
-    "prediction": prediction_rows,
-    "limits": limit_rows,
-    "fsdp": fsdp_rows,
 }
 STAMPS = {
     "en": "`python benchmarks/scaling.py`; medians of {repeats} repeats, one thread per process; {machine}, "
@@ -477,15 +397,22 @@ STAMPS = {
 }
 
 
-def with_tables(page: str, language: str, results: Row) -> str:
+def with_tables(page: str, language: str, tables: Tables, results: Row) -> str:
     """The page with the rows of the tables between its markers made anew; what was timed says where and when."""
-    for name, rows_of in ROWS.items():
+    for name, rows_of in tables.items():
         inside = rf"(<!-- {name} -->\n.*\n.*\n)(?s:.*?)(\n<!-- /{name} -->)"  # its two head lines stay
         rows = "\n".join("| " + " | ".join(cells) + " |" for cells in rows_of(results))
         rows += "\n\n" + STAMPS[language].format(**results) if name in ("constants", "check") else ""
         page, found = re.subn(inside, rf"\g<1>{rows}\g<2>", page)
         assert found == 1, f"{language}: no marker {name}"
     return page
+
+
+def write_tables(tables: Tables, results: Row) -> None:
+    """Into both pages."""
+    for language, file in DOCS.items():
+        page = with_tables(file.read_text(encoding="utf-8"), language, tables, results)
+        file.write_text(page, encoding="utf-8")
 
 
 def main() -> None:
@@ -498,9 +425,7 @@ def main() -> None:
         return
     if not args.tables:
         harness.save("scaling", measure_all())
-    results = json.loads(RESULTS.read_text(encoding="utf-8"))
-    for language, file in DOCS.items():
-        file.write_text(with_tables(file.read_text(encoding="utf-8"), language, results), encoding="utf-8")
+    write_tables(ROWS, json.loads(RESULTS.read_text(encoding="utf-8")))
     print("wrote the tables of", *DOCS.values())
 
 

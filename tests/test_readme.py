@@ -348,7 +348,7 @@ def test_files_and_links_exist(page: str) -> None:
     folder = (ROOT / page).parent
     for link in re.findall(r"\]\((?!http)([^)#\s]+)", text(page)):
         assert (folder / link).exists(), link
-    for name in re.findall(r"\b((?:bge_core|configs|examples|benchmarks|tests|docs)/[\w./-]*[\w/])", text(page)):
+    for name in re.findall(r"(?<!-)\b((?:bge_core|configs|examples|benchmarks|tests|docs)/[\w./-]*[\w/])", text(page)):
         assert (ROOT / name).exists() or name.startswith("benchmarks/results/"), name
     for name in re.findall(r"`([\w-]+\.(?:py|toml|txt))`", text(page)):
         places = (ROOT, ROOT / "bge_core", ROOT / "tests", ROOT / "examples", folder)
