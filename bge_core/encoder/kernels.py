@@ -130,12 +130,12 @@ def _draw(
 
 
 def _run(kernel: str, query: Tensor, key: Tensor, value: Tensor, starts: Tensor, longest: int, rule: Rule) -> Tensor:
-    """The operator; of fewer queries than keys each belongs to one text."""
+    """The operator, as a layer calls it; of fewer queries than keys each belongs to one text."""
     one_each = len(query) != len(key)
     starts_of_queries = torch.arange(len(starts), dtype=torch.int32, device=starts.device) if one_each else starts
     texts = (starts_of_queries, starts, 1 if one_each else longest, longest)
-    out: Tensor = varlen(query, key, value, *texts, *rule.numbers, kernel)[0]
-    return out
+    out: Tensor = varlen(query[None], key[None], value[None], *texts, *rule.numbers, kernel)[0]
+    return out[0]
 
 
 def _error(out: Tensor, inputs: list[Tensor], true: Tensor, true_inputs: list[Tensor], weight: Tensor) -> float:

@@ -205,7 +205,7 @@ def _last_layer_on_first_tokens(backbone: Any) -> Iterator[None]:
         own, starts = layer.attention.self, (more["cu_seqlens"] if packed is None else packed.cu_seqlens)[:-1]
         first_1SD = hidden_1TD[:, starts]
         vectors = own.query(first_1SD), own.key(hidden_1TD), own.value(hidden_1TD)
-        query, key, value = (x[0].unflatten(-1, (-1, own.attention_head_size)) for x in vectors)
+        query, key, value = (x.squeeze(0).unflatten(-1, (-1, own.attention_head_size)) for x in vectors)
         rule = Rule(own.scaling, dropout=own.dropout.p * own.training)
         if packed is not None:
             out_SHd = sdpa(query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1), packed, rule)
@@ -252,9 +252,9 @@ def packed_attention(
     """
     if cu_seqlens is not None:
         # What a model with norms or rotations computes in float32 takes the dtype of what it does not touch.
-        query, key, value = (x[0].transpose(0, 1).to(value.dtype) for x in (query, key, value))
+        query, key, value = (x.transpose(1, 2).to(value.dtype) for x in (query, key, value))
         texts = (cu_seqlens, cu_seqlens, longest, longest)
-        return varlen(query, key, value, *texts, *_rule(module, query, **told).numbers, kernel)[0][None], None
+        return varlen(query, key, value, *texts, *_rule(module, query, **told).numbers, kernel)[0], None
     if packed is not None:
         return _by_rectangles(query[0], key[0], value[0], packed, _rule(module, query, **told))[None], None
     return sdpa_attention_forward(module, query, key, value, attention_mask, **told)  # type: ignore[return-value]

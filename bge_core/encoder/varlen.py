@@ -14,6 +14,7 @@ Which of them is taken, and whether it computes what it should: kernels.py.
 Shapes: Q queries and T keys of N texts, H heads (keys and values may have fewer: grouped queries), d size of a head.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -40,7 +41,8 @@ def varlen(
     """The sum above for every query.
 
     Args:
-        query, key, value: (Q, H, d), (T, H, d), (T, H, d).
+        query, key, value: (Q, H, d), (T, H, d), (T, H, d); with ones before, as transformers' (1, T, H, d), so that no
+            view is an operation of its own, nor its gradient.
         cu_query, cu_key: (N + 1,) int32, where the queries and keys of each text begin, and Q or T. The two differ only
             without `causal` and `window`.
         longest_query, longest_key: at least the longest text.
@@ -48,14 +50,16 @@ def varlen(
         kernel: see above; a CPU does not read it.
 
     Returns:
-        (Q, H, d); the logarithm of each softmax's denominator, (H, Q), and the random state (2,), for the backward.
+        As query; the logarithm of each softmax's denominator, (H, Q), and the random state (2,), for the backward.
     """
+    shape, (query, key, value) = query.shape, _rows(query, key, value)
     weight_HQT, lse_HQ = _weights(query, key, cu_query, cu_key, scale, causal, window)
     state = torch.zeros(2, dtype=torch.uint64)
     if dropout:
         state = torch.randint(1 << 62, (2,)).to(torch.uint64)
         weight_HQT = weight_HQT * _kept(weight_HQT, dropout, state)
-    return torch.einsum("hij,jhd->ihd", weight_HQT, _for_all_heads(value, query)).contiguous(), lse_HQ, state
+    out_QHd = torch.einsum("hij,jhd->ihd", weight_HQT, _for_all_heads(value, query))
+    return out_QHd.contiguous().view(shape), lse_HQ, state
 
 
 @torch.library.custom_op("bge_core::varlen_backward", mutates_args=(), device_types="cpu")
@@ -78,6 +82,7 @@ def varlen_backward(
     kernel: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of query, key and value, from that of `varlen`'s first result."""
+    shapes, (gradient, query, key, value) = (query.shape, key.shape, value.shape), _rows(gradient, query, key, value)
     groups = (key.shape[1], query.shape[1] // key.shape[1])
     weight_HQT, _ = _weights(query, key, cu_query, cu_key, scale, causal, window)
     kept = _kept(weight_HQT, dropout, state) if dropout else torch.ones_like(weight_HQT)
@@ -87,7 +92,18 @@ def varlen_backward(
     of_query = torch.einsum("hij,jhd->ihd", of_score, _for_all_heads(key, query))
     of_key = torch.einsum("hij,ihd->jhd", of_score, query)
     of_key, of_value = (x.unflatten(1, groups).sum(2) for x in (of_key, of_value))
-    return of_query.contiguous(), of_key.contiguous(), of_value.contiguous()
+    return _shaped(shapes, of_query, of_key, of_value)
+
+
+def _rows(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Without the ones before (rows, H, d)."""
+    return tuple(x.flatten(0, -3) for x in tensors)
+
+
+def _shaped(shapes: Sequence[torch.Size], *tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The inverse for three gradients."""
+    of_query, of_key, of_value = (x.contiguous().view(shape) for x, shape in zip(tensors, shapes, strict=True))
+    return of_query, of_key, of_value
 
 
 def _weights(
@@ -126,7 +142,7 @@ def _(query: Tensor, key: Tensor, value: Tensor, *others: Any) -> tuple[Tensor, 
     dtype = torch.promote_types(query.dtype, torch.float32)
     return (
         like_query,
-        query.new_empty((query.shape[1], query.shape[0]), dtype=dtype),
+        query.new_empty((query.shape[-2], query.shape[-3]), dtype=dtype),
         query.new_empty(2, dtype=torch.uint64),
     )
 
@@ -143,6 +159,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
     query, key, value, cu_query, cu_key, *ctx.options = inputs
     ctx.save_for_backward(query, key, value, *output, cu_query, cu_key)
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # of what has none, no zeros are made
 
 
 def _backward(ctx: Any, gradient: Tensor, *others: Tensor) -> tuple[Tensor | None, ...]:
@@ -170,7 +187,7 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor]:
     before, after = Rule(scale, causal, None if window < 0 else window).sides
     is_causal = (before, after) == (-1, 0)  # with a window it is the window that is cut off
-    of_texts = (query, key, value, cu_query, cu_key, longest_query, longest_key)
+    shape, of_texts = query.shape, (*_rows(query, key, value), cu_query, cu_key, longest_query, longest_key)
     if kernel == "flash_attn":
         from flash_attn.flash_attn_interface import _flash_attn_varlen_forward as flash
 
@@ -182,7 +199,7 @@ def _(
             *of_texts, dropout, is_causal, False, scale=scale, window_size_left=before, window_size_right=after
         )
     # Without dropout there is no state, and what stands for it differs between versions.
-    return out, lse, state.view(torch.uint64) if dropout else query.new_empty(2, dtype=torch.uint64)
+    return out.view(shape), lse, state.view(torch.uint64) if dropout else query.new_empty(2, dtype=torch.uint64)
 
 
 @varlen_backward.register_kernel("cuda")
@@ -207,22 +224,23 @@ def _(
     before, after = Rule(scale, causal, None if window < 0 else window).sides
     is_causal = (before, after) == (-1, 0)
     of_texts = (cu_query, cu_key, longest_query, longest_key, dropout)
+    shapes, rows = (query.shape, key.shape, value.shape), _rows(gradient, query, key, value, out)
     if kernel == "flash_attn":
         from flash_attn.flash_attn_interface import _flash_attn_varlen_backward as flash
 
-        gradients = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value)]
+        gradients = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in rows[1:4]]
         flash(
-            *(gradient, query, key, value, out, lse, *gradients, *of_texts, scale, is_causal, before, after),
+            *(*rows, lse, *gradients, *of_texts, scale, is_causal, before, after),
             softcap=0.0,
             alibi_slopes=None,
             deterministic=torch.are_deterministic_algorithms_enabled(),
             rng_state=state.view(torch.int64) if dropout else None,
         )
-        return gradients[0], gradients[1], gradients[2]
-    found: tuple[Tensor, Tensor, Tensor] = torch.ops.aten._flash_attention_backward(
-        *(gradient, query, key, value, out, lse, *of_texts, is_causal, state, query.new_empty(0)),
-        scale=scale,
-        window_size_left=before,
-        window_size_right=after,
-    )
-    return found
+    else:
+        gradients = torch.ops.aten._flash_attention_backward(
+            *(*rows, lse, *of_texts, is_causal, state, query.new_empty(0)),
+            scale=scale,
+            window_size_left=before,
+            window_size_right=after,
+        )
+    return _shaped(shapes, *gradients)

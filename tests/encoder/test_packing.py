@@ -293,7 +293,7 @@ def test_the_operator_is_the_formula(rule: str, key_heads: int) -> None:
     assert kernel_error("", cpu, torch.float64, (4, key_heads), 8, RULES[rule]) < 1e-5  # sdpa's is float32
     assert dropout_error("", cpu, torch.float64, (4, key_heads), 32, replace(RULES[rule], dropout=0.3)) < 1e-5
     lengths = torch.tensor([0, 3, 4, 9], dtype=torch.int32)
-    inputs = [torch.randn(9, h, 8, dtype=torch.float64, requires_grad=True) for h in (4, key_heads, key_heads)]
+    inputs = [torch.randn(1, 9, h, 8, dtype=torch.float64, requires_grad=True) for h in (4, key_heads, key_heads)]
     torch.library.opcheck(varlen, (*inputs, lengths, lengths, 5, 5, *RULES[rule].numbers, ""))
 
 
