@@ -20,6 +20,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 
+from bge_core.encoder.graphs import hold_passes
 from bge_core.encoder.load import load_encoder
 from bge_core.encoder.model import Encoder
 from bge_core.files.records import Row
@@ -60,6 +61,8 @@ def mine(config: MineConfig) -> None:
         trust_remote_code=config.trust_remote_code,
         attention=config.attention,
     ).to(accelerator.device)
+    if config.cuda_graphs:
+        hold_passes(encoder, precision)
     if num_scored := sum(row.get("neg_scores") is not None for row in rows):
         logger.warning("neg_scores of %d rows are left out: mined negatives have no score", num_scored)
     logger.info("%d rows, %d candidates, on %s", len(rows), len(pool), accelerator.device)

@@ -89,7 +89,7 @@ def train(config: TrainConfig, at_end: ExitStack) -> int:
     output_dir = Path(config.output_dir)
     loss = build.load_loss(config.loss)
     encoder = build.build_encoder(config, config.model_name_or_path)
-    guide = build.build_guide(config)
+    guide = build.build_guide(config, accelerator.device)
     config = build.resolve(config, encoder.settings, encoder.embedding_size, DEFAULT_METRICS)
     data = build.build_data(config, encoder, guide, rank, world_size, accumulation)
     task = load_task(config.val_data, config.val_corpus) if config.val_data else None
@@ -105,14 +105,13 @@ def train(config: TrainConfig, at_end: ExitStack) -> int:
     if resume := opening and opening.resume:
         encoder = build.build_encoder(config, str(resume))
     encoder.settings = build.settings_to_save(config, encoder.settings, data)
-    model = wrap(encoder.to(accelerator.device), shard)
+    encoder.to(accelerator.device).train()
+    graphed = build.graphs_or_layers(config, encoder, guide, data, accelerator.mixed_precision, shard)
+    model = graphed or wrap(encoder, shard)
     optimizer = build.build_optimizer(config, encoder)
     ema = ExponentialMovingAverage(encoder, config.ema_decay) if config.ema_decay else None
     scaler = accelerator.scaler or torch.amp.GradScaler(enabled=False)
     settings = build.step_settings(config, loss, accelerator, scaler, guide)
-    model.train()
-    with settings.autocast():
-        data.fixed_rows, data.guide_rows = encoder.fixed_rows(), guide.fixed_rows() if guide else None
     warm_up_ddp(model)
     torch.manual_seed(config.seed + rank)
     first_step, progress = restore(resume, config.seed, optimizer, scaler, ema) if resume else (0, Progress())

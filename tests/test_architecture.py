@@ -14,7 +14,7 @@ from conftest import ROOT
 ROOMS = ["runtime", "files", "reports", "encoder", "training", "search", "evaluation", "mining", "merging"]
 TALKS_TO_THE_GROUP = {
     "runtime.launch", "runtime.distributed", "runtime.watchdog", "encoder.encode", "encoder.reranker", "training.step",
-    "training.checkpoint", "training.run_folder", "search.cache", "search.exact", "mining.retrieve", "evaluation.score",
+    "training.graphs", "training.checkpoint", "training.run_folder", "search.cache", "search.exact", "mining.retrieve", "evaluation.score",
 }  # fmt: skip
 SCRIPTS = [ROOT / f"{stage}.py" for stage in ("prepare", "mine", "train", "merge", "evaluate", "recipe")]
 MODULES = sorted((ROOT / "bge_core").rglob("*.py"))

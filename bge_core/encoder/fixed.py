@@ -52,6 +52,9 @@ class FixedRow:
         return len(self.input_id_T), len(self.cu_seqlens) - 1, self.longest
 
 
+Chunk = Tokens | FixedRow  # texts that go through the model together
+
+
 @dataclass(frozen=True)
 class FixedRows:
     """How a model's texts become rows.

@@ -9,7 +9,7 @@ Shapes: T tokens of all texts, S texts, L longest text of a padded rectangle, D 
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,7 @@ class Encoder(nn.Module):
         self.tokenizer = tokenizer
         self.settings = settings
         self.attention = attention
+        self.represent: Callable[[FixedRow], Tensor] | None = None  # `vectors` without gradient, where graphs are held
         self._rows = packing.FixedRowsOf(backbone, attention, tokenizer.pad_token_id)
         if attention != "padded":
             packing.enable(backbone)
@@ -124,7 +125,8 @@ class Encoder(nn.Module):
             (S, D), float32 or wider, of length 1 where `settings.normalize`.
         """
         if isinstance(texts, FixedRow):
-            return self.vectors(texts)[texts.place_S]
+            vectors = self.vectors if torch.is_grad_enabled() or self.represent is None else self.represent
+            return vectors(texts)[texts.place_S]
         if not len(texts):
             return self(Tokens(texts.input_id_T.new_full((1,), self.tokenizer.pad_token_id), [1]))[:0]
         if rows := self.fixed_rows():
@@ -258,10 +260,18 @@ def has_dropout(backbone: Any) -> bool:
     return any(rates)
 
 
-def compile_layers(backbone: Any) -> None:
-    """Let torch.compile fuse what stands between a layer's matrix products, for any number of tokens.
+def compile_layers(backbone: Any, *, fixed: bool = False) -> None:
+    """Let torch.compile fuse what stands between a layer's matrix products.
 
-    Each layer is compiled by itself, around `packed_attention`. The last one is not: it may work on first tokens alone.
+    Each layer is compiled by itself, but for the last one, which may work on first tokens alone. Random numbers are
+    torch's own, so that dropout is the same with and without a gradient.
+
+    Args:
+        backbone: its layers.
+        fixed: for rows of fixed shape: one graph without a break for each bucket; otherwise for any number of tokens,
+            around the attention.
     """
+    if fixed:
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 256)
     for layer in packing.layers_of(backbone)[:-1]:
-        layer.compile(dynamic=True)
+        layer.compile(dynamic=not fixed, fullgraph=fixed, options={"fallback_random": True})

@@ -10,6 +10,7 @@ import numpy as np
 
 from bge_core import UserError
 from bge_core.encoder.fingerprint import fingerprint
+from bge_core.encoder.graphs import hold_passes
 from bge_core.encoder.load import load_encoder, settings_of
 from bge_core.encoder.prompts import choose_prompts
 from bge_core.encoder.settings import EncoderSettings
@@ -72,6 +73,8 @@ def score_encoders(
             trust_remote_code=config.trust_remote_code,
             attention=config.attention,
         ).to(device)
+        if config.cuda_graphs:
+            hold_passes(encoder, precision)
         refuse_costs(encoder.embedding_size, config.dims, config.dtypes, config.index_factories)
         known = fingerprint(encoder) if config.output_dir else None
         for task in tasks:

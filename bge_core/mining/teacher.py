@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from bge_core.encoder.encode import encode_for_search
+from bge_core.encoder.graphs import hold_passes
 from bge_core.encoder.load import load_encoder
 from bge_core.encoder.prompts import choose_prompts
 from bge_core.encoder.reranker import load_reranker
@@ -43,6 +44,8 @@ class Teacher:
             self.reranker = load_reranker(name, max_length=length, **common).to(device)
         else:
             self.encoder = load_encoder(str(config.teacher_encoder), **common).to(device)
+            if config.cuda_graphs:
+                hold_passes(self.encoder, precision)
             self.prompts = choose_prompts(str(config.teacher_encoder), self.encoder.settings)
         cosines = not config.reranker_name_or_path and self.encoder.settings.scored_by == "cosine"
         self.temperature = config.teacher_temperature or (COSINE_TEMPERATURE if cosines else 1.0)

@@ -20,8 +20,8 @@ import os
 import socket
 import tempfile
 import traceback
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -73,6 +73,41 @@ def wrap(model: nn.Module, shard: bool = False) -> nn.Module:
     return DistributedDataParallel(model, **options)
 
 
+class FlatGradients(nn.Module):
+    """A module whose gradients lie in one vector and are averaged over the ranks by one reduction, without hooks.
+
+    As `DistributedDataParallel`, for passes that are no autograd graphs of their own: every rank's gradient is divided
+    by the number of ranks, then they are summed. It overlaps with nothing, and reduces once however many passes there
+    were.
+
+    Args:
+        module: on its device; every rank has the same weights.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+        self.trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        sizes = [parameter.numel() for parameter in self.trained]
+        self.flat = self.trained[0].new_zeros(sum(sizes))
+        self.views = [part.view_as(p) for part, p in zip(self.flat.split(sizes), self.trained, strict=True)]
+
+    @torch.no_grad()
+    def begin_step(self) -> bool:
+        """Where the gradients are gone since the last step, put zeros there; whether they were."""
+        if self.trained[0].grad is not None:
+            return False
+        self.flat.zero_()
+        for parameter, view in zip(self.trained, self.views, strict=True):
+            parameter.grad = view
+        return True
+
+    def average(self) -> None:
+        """Give every rank the mean of the gradients."""
+        if world()[1] > 1:
+            dist.all_reduce(self.flat.div_(world()[1]))
+
+
 def unwrap(model: nn.Module) -> nn.Module:
     """The model inside."""
     return model.module if isinstance(model, DistributedDataParallel) else model
@@ -83,12 +118,16 @@ def is_sharded(model: nn.Module) -> bool:
     return isinstance(model, FSDPModule)
 
 
-def sync_only_if(condition: bool, model: nn.Module) -> AbstractContextManager[Any]:
+@contextmanager
+def sync_only_if(condition: bool, model: nn.Module) -> Iterator[None]:
     """Within it, backward averages gradients over the ranks only if `condition`; otherwise they pile up locally."""
     heartbeat()
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(condition)
-    return model.no_sync() if isinstance(model, DistributedDataParallel) and not condition else nullcontext()
+    with model.no_sync() if isinstance(model, DistributedDataParallel) and not condition else nullcontext():
+        yield
+    if isinstance(model, FlatGradients) and condition:
+        model.average()
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:

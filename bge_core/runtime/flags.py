@@ -105,6 +105,9 @@ class EncodingStage(ModelStage):
     attention: Attention = flag(
         "auto", "How attention is computed without padding: auto takes the fastest that works; padded: as stock models."
     )
+    cuda_graphs: bool = flag(
+        False, "On a GPU, in half precision: a pass of the model is one launch. Not yet measured on a GPU: off."
+    )
 
 
 @dataclass(kw_only=True)

@@ -7,8 +7,6 @@ from torch import Tensor
 from bge_core.encoder.fixed import FixedRow
 from bge_core.encoder.tokens import Tokens
 
-Chunk = Tokens | FixedRow  # texts that go through the model together
-
 
 @dataclass(frozen=True)
 class Batch:

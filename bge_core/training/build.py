@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator
 
 from bge_core import UserError
+from bge_core.encoder.graphs import why_no_graphs
 from bge_core.encoder.load import load_encoder
 from bge_core.encoder.model import Encoder, compile_layers
 from bge_core.encoder.prompts import choose_prompts
@@ -22,6 +23,7 @@ from bge_core.loss import LossConfig, training_loss
 from bge_core.runtime.config import TrainConfig
 from bge_core.training import optim
 from bge_core.training.data import TrainingData
+from bge_core.training.graphs import GraphedEncoder
 from bge_core.training.step import LossFunction, StepSettings
 
 logger = logging.getLogger(__name__)
@@ -43,19 +45,48 @@ def build_encoder(config: TrainConfig, name: str) -> Encoder:
     encoder.freeze(position_embeddings=config.fix_position_embedding)
     if config.gradient_checkpointing:
         encoder.backbone.gradient_checkpointing_enable({"use_reentrant": False})
-    if config.torch_compile:
-        compile_layers(encoder.backbone)
     return encoder
 
 
-def build_guide(config: TrainConfig) -> Encoder | None:
+def graphs_or_layers(
+    config: TrainConfig, encoder: Encoder, guide: Encoder | None, data: TrainingData, precision: str, shard: bool
+) -> GraphedEncoder | None:
+    """Find out how texts become rows here, and hold passes as graphs or compile layers where the flags ask for it.
+
+    Args:
+        config: see there.
+        encoder, guide: on their device, the first in training mode.
+        data: is told how texts become rows of fixed shape.
+        precision: "fp16", "bf16" or "no".
+        shard: FSDP2.
+
+    Returns:
+        The encoder with its passes held; None where they are not.
+    """
+    half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision)
+    with torch.autocast(encoder.device.type, half, enabled=half is not None):
+        data.fixed_rows, data.guide_rows = encoder.fixed_rows(), guide.fixed_rows() if guide else None
+    if config.cuda_graphs:
+        reason = (
+            "weights lie in shards" if shard else "--gradient_checkpointing" if config.gradient_checkpointing else None
+        )
+        reason = reason or why_no_graphs(encoder, half)
+        if reason is None:
+            return GraphedEncoder(encoder, half, compiled=config.torch_compile)
+        logger.warning("--cuda_graphs: not in training: %s", reason)
+    if config.torch_compile:
+        compile_layers(encoder.backbone, fixed=data.fixed_rows is not None)
+    return None
+
+
+def build_guide(config: TrainConfig, device: torch.device) -> Encoder | None:
     """The frozen encoder whose vectors the loss sees, if the user named one."""
     if config.guide_encoder is None:
         return None
     guide = load_encoder(
         config.guide_encoder, cache_dir=config.cache_dir, token=config.token, trust_remote_code=config.trust_remote_code
     )
-    return guide.requires_grad_(False)
+    return guide.requires_grad_(False).to(device)
 
 
 def build_data(
@@ -162,7 +193,7 @@ def step_settings(
         max_tokens=config.max_tokens,
         scaler=scaler,
         autocast=accelerator.autocast,
-        guide=guide.to(accelerator.device) if guide else None,
+        guide=guide,
     )
 
 

@@ -25,10 +25,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bge_core.encoder.fixed import Chunk
 from bge_core.encoder.tokens import Tokens
 from bge_core.loss import LossConfig, LossInput, LossOutput, training_loss
 from bge_core.runtime.distributed import gather_counts, gather_rows, is_sharded, sync_only_if, unwrap, world
-from bge_core.training.batch import Batch, Chunk
+from bge_core.training.batch import Batch
 from bge_core.training.random_state import random_state, restore_random_state
 
 LossFunction = Callable[[LossInput, LossConfig], LossOutput]
