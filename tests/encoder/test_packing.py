@@ -20,6 +20,8 @@ from transformers import (
     Qwen2Model,
     Qwen3Config,
     Qwen3Model,
+    RobertaConfig,
+    RobertaModel,
     XLMRobertaConfig,
     XLMRobertaModel,
 )
@@ -42,6 +44,7 @@ GROUPED = SIZES | {"num_key_value_heads": 2}
 WINDOWED = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}
 MODELS = {
     "bert": (BertModel, BertConfig(**SIZES)),
+    "roberta": (RobertaModel, RobertaConfig(**SIZES)),
     "xlm_roberta": (XLMRobertaModel, XLMRobertaConfig(**SIZES)),
     "modernbert": (
         ModernBertModel,
@@ -360,7 +363,7 @@ def test_a_kernel_that_does_not_run_is_not_used(
 def test_what_layers_say_of_their_attention(name: str, training: bool) -> None:
     """The rules that the check of the kernels is made for are those that a run asks for."""
     backbone, asked = make(name).train(training), set()
-    if name in ("bert", "xlm_roberta"):
+    if packing.has_bert_layers(backbone):
         for layer in backbone.encoder.layer:
             layer.attention.self.dropout.p = 0.25
     else:
