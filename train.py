@@ -46,7 +46,6 @@ from bge_core.runtime.distributed import (
     is_sharded,
     load_optimizer,
     on_main,
-    sum_over_ranks,
     whole_copy,
     world,
     wrap,
@@ -56,12 +55,12 @@ from bge_core.runtime.log import append_metrics
 from bge_core.training import build, checkpoint, plan, preflight, run_folder
 from bge_core.training.batch import Batch
 from bge_core.training.data import TrainingData
-from bge_core.training.optim import ExponentialMovingAverage
-from bge_core.training.progress import Meter, Progress
+from bge_core.training.optim import ExponentialMovingAverage, update_if_finite
+from bge_core.training.progress import Meter, Progress, Reading, reads_late
 from bge_core.training.random_state import restore_random_state, seed_random_state
 from bge_core.training.read_ahead import ReadAhead, lost_worker
 from bge_core.training.schedule import Schedule
-from bge_core.training.step import StepSettings, forward_backward, warm_up_ddp
+from bge_core.training.step import StepSettings, forward_backward, sum_figures, warm_up_ddp
 from bge_core.training.stop import catch_stop_signals
 
 logger = logging.getLogger(__name__)
@@ -131,6 +130,26 @@ def train(config: TrainConfig, at_end: ExitStack) -> int:
         state |= {"ema": ema.state_dict()} if ema else {}
         saver.save(step, state, f"checkpoint-{progress.best_step}" if config.load_best_model_at_end else None)
 
+    def finish(reading: Reading) -> str:
+        """What follows from a step's figures; why the run has to stop, "" if it has not."""
+        means = reading.take()  # the loop's one wait for the device
+        told, lost = means.pop("signals"), means.pop("workers_lost")
+        grad_norm, left_out, loss_scale = (means.pop(name) for name in ("grad_norm", "left_out", "loss_scale"))
+        if means.pop("save_failed"):
+            saver.wait()  # raises the reason
+        if not math.isfinite(means["loss"]) or (left_out and not scaler.is_enabled()):
+            raise preflight.not_finite(output_dir, reading.step, rank, data, reading.batches)
+        progress.skipped += int(left_out)
+        if ema and not left_out:
+            ema.update()
+        meter.add(means)
+        bar.update()
+        if reading.step % config.logging_steps == 0 or reading.step == last_step:
+            logged = meter.read() | figures(optimizer, grad_norm, progress, loss_scale if scaler.is_enabled() else None)
+            log({"step": reading.step, "epoch": round(reading.step / data.plan.steps_per_epoch, 4)} | logged)
+            show_step(bar, reading.step, logged)
+        return "signal" if told else "worker" if lost else ""
+
     def evaluate(step: int) -> None:
         with meter.paused(), ema.applied() if ema else nullcontext():
             assert task is not None
@@ -148,53 +167,33 @@ def train(config: TrainConfig, at_end: ExitStack) -> int:
     patience = config.early_stopping_patience or math.inf
     last_step = first_step if progress.stale >= patience else schedule.num_steps
     bar = tqdm(total=last_step, initial=first_step, desc="train", unit="step", disable=None if rank == 0 else True)
-    reader = ReadAhead(data, config.dataloader_num_workers)
+    late = reads_late(accelerator.device)
+    reader = ReadAhead(data, config.dataloader_num_workers, accelerator.device if late else None)
+    pending, why = None, ""
     for step, batches in enumerate(reader.steps(first_step, last_step), start=first_step + 1):
         watchdog.step_begins()
-        for group in optimizer.param_groups:
-            group["lr"] = schedule.lr_at(step - 1 - progress.skipped)
-
         shares = forward_backward(model, batches, settings)  # this rank's shares of the loss and of each metric
+        if pending:  # the step before, while the device works at this one
+            why = finish(pending)
         scaler.unscale_(optimizer)
         norm = clip_gradients(encoder.parameters(), config.max_grad_norm)
-        shares["grad_norm"] = norm / world_size  # the same on every rank: their sum is the norm
-        shares |= count(batches, signals=len(signals), workers_lost=reader.lost, save_failed=saver.failed())
-        values = torch.stack([share.to(accelerator.device, torch.float32) for share in shares.values()])
-        # the loop's one collective, and its one wait for the device
-        means = dict(zip(shares, sum_over_ranks(values).tolist(), strict=True))
-        told_to_stop, worker_lost = means.pop("signals") > 0, means.pop("workers_lost") > 0
-        grad_norm = means.pop("grad_norm")
-        if means.pop("save_failed"):
-            saver.wait()  # raises the reason
-        if not math.isfinite(means["loss"]) or not (math.isfinite(grad_norm) or scaler.is_enabled()):
-            raise preflight.not_finite(output_dir, step, rank, data, batches)
-
-        scale = scaler.get_scale()
-        scaler.step(optimizer)
+        counts = count(batches, signals=len(signals), workers_lost=reader.lost, save_failed=saver.failed())
+        means = sum_figures(shares, norm, counts)  # the loop's one collective
+        means["left_out"] = update_if_finite(optimizer, schedule.lr_at(step - 1 - progress.skipped), means)
         scaler.update()
-        skipped = scaler.get_scale() < scale
-        progress.skipped += skipped
-        if ema and not skipped:
-            ema.update()
+        means["loss_scale"] = scaler.scale(torch.ones_like(norm))
         optimizer.zero_grad(set_to_none=True)
+        pending = Reading(step, batches, means)
+        if why or not late or schedule.rests(step):
+            why, pending = finish(pending), None
         watchdog.step_ends()
 
-        meter.add(means)
-        bar.update()
-        if step % config.logging_steps == 0 or step == last_step:
-            logged = meter.read() | figures(optimizer, grad_norm, scaler, progress)
-            log({"step": step, "epoch": round(step / data.plan.steps_per_epoch, 4)} | logged)
-            bar.set_postfix_str(preflight.one_line(logged))
-            if bar.disable and rank == 0:
-                logger.info("step %d/%d  %s", step, last_step, preflight.one_line(logged))
-
         # An evaluation may take longer than who sent the signal waits: first what is done is saved.
-        stops = (told_to_stop or worker_lost) and (step < last_step or schedule.evaluates(step))
+        stops = bool(why) and (step < last_step or schedule.evaluates(step))
         if stops or schedule.saves(step):
             save(step)
         if stops:
-            saver.wait()
-            return stopped(step, told_to_stop, config.dataloader_num_workers)
+            return stopped(saver, step, why, config.dataloader_num_workers)
         if schedule.evaluates(step):
             evaluate(step)
         if progress.stale >= patience:
@@ -266,29 +265,35 @@ def open_log(
     return log
 
 
-def figures(optimizer: torch.optim.Optimizer, grad_norm: float, scaler: Any, progress: Progress) -> dict[str, Any]:
-    """What is logged of an update beside the means."""
+def figures(
+    optimizer: torch.optim.Optimizer, grad_norm: float, progress: Progress, loss_scale: float | None
+) -> dict[str, Any]:
+    """What is logged of an update beside the means; None: without loss scaling."""
     finite = grad_norm if math.isfinite(grad_norm) else None  # of a skipped step; JSON has no infinity
-    found = {"lr": optimizer.param_groups[0]["lr"], "grad_norm": finite}
-    scaling = {"skipped_steps": progress.skipped, "loss_scale": scaler.get_scale()}
-    return found | scaling if scaler.is_enabled() else found
+    scaling = {} if loss_scale is None else {"skipped_steps": progress.skipped, "loss_scale": loss_scale}
+    return {"lr": optimizer.param_groups[0]["lr"], "grad_norm": finite} | scaling
 
 
-def stopped(step: int, told_to_stop: bool, num_workers: int) -> int:
-    """The exit code of a run that saved after `step` and ends before its time. UserError: for a lost worker alone."""
-    if not told_to_stop:
+def show_step(bar: "tqdm[Any]", step: int, logged: dict[str, Any]) -> None:
+    """A logged step in the progress bar; without one, in a line."""
+    bar.set_postfix_str(preflight.one_line(logged))
+    if bar.disable and world()[0] == 0:
+        logger.info("step %d/%d  %s", step, bar.total, preflight.one_line(logged))
+
+
+def stopped(saver: checkpoint.Saver, step: int, why: str, num_workers: int) -> int:
+    """The exit code of a run that saves after `step` and ends before its time. UserError: for a lost worker."""
+    saver.wait()
+    if why == "worker":
         raise lost_worker(num_workers, step)
     logger.info("stopped by a signal after step %d; --resume_from_checkpoint latest goes on", step)
     return STOPPED_BY_SIGNAL
 
 
-def count(batches: Sequence[Batch], **more: int) -> dict[str, torch.Tensor]:
-    """This rank's queries and tokens of a step, and more counts, as scalars to be summed over the ranks."""
-    counts = {
-        "queries": sum(batch.num_queries for batch in batches),
-        "tokens": sum(len(batch.tokens.input_id_T) for batch in batches),
-    }
-    return {name: torch.tensor(value) for name, value in {**counts, **more}.items()}
+def count(batches: Sequence[Batch], **more: int) -> dict[str, int]:
+    """This rank's queries and tokens of a step, and more counts, to be summed over the ranks."""
+    tokens = sum(len(batch.tokens.input_id_T) for batch in batches)
+    return {"queries": sum(batch.num_queries for batch in batches), "tokens": tokens, **more}
 
 
 def encoding_options(

@@ -1,11 +1,11 @@
 """AdamW's parameter groups, the learning rate as a pure function of the step, a moving average of the weights."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from transformers import get_scheduler
 
@@ -21,8 +21,30 @@ def build_optimizer(
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    fused = all(p.device.type in ("cpu", "cuda", "mps") for p in parameters)
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=epsilon, fused=fused)
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=epsilon, fused=True)
+
+
+def update_if_finite(optimizer: torch.optim.AdamW, learning_rate: float, figures: Mapping[str, Tensor]) -> Tensor:
+    """One update, unless loss or gradient is NaN or infinite: then weights, moments and their count stay as they are.
+
+    The device decides, so that nobody waits for it.
+
+    Args:
+        optimizer: a fused one.
+        learning_rate: of this update.
+        figures: has "loss" and "grad_norm", scalars on its device, the same on every rank.
+
+    Returns:
+        1.0 where it was left out, else 0.0; on the device.
+
+    Source: torch.amp.GradScaler.step, which tells a fused optimizer by the same attribute.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    left_out = torch.stack([figures["loss"], figures["grad_norm"]]).isfinite().all().logical_not().float()
+    optimizer.found_inf = left_out  # type: ignore[attr-defined]
+    optimizer.step()
+    return left_out
 
 
 def learning_rate_schedule(

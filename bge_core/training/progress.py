@@ -1,12 +1,48 @@
-"""What the loop remembers between steps: how far it is, the best evaluation, and the figures since the last log."""
+"""What the loop knows of its steps: their figures once they are here, how far it is, the figures since the last log."""
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import torch
+from torch import Tensor
+
 from bge_core.runtime.log import memory_mb
+from bge_core.training.batch import Batch
+
+
+def reads_late(device: torch.device) -> bool:
+    """Whether a step's figures are read once the next step is queued, so that the device always has work."""
+    return device.type == "cuda"
+
+
+class Reading:
+    """The figures of a step, on their way from the device: nobody waits for them before `take`.
+
+        queued    step k    figures    step k + 1's forward and backward     its update
+        read                                                             k
+
+    Args:
+        step: its number.
+        batches: this rank's.
+        figures: scalars on the device, by name.
+    """
+
+    def __init__(self, step: int, batches: Sequence[Batch], figures: Mapping[str, Tensor]) -> None:
+        self.step, self.batches, self._names = step, batches, list(figures)
+        values = torch.stack([*figures.values()])
+        self._arrived = torch.cuda.Event() if values.is_cuda else None
+        self._values = values.to("cpu", non_blocking=True) if self._arrived else values
+        if self._arrived:
+            self._arrived.record()
+
+    def take(self) -> dict[str, float]:
+        """The figures, as soon as the device has them."""
+        if self._arrived:
+            self._arrived.synchronize()
+        return dict(zip(self._names, self._values.tolist(), strict=True))
 
 
 @dataclass

@@ -12,10 +12,12 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
 from bge_core import UserError
+from bge_core.runtime.parcel import pack
 from bge_core.training.batch import Batch
 from bge_core.training.data import TrainingData
 from bge_core.training.stop import STOP_SIGNALS
@@ -27,10 +29,11 @@ class ReadAhead:
     Args:
         data: item i is step i of this rank.
         num_workers: processes.
+        device: where the batches shall lie, each step's in one block (`Parcel`); None: they stay here as they are.
     """
 
-    def __init__(self, data: TrainingData, num_workers: int) -> None:
-        self.data, self.num_workers, self.lost = data, num_workers, False
+    def __init__(self, data: TrainingData, num_workers: int, device: torch.device | None = None) -> None:
+        self.data, self.num_workers, self.device, self.lost = data, num_workers, device, False
 
     def steps(self, first: int, last: int) -> Iterator[list[Batch]]:
         """The micro-batches of the steps first..last-1, counted from 0."""
@@ -39,21 +42,26 @@ class ReadAhead:
             batch_size=None,
             sampler=range(first, last),
             num_workers=self.num_workers,
+            collate_fn=pack if self.device else None,
+            pin_memory=self.device is not None and self.device.type == "cuda",
             worker_init_fn=_start_worker,
             generator=torch.Generator(),  # its own: drawing the workers' seed from the global one would shift dropout
         )
         with _as_workers_are_born():
             batches = iter(loader)
         for step in range(first, last):
-            batch = None
+            batch: Any = None
             if not self.lost:
                 try:
                     batch = next(batches)
                 except RuntimeError as error:
-                    if "DataLoader worker (pid" not in str(error):  # an error within a worker is said otherwise
+                    # an error within a worker is said otherwise; who pins fails in the middle of receiving a batch
+                    if not any(known in str(error) for known in ("DataLoader worker (pid", "Pin memory thread exited")):
                         raise
                     self.lost = True
-            yield self.data[step] if batch is None else batch
+            if batch is None:
+                batch = pack(self.data[step]) if self.device else self.data[step]
+            yield batch.to(self.device) if self.device else batch
 
 
 def lost_worker(num_workers: int, step: int) -> UserError:

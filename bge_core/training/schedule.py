@@ -47,3 +47,7 @@ class Schedule:
     def evaluates(self, step: int) -> bool:
         """Whether an evaluation is due after `step`."""
         return self.has_task and (step == self.num_steps or (self.eval_every > 0 and step % self.eval_every == 0))
+
+    def rests(self, step: int) -> bool:
+        """Whether something comes between `step` and the next: a checkpoint, an evaluation or the end."""
+        return step == self.num_steps or self.saves(step) or self.evaluates(step)

@@ -17,7 +17,7 @@ GradCache (Gao et al. 2021, section 3), per micro-batch:
 Shapes: B queries and R passages of this rank's micro-batch, S = B + R texts, D embedding size.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,7 +28,15 @@ from torch import Tensor, nn
 from bge_core.encoder.fixed import Chunk
 from bge_core.encoder.tokens import Tokens
 from bge_core.loss import LossConfig, LossInput, LossOutput, training_loss
-from bge_core.runtime.distributed import gather_counts, gather_rows, is_sharded, sync_only_if, unwrap, world
+from bge_core.runtime.distributed import (
+    gather_counts,
+    gather_rows,
+    is_sharded,
+    sum_over_ranks,
+    sync_only_if,
+    unwrap,
+    world,
+)
 from bge_core.training.batch import Batch
 from bge_core.training.random_state import random_state, restore_random_state
 
@@ -81,7 +89,7 @@ def forward_backward(model: nn.Module, micro_batches: Sequence[Batch], settings:
         share = batch.num_queries / num_total_rows
         chunks: list[Chunk] = [*(batch.chunks or batch.tokens.split(settings.chunk_size, settings.max_tokens))]
         if is_sharded(model):
-            chunks += [Tokens(batch.tokens.input_id_T.new_empty(0), [])] * _missing_chunks(len(chunks), device)
+            chunks += [Tokens(torch.empty(0, dtype=torch.int64), [])] * _missing_chunks(len(chunks), device)
         is_last = k == len(micro_batches) - 1
         if settings.plain:
             output = _plain(model, chunks[0], batch, share, settings, is_last)
@@ -91,6 +99,25 @@ def forward_backward(model: nn.Module, micro_batches: Sequence[Batch], settings:
             counted = value * share if batch.num_queries else torch.zeros_like(value)  # the mean of no rows is NaN
             shares[name] = shares[name] + counted if name in shares else counted
     return shares
+
+
+def sum_figures(shares: Mapping[str, Tensor], norm: Tensor, counts: Mapping[str, float]) -> dict[str, Tensor]:
+    """What is told of a step, over all ranks: one copy to the device, one collective, no wait.
+
+    Args:
+        shares: what `forward_backward` returned: scalars.
+        norm: the gradient's, on the device, the same on every rank.
+        counts: this rank's numbers, to be summed, too.
+
+    Returns:
+        float32 scalars on the device: the means of the shares, "grad_norm", the sums of the counts.
+    """
+    device = norm.device
+    mine = {**shares, "grad_norm": norm / world()[1]}  # so that its sum is the norm
+    counted = torch.tensor([*counts.values()], dtype=torch.float32, pin_memory=device.type == "cuda")
+    values = torch.stack([value.to(device, torch.float32) for value in mine.values()])
+    summed = sum_over_ranks(torch.cat([values, counted.to(device, non_blocking=True)]))
+    return dict(zip([*mine, *counts], summed.unbind(), strict=True))
 
 
 def warm_up_ddp(model: nn.Module) -> None:
