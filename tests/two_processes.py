@@ -13,7 +13,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -30,6 +30,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from bge_core import UserError
 from bge_core.encoder import encode as encoding
 from bge_core.encoder.encode import encode
+from bge_core.encoder.fixed import FixedRows
 from bge_core.loss import LossConfig, LossInput, LossOutput
 from bge_core.runtime.distributed import (
     gather_counts,
@@ -45,6 +46,7 @@ from bge_core.runtime.distributed import (
 from bge_core.runtime.launch import start
 from bge_core.search.exact import search_in_shares
 from bge_core.training.batch import Batch
+from bge_core.training.graphs import GraphedEncoder
 from bge_core.training.step import StepSettings, forward_backward
 
 TEXTS = [
@@ -111,6 +113,7 @@ ALL_REDUCE_CASES = {
     "accumulation": StepCase([EVEN, UNEVEN]),
     "accumulation_cached": StepCase([UNEVEN, EVEN], chunk_size=2),
 }
+FIXED_CASES = {name: case for name, case in STEP_CASES.items() if "local" not in name}
 
 
 def between_queries(x: LossInput, cfg: LossConfig) -> LossOutput:
@@ -129,10 +132,12 @@ QUERY_CASES = {
 # --- in the processes -------------------------------------------------------------------------------------------------
 
 
-def rank_batches(case: StepCase, rank: int) -> list[Batch]:
-    """The micro-batches of one rank."""
-    teacher = "distillation" in MODES[case.mode]
-    return [rank_batch(both[rank], both, teacher=teacher) for both in case.micro_batches()]
+def rank_batches(case: StepCase, rank: int, fixed: bool = False) -> list[Batch]:
+    """The micro-batches of one rank; their chunks as rows of fixed shape."""
+    teacher, rows = "distillation" in MODES[case.mode], FixedRows("", 0, 0, distinct=True)
+    batches = [rank_batch(both[rank], both, teacher=teacher) for both in case.micro_batches()]
+    chunks = [[rows.row(part) for part in batch.tokens.split(case.chunk_size)] if fixed else None for batch in batches]
+    return [replace(batch, chunks=of_batch) for batch, of_batch in zip(batches, chunks, strict=True)]
 
 
 def forward_backward_of(model: torch.nn.Module, batches: list[Batch], case: StepCase) -> dict[str, torch.Tensor]:
@@ -146,13 +151,15 @@ def forward_backward_of(model: torch.nn.Module, batches: list[Batch], case: Step
     return forward_backward(model, batches, settings)
 
 
-def step_case(model: torch.nn.Module, case: StepCase, rank: int) -> tuple[dict[str, float], str, Gradients]:
+def step_case(
+    model: torch.nn.Module, case: StepCase, rank: int, fixed: bool = False
+) -> tuple[dict[str, float], str, Gradients]:
     """The shares summed over ranks, a digest of this rank's gradients, and on rank 0 the gradients themselves."""
     if not case.cross_device:
         rehearse(unwrap(model), case, rank)
     try:
-        shares = forward_backward_of(model, rank_batches(case, rank), case)
-        gradients = gradients_of(unwrap(model))
+        shares = forward_backward_of(model, rank_batches(case, rank, fixed), case)
+        gradients = gradients_of(model.module)
         digest = hashlib.sha256(b"".join(g.numpy().tobytes() for g in gradients.values())).hexdigest()
         sums = {name: sum_over_ranks(value).item() for name, value in shares.items()}
         return sums, digest, gradients if rank == 0 else {}
@@ -312,6 +319,10 @@ def work(job: Results, rank: int) -> Results:
     model = wrap(load(job["model"], torch.float64))
     for name, case in {**STEP_CASES, **QUERY_CASES}.items():
         record(f"step/{name}", lambda c=case: step_case(model, c, rank))
+    graphed = GraphedEncoder(load(job["model"], torch.float64), None)
+    for name, case in FIXED_CASES.items():
+        record(f"fixed/{name}", lambda c=case: step_case(model, c, rank, fixed=True))
+        record(f"graphed/{name}", lambda c=case: step_case(graphed, c, rank, fixed=True))
     for name, case in ALL_REDUCE_CASES.items():
         record(f"all_reduces/{name}", lambda c=case: count_all_reduces(job["model"], c, rank))
     encoder = load(job["model"], torch.float32)

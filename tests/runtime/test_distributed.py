@@ -8,7 +8,7 @@ import pytest
 import torch
 import two_processes
 from batches import MODES, Gradients, assert_same_gradients, gradients_of, load, rank_batch, true_gradients
-from two_processes import ALL_REDUCE_CASES, ENCODE_CASES, PROMPT, QUERY_CASES, STEP_CASES, StepCase
+from two_processes import ALL_REDUCE_CASES, ENCODE_CASES, FIXED_CASES, PROMPT, QUERY_CASES, STEP_CASES, StepCase
 
 from bge_core import UserError
 from bge_core.encoder.encode import encode
@@ -100,6 +100,18 @@ def test_two_ranks_give_the_gradient_of_the_global_batch(name: str, two_ranks: R
         if any(min(map(len, both)) and 1 in sum(both, ()) for both in case.groups):
             del shares["hardest_negative_similarity"]  # a mean over rows with a negative: see test_step.py
         assert {name: alone_shares[name] for name in shares} == pytest.approx(shares, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", FIXED_CASES)
+def test_one_reduction_of_a_flat_gradient_is_that_of_ddp(name: str, two_ranks: Ranks, tiny_bert: Path) -> None:
+    """Held passes without hooks against DDP on the same rows of fixed shape, bit for bit, and against the truth."""
+    case = FIXED_CASES[name]
+    (_, ddp, _), _ = of_both(two_ranks, f"fixed/{name}")
+    (shares, digest, got), (_, other_digest, _) = of_both(two_ranks, f"graphed/{name}")
+    assert digest == other_digest == ddp
+    loss, want = true_gradients(tiny_bert, case.pools(), case.mode)
+    assert shares["loss"] == pytest.approx(loss, rel=RTOL)
+    assert_same_gradients(got, want, RTOL)
 
 
 @pytest.mark.parametrize("name", QUERY_CASES)

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import runs
 import torch
 from batches import TextRow, gradient_error, gradients_of, load, make_rows, rank_batch, true_gradients
-from tiny_model import add_dense, make_tiny_bert
+from tiny_model import add_dense, fixed_rows_always, make_tiny_bert
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -18,6 +19,7 @@ from bge_core.encoder import graphs
 from bge_core.encoder.fixed import FixedRows
 from bge_core.encoder.graphs import Bucket, Buckets, Capture, hold_passes, why_no_graphs
 from bge_core.encoder.packing import FixedRowsOf
+from bge_core.training import build
 from bge_core.training import graphs as training_graphs
 from bge_core.training.batch import Batch
 from bge_core.training.graphs import GraphedEncoder
@@ -252,3 +254,51 @@ def test_why_there_are_no_graphs(folder: Path, caplog: pytest.LogCaptureFixture)
     assert why_no_graphs(encoder, torch.bfloat16) == "this is no GPU"
     hold_passes(encoder, "bf16")
     assert encoder.represent is None and "--cuda_graphs: not while encoding: this is no GPU" in caplog.text
+
+
+RUNS: dict[str, dict[str, Any]] = {
+    "plain": {"save_steps": 4},
+    "chunks": {
+        "sub_batch_size": 5,
+        "gradient_accumulation_steps": 2,
+        "ema_decay": 0.5,
+        "save_steps": 2,
+        "eval_steps": 2,
+    },
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_by_graphs_is_the_run_without(
+    name: str, tiny_bert_dropout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """train.py --cuda_graphs: the same weights and metrics, bit for bit, as on the same rows without; and resumed."""
+    data, settings = runs.write_rows(tmp_path / "rows.jsonl", 24), RUNS[name]
+    settings |= {"val_data": data} if "eval_steps" in settings else {}
+    monkeypatch.setattr(FixedRowsOf, "now", fixed_rows_always)
+    for module in (build, graphs):
+        monkeypatch.setattr(module, "why_no_graphs", lambda *args: None)
+        monkeypatch.setattr(training_graphs if module is build else graphs, "Capture", Recording)
+    folders = {graphed: tmp_path / f"graphs_{graphed}" for graphed in (False, True)}
+    for graphed, folder in folders.items():
+        assert runs.run(tiny_bert_dropout, data, folder, cuda_graphs=graphed, **settings) == 0
+    assert runs.equal_weights(*folders.values())
+    steps, same_steps = map(runs.read_steps, folders.values())
+    assert steps == same_steps
+    resumed = runs.copy_run(folders[True], tmp_path / "resumed")
+    more = {"resume_from_checkpoint": "latest", "cuda_graphs": True}
+    assert runs.run(tiny_bert_dropout, data, resumed, **more, **settings) == 0
+    assert runs.equal_weights(resumed, folders[True]) and runs.read_steps(resumed) == steps
+
+
+def test_a_run_without_a_gpu_says_so(
+    tiny_bert: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = runs.write_rows(tmp_path / "rows.jsonl", 8)
+    assert runs.run(tiny_bert, data, tmp_path / "run", cuda_graphs=True, max_steps=1) == 0
+    assert "--cuda_graphs: not in training: this is no GPU" in caplog.text
+    monkeypatch.setattr(build, "why_no_graphs", lambda *args: None)
+    assert (
+        runs.run(tiny_bert, data, tmp_path / "other", cuda_graphs=True, gradient_checkpointing=True, max_steps=1) == 0
+    )
+    assert "--cuda_graphs: not in training: --gradient_checkpointing" in caplog.text
