@@ -25,7 +25,7 @@ class FixedRow:
 
     Args:
         input_id_T: int64.
-        position_T: int64, within its text, counted from the model's first position.
+        position_T: int64, within its text, counted from the model's first position; all padding has the first.
         cu_seqlens: (N + 1,) int32, where each text begins, and T.
         skipped_N: int64, so many first tokens of each text take no part in the pooling; None: all do.
         token_type_id_T: int64 for texts that are pairs, or None.
@@ -47,9 +47,10 @@ class FixedRow:
         return len(self.place_S)
 
     @property
-    def bucket(self) -> tuple[int, int, int]:
-        """(T, N, longest): rows of one bucket differ in values alone."""
-        return len(self.input_id_T), len(self.cu_seqlens) - 1, self.longest
+    def bucket(self) -> tuple[int, int, int, bool, bool]:
+        """(T, N, longest, has skipped tokens, has token types): rows of one bucket differ in values alone."""
+        sizes = len(self.input_id_T), len(self.cu_seqlens) - 1, self.longest
+        return *sizes, self.skipped_N is not None, self.token_type_id_T is not None
 
 
 Chunk = Tokens | FixedRow  # texts that go through the model together
@@ -79,10 +80,11 @@ class FixedRows:
         num_tokens, num_texts, longest = bucket_of(tokens.lengths)
         rest, more = num_tokens - sum(tokens.lengths), num_texts - len(tokens)
         lengths = [*tokens.lengths, *(rest // more + (i < rest % more) for i in range(more))]
-        skipped = tokens.prompt_lengths
+        skipped, positions = tokens.prompt_lengths, [torch.arange(n) for n in tokens.lengths]
         return FixedRow(
             input_id_T=torch.cat([tokens.input_id_T, tokens.input_id_T.new_full((rest,), self.pad_id)]),
-            position_T=torch.cat([torch.arange(n) for n in lengths]) + self.first_position,
+            # a text of padding may be longer than the model's table of positions
+            position_T=torch.cat([*positions, torch.zeros(rest, dtype=torch.int64)]) + self.first_position,
             cu_seqlens=torch.tensor([0, *accumulate(lengths)], dtype=torch.int32),
             skipped_N=None if skipped is None else torch.tensor([*skipped, *[0] * more]),
             token_type_id_T=None if type_T is None else torch.cat([type_T, type_T.new_zeros(rest)]),

@@ -41,13 +41,14 @@ class Capture:
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.is_on = device, device.type == "cuda"
-        self.pool = torch.cuda.graph_pool_handle() if self.is_on else None
+        if self.is_on:
+            self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
 
     def __call__(self, passes: Sequence[Pass], warm_up: Pass) -> list[Pass]:
         """What repeats each of the passes; `warm_up` runs what they run, and changes nothing that is kept.
 
         Random numbers go on as if nothing had been drawn, so that it does not matter when a graph is captured. Where
-        none can be, this is said, and from then on the functions run as they are.
+        none can be, this is said, and from then on the functions run as they are, those of graphs made before, too.
         """
         if not self.is_on:
             return [*passes]
@@ -58,22 +59,30 @@ class Capture:
         except Exception as problem:  # of a driver, a compiler, another author's model
             logger.warning("--cuda_graphs: none can be captured here, going on without: %s", first_line(problem))
             self.is_on = False
+            if self.device.type == "cuda":
+                # To the generator a capture that broke off goes on, and it would refuse to draw.
+                generator = torch.cuda.default_generators[torch.cuda.current_device()]
+                generator.graphsafe_set_state(generator.clone_state())
             return [*passes]
 
     def warm_up(self, function: Pass) -> None:
-        """Run it twice beside the current stream, so that what happens once has happened."""
-        stream, current = torch.cuda.Stream(self.device), torch.cuda.current_stream(self.device)
-        stream.wait_stream(current)
-        with torch.cuda.stream(stream):
+        """Run it twice, so that what happens once has happened.
+
+        On the stream of the captures: autograd's nodes of weights keep the stream that they were made on, and a capture
+        that meets another one takes it in.
+        """
+        current = torch.cuda.current_stream(self.device)
+        self.stream.wait_stream(current)
+        with torch.cuda.stream(self.stream):
             for _ in range(2):
                 function()
-        current.wait_stream(stream)
+        current.wait_stream(self.stream)
 
     def capture(self, function: Pass) -> Pass:
         """A graph of what the function does."""
         graph = torch.cuda.CUDAGraph()
         # thread_local: meanwhile the data loader's thread pins memory
-        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
             function()
         return graph.replay
 
@@ -115,7 +124,7 @@ class Bucket:
         self._load(row)
         if "represent" not in self.passes:
             (self.passes["represent"],) = self.capture([self._represent], self._represent)
-        self.passes["represent"]()
+        self._repeat("represent", self._represent)
         return self.represented_ND.clone()
 
     def forward(self, row: FixedRow) -> Tensor:
@@ -124,14 +133,17 @@ class Bucket:
         if "forward" not in self.passes:
             both = self.capture([self._forward, self._backward], self._warm_up)
             self.passes |= dict(zip(("forward", "backward"), both, strict=True))
-        self.passes["forward"]()
+        self._repeat("forward", self._forward)
         return self.vector_ND.detach().clone()
 
     def backward(self, gradient_ND: Tensor) -> None:
         """Add the weights' gradients, from that of the vectors of the last `forward`, to the sums."""
         assert self.gradient_ND is not None
         self.gradient_ND.copy_(gradient_ND)
-        self.passes["backward"]()
+        self._repeat("backward", self._backward)
+
+    def _repeat(self, name: str, function: Pass) -> None:
+        (self.passes[name] if self.capture.is_on else function)()
 
     def _load(self, row: FixedRow) -> None:
         for name, own in vars(self.row).items():

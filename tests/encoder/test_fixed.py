@@ -111,6 +111,23 @@ def test_a_recorded_step_is_right_for_another_batch(name: str, pooling: str, pro
     assert_close([vector_ND[: len(second)], *gradients], want, 1e-11)
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_padding_may_be_longer_than_the_model_takes(name: str) -> None:
+    """Two texts of padding with 113 tokens each, where the model has 80 positions."""
+    encoder, texts = make_encoder(name), texts_of([2] * 13 + [4])
+    row = row_of(encoder, texts)
+    assert row.cu_seqlens.diff().tolist()[14:] == [113, 113]
+    vector_ND = encoder(row)
+    assert_close([vector_ND[:14].detach()], [by_hand(encoder, texts, [0] * 14).detach()], 1e-11)
+
+
+def test_rows_with_skipped_tokens_are_another_bucket() -> None:
+    """What a graph of rows without them would not read."""
+    encoder, texts = make_encoder("bert", "cls"), texts_of(ONE)
+    buckets = {row_of(encoder, texts, skipped).bucket for skipped in (None, [0] * len(ONE))}
+    assert len(buckets) == 2
+
+
 def test_the_contract_is_broken_by_rectangles() -> None:
     """What Python derives from the lengths of the first batch is wrong for another of as many tokens and texts."""
     encoder, lengths = make_encoder("bert"), ([7, 1, 3, 30, 3], [9, 2, 10, 20, 3])

@@ -192,11 +192,17 @@ def test_another_model_between_changes_nothing(folder: Path, way: str) -> None:
     assert gradient_error(got, {name: value for name, value in want.items() if name in got})[0] < 1e-9
 
 
+@pytest.mark.parametrize("at", [1, 3])
 def test_what_cannot_be_captured_runs_without(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    folder: Path, at: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """From the first capture that fails on, graphs that were made before included."""
+
     def fails(self: Recording, function: graphs.Pass) -> graphs.Pass:
+        self.count += 1
         function()
+        if self.count < at:
+            return lambda: pytest.fail("repeated") if self.count >= at else function()
         raise RuntimeError("operation not permitted when stream is capturing\nCUDA kernel errors ...")
 
     monkeypatch.setattr(training_graphs, "Capture", Recording)
@@ -206,6 +212,7 @@ def test_what_cannot_be_captured_runs_without(
     torch.manual_seed(3)
     for rows in ROWS[:2]:
         forward_backward(graphed, [batch_of(rows, 3)], StepSettings(chunk_size=3))
+    assert all(not bucket.capture.is_on for bucket in graphed.buckets.held.values())
     held = gradients_of(encoder)
     encoder.zero_grad(set_to_none=True)
     torch.manual_seed(3)
