@@ -28,7 +28,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -60,6 +59,7 @@ from torch.utils import _foreach_utils
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+CAPTURED = "captured"  # the phase of what a CUDA graph will hold
 WAITS = ("aten::_local_scalar_dense", "aten::equal")  # their result is a Python number
 COPIES = ("aten::_to_copy", "aten::copy_", "aten::_foreach_copy_")
 # Neither a view nor a kernel: memory, or the same tensor under another name.
@@ -77,8 +77,8 @@ class Operation:
     Args:
         phase: in which it was asked.
         name: of the operator, as "aten::mm", or of the call, as "Event.synchronize".
-        kernel: it starts one: no view, no mere allocation.
-        cast: its kernel does nothing but change the number format.
+        kernels: it starts so many: 0 for a view or a mere allocation, all that are held for a graph's replay.
+        casts: so many of them do nothing but change the number format.
         copy: "to device" or "to host"; "": between them nothing is moved.
         how: of a copy. "pinned": the host goes on at once. "pageable": asynchronous by its flag, but the host first
             copies to where the GPU can read. "blocking": the host waits until it is done.
@@ -88,8 +88,8 @@ class Operation:
 
     phase: str
     name: str
-    kernel: bool = False
-    cast: bool = False
+    kernels: int = 0
+    casts: int = 0
     copy: str = ""
     how: str = ""
     waits: bool = False
@@ -102,8 +102,8 @@ def count(log: Iterable[Operation]) -> dict[str, dict[str, int]]:
     for operation in log:
         counts = phases.setdefault(operation.phase, Counter(operations=0, kernels=0, casts=0, waits=0))
         counts["operations"] += 1
-        counts["kernels"] += operation.kernel
-        counts["casts"] += operation.cast
+        counts["kernels"] += operation.kernels
+        counts["casts"] += operation.casts
         counts["waits"] += operation.waits
         if operation.copy:
             counts[f"{operation.how} {operation.copy}"] += 1
@@ -151,7 +151,7 @@ class FakeGpu(TorchDispatchMode):
         if not any(isinstance(x, FakeTensor) for x in inputs) and not _is_cuda(kwargs.get("device")):
             return func(*args, **kwargs)
         if name in WAITS:
-            self.log.append(Operation(self._now(), name, waits=True))
+            self.log.append(Operation(self.now(), name, waits=True))
             return True if name == "aten::equal" else torch.zeros((), dtype=inputs[0].dtype).item()
         if name == "aten::copy_" and inputs[0].device.type == "cpu":
             result = inputs[0].zero_()
@@ -167,35 +167,29 @@ class FakeGpu(TorchDispatchMode):
         """With tensors without numbers in the places of those on the CPU."""
         return tree_map_only(Tensor, lambda x: x if isinstance(x, FakeTensor) else self._fake.from_tensor(x), tree)
 
-    def _now(self) -> str:
+    def now(self) -> str:
         """The phase; an operation of autograd's engine is the backward's, whoever called it."""
-        return self._phase if torch._C._current_graph_task_id() == -1 else "backward"
+        in_backward = self._phase != CAPTURED and torch._C._current_graph_task_id() != -1
+        return "backward" if in_backward else self._phase
 
     def _operation(self, func: Any, inputs: list[Tensor], outputs: list[Tensor], non_blocking: bool) -> Operation:
         name = func._schema.name
-        kernel = name not in NO_KERNEL and not _is_view(func)
+        kernels = int(name not in NO_KERNEL and not _is_view(func))
         # A number on the CPU is an argument of the kernel; any other CPU tensor is copied, and waited for.
         far = [x for x in [*inputs, *outputs] if x.device.type == "cpu" and (x.dim() or name in COPIES)]
         if not far:
-            return Operation(
-                self._now(), name, kernel, name == "aten::_to_copy" and inputs[0].dtype != outputs[0].dtype
-            )
+            is_cast = name == "aten::_to_copy" and inputs[0].dtype != outputs[0].dtype
+            return Operation(self.now(), name, kernels, int(is_cast))
         to_host = name in COPIES and outputs[0].device.type == "cpu"
         # torch pins what it makes itself for an asynchronous copy to the host.
         pinned = all(isinstance(x, FakeTensor) or x.is_pinned() for x in far)
         how = ("pinned" if pinned else "pageable") if non_blocking and name in COPIES else "blocking"
         copied = {"copy": "to host" if to_host else "to device", "how": how, "waits": how == "blocking"}
-        return Operation(self._now(), name, kernel, **copied, num_bytes=sum(x.nbytes for x in far))
+        return Operation(self.now(), name, kernels, **copied, num_bytes=sum(x.nbytes for x in far))
 
 
 def _replaced(gpu: FakeGpu) -> list[tuple[Any, str, Any]]:
     """(owner, name, value) of what asks for a CUDA build, or is chosen by the type of a tensor."""
-    event = lambda *_, **__: SimpleNamespace(  # noqa: E731
-        record=_nothing, wait=_nothing, query=lambda: True, synchronize=lambda: gpu.wait("Event.synchronize")
-    )
-    stream = SimpleNamespace(
-        wait_stream=_nothing, wait_event=_nothing, synchronize=lambda: gpu.wait("Stream.synchronize"), cuda_stream=0
-    )
     cuda = {
         "is_available": lambda: True,  # or torch.autocast("cuda") would be switched off
         "is_bf16_supported": lambda *_: True,
@@ -203,10 +197,13 @@ def _replaced(gpu: FakeGpu) -> list[tuple[Any, str, Any]]:
         "get_rng_state": lambda *_: torch.zeros(16, dtype=torch.uint8),
         "set_rng_state": _nothing,
         "synchronize": lambda *_: gpu.wait("synchronize"),
-        "Event": event,
-        "Stream": lambda *_, **__: stream,
-        "current_stream": lambda *_: stream,
+        "Event": lambda *_, **__: _Queue(gpu, "Event"),
+        "Stream": lambda *_, **__: _Queue(gpu, "Stream"),
+        "current_stream": lambda *_: _Queue(gpu, "Stream"),
         "stream": lambda *_: nullcontext(),
+        "graph_pool_handle": _nothing,
+        "CUDAGraph": lambda: _Graph(gpu),
+        "graph": lambda graph, **__: graph.capture(),
     }
     foreach_types = [*_foreach_utils._foreach_supported_types, FakeTensor]
     return [
@@ -218,6 +215,42 @@ def _replaced(gpu: FakeGpu) -> list[tuple[Any, str, Any]]:
         # A build for CPUs has no kernel to choose, and takes the operator apart.
         (F, "scaled_dot_product_attention", _scaled_dot_product_attention),
     ]
+
+
+class _Queue:
+    """An event or a stream: all is done, but to wait for it is noted."""
+
+    def __init__(self, gpu: FakeGpu, name: str) -> None:
+        self.gpu, self.name = gpu, name
+        self.record = self.wait = self.wait_stream = self.wait_event = _nothing
+
+    def query(self) -> bool:
+        """Whether it is done."""
+        return True
+
+    def synchronize(self) -> None:
+        """Wait."""
+        self.gpu.wait(f"{self.name}.synchronize")
+
+
+class _Graph:
+    """A CUDA graph: what it holds is noted once, in the phase CAPTURED; its replay is one operation."""
+
+    def __init__(self, gpu: FakeGpu) -> None:
+        self.gpu, self.kernels, self.casts = gpu, 0, 0
+
+    @contextmanager
+    def capture(self) -> Iterator[None]:
+        """What is asked within it is held."""
+        start = len(self.gpu.log)
+        with self.gpu.phase(CAPTURED):
+            yield
+        held = self.gpu.log[start:]
+        self.kernels, self.casts = sum(x.kernels for x in held), sum(x.casts for x in held)
+
+    def replay(self) -> None:
+        """All of it at once."""
+        self.gpu.log.append(Operation(self.gpu.now(), "CUDAGraph.replay", self.kernels, self.casts))
 
 
 def _nothing(*_: Any, **__: Any) -> None:

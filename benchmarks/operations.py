@@ -10,8 +10,10 @@ torch dispatches to the device, at some cost for the host whatever its size; a k
 copy to the device is pinned (the host goes on), pageable (asynchronous by its flag, but the host copies first) or
 blocking. A wait is a point where the host stands still until the GPU has caught up: a blocking copy, a read.
 
-Phases: represent (GradCache's forward without a graph), forward, loss, backward, clip, and loop, which is the rest. The
-counts of each --name are kept in benchmarks/results/operations.json, with the commit; operations.md has all sums.
+Phases: represent (GradCache's forward without a gradient), forward, loss, backward, clip, read (the figures of the step
+before) and loop, which is the rest. With --cuda_graphs a pass is one operation of many kernels; what is asked while a
+graph is captured is a phase of its own, and in no sum. The counts of each --name are kept in
+benchmarks/results/operations.json, with the commit; operations.md has all sums.
 """
 
 import fake_gpu
@@ -20,6 +22,7 @@ import fake_gpu
 import json
 import random
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, suppress
@@ -29,6 +32,7 @@ from unittest import mock
 
 import harness
 import torch
+from accelerate.state import AcceleratorState
 from gpu import QUESTIONS, SENTENCES, draw_lengths
 from harness import Row
 from models import LARGE, random_encoder
@@ -36,6 +40,8 @@ from transformers import AutoTokenizer
 
 import train
 from bge_core.encoder import Encoder
+from bge_core.encoder.graphs import Capture
+from bge_core.training.graphs import GraphedEncoder
 
 CASES = {"32 x 2": (32, 2, None), "32 x 8": (32, 8, None), "GradCache 128 x 8": (128, 8, 288)}
 COPIES = ("blocking to device", "pageable to device", "pinned to device")
@@ -46,19 +52,12 @@ class Counted(Exception):
     """The counted step is over."""
 
 
-def make_model(gpu: fake_gpu.FakeGpu, layers: int, tokenizer: Any) -> Encoder:
-    """bge-large's shape, without numbers; its forward is a phase."""
+def make_model(layers: int, tokenizer: Any) -> Encoder:
+    """bge-large's shape, without numbers."""
     sizes = {"num_hidden_layers": layers, "attention_probs_dropout_prob": 0.0}
     with torch.device("meta"):
         encoder = random_encoder(LARGE | sizes, "auto")
     encoder.tokenizer = tokenizer
-    forward = encoder.forward
-
-    def in_phase(*args: object) -> torch.Tensor:
-        with gpu.phase("forward" if torch.is_grad_enabled() else "represent"):
-            return forward(*args)
-
-    encoder.forward = in_phase
     encoder.to = lambda device: encoder.to_empty(device=device)  # what has no numbers cannot be copied
     return encoder
 
@@ -92,18 +91,28 @@ def in_phases(gpu: fake_gpu.FakeGpu, at_end: ExitStack) -> None:
 
     def within(phase: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any, **options: Any) -> Any:
-            with gpu.phase(phase):
+            without = phase == "forward" and not torch.is_grad_enabled()
+            with gpu.phase("represent" if without else phase):
                 return function(*args, **options)
 
         return run
 
-    for name, phase in {"forward_backward": "loss", "clip_gradients": "clip"}.items():
-        at_end.enter_context(mock.patch.object(train, name, within(phase, getattr(train, name))))
+    for owner, name, phase in (
+        (train, "forward_backward", "loss"),
+        (Encoder, "forward", "forward"),
+        (GraphedEncoder, "forward", "forward"),
+        (Capture, "__call__", fake_gpu.CAPTURED),
+        (train, "clip_gradients", "clip"),
+        (train.Reading, "take", "read"),
+    ):
+        at_end.enter_context(mock.patch.object(owner, name, within(phase, getattr(owner, name))))
     at_end.enter_context(mock.patch.object(train.watchdog, "step_begins", begin))
 
 
-def count_case(queries: int, group: int, sub_batch_size: int | None, layers: int = 24) -> dict[str, dict[str, int]]:
-    """The counts of a step by phase."""
+def count_case(
+    queries: int, group: int, sub_batch_size: int | None, layers: int = 24, **more: Any
+) -> dict[str, dict[str, int]]:
+    """The counts of a step by phase; `more` flags of train.py."""
     with ExitStack() as at_end:
         folder = Path(at_end.enter_context(tempfile.TemporaryDirectory()))
         words = {
@@ -115,23 +124,27 @@ def count_case(queries: int, group: int, sub_batch_size: int | None, layers: int
             "query_max_len": 512,
             "passage_max_len": 512,
             "num_train_epochs": 100,
-            "bf16": "True",
+            "bf16": "fp16" not in more,
             "dataloader_num_workers": 0,
             **({"sub_batch_size": sub_batch_size} if sub_batch_size else {}),
+            **more,
         }
         tokenizer = AutoTokenizer.from_pretrained(words["model_name_or_path"])
         gpu = at_end.enter_context(fake_gpu.FakeGpu())
-        encoder = make_model(gpu, layers, tokenizer)
+        encoder = make_model(layers, tokenizer)
         at_end.enter_context(mock.patch.object(train.build, "build_encoder", lambda *_: encoder))
         in_phases(gpu, at_end)
+        at_end.callback(AcceleratorState._reset_state, reset_partial_state=True)  # the next may have another precision
         with gpu.phase("loop"):
             with suppress(Counted):
-                train.main([word for name, value in words.items() for word in (f"--{name}", str(value))])
+                sys.exit(train.main([word for name, value in words.items() for word in (f"--{name}", str(value))]))
     return fake_gpu.count(gpu.log)
 
 
 def sums(phases: dict[str, dict[str, int]]) -> list[int]:
     """Operations of the forward passes, of the backward and of all else; kernels, casts, copies, waits."""
+
+    phases = {name: counts for name, counts in phases.items() if name != fake_gpu.CAPTURED}  # once, and not every step
 
     def total(kind: str, names: Iterable[str] = phases) -> int:
         return sum(phases[name].get(kind, 0) for name in names if name in phases)
@@ -163,9 +176,11 @@ def main() -> None:
     options.add_argument("--name", default="now", help="under which the counts are kept")
     options.add_argument("--case", choices=CASES, action="append", help="default: all")
     options.add_argument("--layers", type=int, default=LARGE["num_hidden_layers"])
+    options.add_argument("--cuda_graphs", action="store_true", help="passes are held as graphs: one operation each")
     options.add_argument("--json", action="store_true", help="print the counts, keep nothing")
     args = options.parse_args()
-    cases = {case: count_case(*CASES[case], args.layers) for case in args.case or CASES}
+    graphs = {"cuda_graphs": True} if args.cuda_graphs else {}
+    cases = {case: count_case(*CASES[case], args.layers, **graphs) for case in args.case or CASES}
     if args.json:
         print(json.dumps(cases))
     else:

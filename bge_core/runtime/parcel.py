@@ -39,8 +39,9 @@ class Parcel:
     def to(self, device: torch.device) -> Any:
         """The value on a device, its tensors views of one block; out of pinned memory nobody waits for the copy."""
         block = self.block.to(device, non_blocking=True)
+        typed = {dtype: block.view(dtype) for dtype in {dtype for _, dtype, _, _ in self.layouts}}
         views = [
-            block.view(dtype).as_strided(shape, stride, first // dtype.itemsize)
+            typed[dtype].as_strided(shape, stride, first // dtype.itemsize)
             for first, dtype, shape, stride in self.layouts
         ]
         return _Unpickler(io.BytesIO(self.rest), views).load()

@@ -12,7 +12,7 @@ GradCache (Gao et al. 2021, section 3), per micro-batch:
     1. represent   encode every chunk without a graph, remembering the random state before each
     2. loss        on the representations alone, giving d loss / d representation
     3. replay      encode every chunk again, with a graph, from the remembered random state (same dropout)
-    4. backward    sum(representation * its gradient), chunk by chunk; the ranks average once, on the last chunk
+    4. backward    from the representations' gradients, chunk by chunk; the ranks average once, on the last chunk
 
 Shapes: B queries and R passages of this rank's micro-batch, S = B + R texts, D embedding size.
 """
@@ -162,7 +162,7 @@ def _cached(
             restore_random_state(state)
             with settings.autocast():
                 vector_sD = model(chunk)  # 3. replay
-            (vector_sD * gradient).sum().backward()  # 4. backward
+            vector_sD.backward(gradient)  # 4. backward
     return output
 
 

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -57,3 +58,66 @@ def test_the_counter_counts_what_is_known() -> None:
     assert (reads["waits"], reads["blocking to host"], reads["pinned to host"]) == (5, 2, 1)
     assert (forward["operations"], forward["kernels"], forward["casts"], forward["waits"]) == (6, 5, 3, 0)
     assert backward["casts"] == 2 and backward["waits"] == 0  # the gradients of y and of w
+
+
+STEPS = """
+import json
+from operations import count_case
+cases = {
+    "one layer": count_case(4, 2, None, 1),
+    "two layers": count_case(4, 2, None, 2),
+    "GradCache": count_case(4, 2, 6, 1),
+    "loss scaling": count_case(4, 2, None, 1, fp16=True, ema_decay=0.9, logging_steps=1),
+    "graphs": count_case(4, 2, None, 1, cuda_graphs=True),
+    "graphs and GradCache": count_case(16, 2, 12, 1, cuda_graphs=True),
+    "accumulation": count_case(4, 2, None, 1, per_device_train_batch_size=2, gradient_accumulation_steps=2),
+}
+print(json.dumps(cases))
+"""
+
+
+@pytest.fixture(scope="module")
+def steps() -> dict[str, Any]:
+    """What train.py's second step asks for, by case and phase."""
+    return counts("-c", STEPS)
+
+
+@pytest.mark.parametrize(
+    "case", ["one layer", "GradCache", "loss scaling", "accumulation", "graphs", "graphs and GradCache"]
+)
+def test_a_step_waits_for_nothing_but_the_figures_of_the_one_before(case: str, steps: dict[str, Any]) -> None:
+    """One parcel and the counts go to the device, the figures come back, all pinned; the one wait is their read.
+
+    It comes when the step's own forward and backward are queued, and before its update.
+    """
+    phases = steps[case]
+    order = list(phases)
+    assert order.index("backward") < order.index("read") < order.index("clip")
+    assert {name for name, counted in phases.items() if counted["waits"]} == {"read"}
+    assert phases["read"]["waits"] == 1
+    copies: Counter[str] = Counter()
+    for counted in phases.values():
+        copies.update({name: number for name, number in counted.items() if name.endswith(("device", "host"))})
+    assert copies == {"pinned to device": 2, "pinned to host": 1}
+
+
+@pytest.mark.parametrize(("phase", "most"), [("forward", 1510), ("backward", 2950)])
+def test_operations_of_bge_large(phase: str, most: int, steps: dict[str, Any]) -> None:
+    """24 layers, of which the last one is special and the others are alike."""
+    one, two = (steps[case][phase]["operations"] for case in ("one layer", "two layers"))
+    assert 0.9 * most < one + 23 * (two - one) <= most
+
+
+@pytest.mark.parametrize("case", ["graphs", "graphs and GradCache"])
+def test_operations_outside_of_graphs(case: str, steps: dict[str, Any]) -> None:
+    """The same for any number of layers; of one layer that is not held there are more. GradCache: four chunks."""
+    asked = {name: counted["operations"] for name, counted in steps[case].items() if name != "captured"}
+    assert sum(asked.values()) <= 250 < sum(counted["operations"] for counted in steps["one layer"].values())
+
+
+def test_kernels_of_a_compiled_layer() -> None:
+    """With a working copy's weights: matrix products, attention and what Inductor makes of the rest."""
+    pytest.importorskip("triton")
+    of_layer = counts("compiled_layer.py")["bf16 weights"]
+    forward, backward = (sum(of_layer[name].values()) for name in ("forward", "backward"))
+    assert 7 < forward <= 12 and 13 < backward <= 40
