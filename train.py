@@ -29,6 +29,7 @@ import transformers
 from accelerate import Accelerator
 from tqdm import tqdm
 
+from bge_core.encoder.load import stated_attention_dropout
 from bge_core.encoder.model import Encoder
 from bge_core.evaluation.evaluator import evaluate_encoder
 from bge_core.evaluation.metrics import DEFAULT_METRICS
@@ -87,7 +88,7 @@ def train(config: TrainConfig, at_end: ExitStack) -> int:
     accumulation = config.gradient_accumulation_steps or accelerator.gradient_accumulation_steps
     output_dir = Path(config.output_dir)
     loss = build.load_loss(config.loss)
-    encoder = build.build_encoder(config, config.model_name_or_path)
+    encoder = build.build_encoder(config, config.model_name_or_path, accelerator)
     guide = build.build_guide(config, accelerator.device)
     config = build.resolve(config, encoder.settings, encoder.embedding_size, DEFAULT_METRICS)
     data = build.build_data(config, encoder, guide, rank, world_size, accumulation)
@@ -102,7 +103,7 @@ def train(config: TrainConfig, at_end: ExitStack) -> int:
     # asked here; `begin` below touches it
     opening = None if config.plan else claim_run_folder(config, order, at_end)
     if resume := opening and opening.resume:
-        encoder = build.build_encoder(config, str(resume))
+        encoder = build.build_encoder(config, str(resume), accelerator)
     encoder.settings = build.settings_to_save(config, encoder.settings, data)
     encoder.to(accelerator.device).train()
     graphed = build.graphs_or_layers(config, encoder, guide, data, accelerator.mixed_precision, shard)
@@ -115,6 +116,7 @@ def train(config: TrainConfig, at_end: ExitStack) -> int:
     torch.manual_seed(config.seed + rank)
     first_step, progress = restore(resume, config.seed, optimizer, scaler, ema) if resume else (0, Progress())
     facts = preflight.run_facts(data, encoder.settings, accelerator.mixed_precision, schedule.num_warmup, shard)
+    facts["attention dropout"] = stated_attention_dropout(encoder.backbone.config)
     if opening is None:
         return show_plan(data, model, optimizer, settings, facts, schedule)
     manifest = make_manifest("train", as_dict(config), data.inputs, data_order=order, facts=facts)

@@ -15,7 +15,7 @@ def dropout(x: Tensor, p: float) -> Tensor:
     Returns:
         A new tensor like x. Its randomness comes from torch's generator: the same state, the same entries.
     """
-    if x.device.type != "cpu":
+    if x.device.type != "cpu" or torch.compiler.is_compiling():  # no compiler traces what follows
         return F.dropout(x, p)
     bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
     threshold = max(1, round((1 - p) * 2**16))

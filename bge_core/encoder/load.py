@@ -237,13 +237,32 @@ def refuse_other_models(name: str | Path, backbone: Any, tokenizer: Any) -> None
         logger.warning("%s: texts with %s cannot be read: the model has no vector for it", name, unknown[min(unknown)])
 
 
+_ATTENTION_DROPOUTS = ("attention_probs_dropout_prob", "attention_dropout")  # whatever the model calls it
+
+
 def set_attention_dropout(config: Any, dropout: float) -> None:
-    """Set the dropout of attention weights, whatever the model calls it. UserError where it has none."""
-    found = [name for name in ("attention_probs_dropout_prob", "attention_dropout") if hasattr(config, name)]
+    """Set the dropout of attention weights. UserError where the model has none."""
+    found = [name for name in _ATTENTION_DROPOUTS if hasattr(config, name)]
     if not found:
         raise UserError(f"--attention_dropout: a {config.model_type} model has none")
     for name in found:
         setattr(config, name, dropout)
+
+
+def stated_attention_dropout(config: Any) -> float:
+    """The dropout of attention weights that a model's config states; 0 where the model has none."""
+    return max((getattr(config, name) for name in _ATTENTION_DROPOUTS if hasattr(config, name)), default=0.0)
+
+
+def config_of(name: str | Path, *, trust_remote_code: bool = False, **access: Any) -> Any:
+    """The config of a hub model or a folder, without its weights; cache_dir and token in `access`.
+
+    Raises:
+        UserError: as `load_encoder`.
+    """
+    subfolder = settings_of(name, **access).transformer_path
+    with _loading(str(name), "model", Path(name)):
+        return AutoConfig.from_pretrained(name, subfolder=subfolder, trust_remote_code=trust_remote_code, **access)
 
 
 def lower_case(tokenizer: Any) -> None:

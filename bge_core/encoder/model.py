@@ -274,4 +274,4 @@ def compile_layers(backbone: Any, *, fixed: bool = False) -> None:
     if fixed:
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 256)
     for layer in packing.layers_of(backbone)[:-1]:
-        layer.compile(dynamic=not fixed, fullgraph=fixed, options={"fallback_random": True})
+        layer.compile(dynamic=not fixed, fullgraph=fixed, options={"fallback_random": True, "deterministic": True})
