@@ -24,6 +24,7 @@ from bge_core.encoder.encode import encode
 from bge_core.encoder.model import Encoder
 from bge_core.runtime.distributed import clip_gradients, sum_over_ranks, unwrap, wrap
 from bge_core.runtime.launch import resolve_sharding, start
+from bge_core.training.optim import build_optimizer, update_if_finite
 
 ONE_WITHOUT = ((3, 2), (1, 1))
 CASES = {
@@ -80,26 +81,31 @@ def clipped(model: torch.nn.Module, rank: int, max_norm: float) -> tuple[float, 
     return float(clip_gradients(unwrap(model).parameters(), max_norm)), whole_gradients(model)
 
 
-def infinite_in_one_shard(model: torch.nn.Module, rank: int) -> list[bool]:
-    """Whether the scaler let the optimizer change anything: first with an infinity on rank 1 alone, then without."""
+def infinite_in_one_shard(model: torch.nn.Module, rank: int) -> list[tuple[bool, float, float]]:
+    """Of an update, and of one with an infinity on rank 1 alone: did anything change, was it left out, the scale then."""
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(parameters, lr=0.1)
+    optimizer = build_optimizer(model, 0.1, 0.01, (0.9, 0.999), 1e-8)
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
-    changed = []
-    for poison in (True, False):
-        scaler.scale(torch.zeros(()))  # as every step does: it makes the scale a tensor
+    scaler.scale(torch.zeros(()))  # as every step does: it makes the scale a tensor
+
+    def numbers() -> list[torch.Tensor]:
+        kept = [*parameters, *(value for state in optimizer.state.values() for value in state.values())]
+        return [(value.to_local() if isinstance(value, DTensor) else value).detach().clone() for value in kept]
+
+    found = []
+    for poison in (False, True):
         for parameter in parameters:
             parameter.grad = torch.ones_like(parameter)
         if poison and rank == 1:
             parameters[0].grad.to_local().view(-1)[0] = torch.inf
-        before = [p.to_local().clone() for p in parameters]
+        before = numbers()
         scaler.unscale_(optimizer)
-        scaler.step(optimizer)
+        norm = clip_gradients(parameters, 1.0)
+        left_out = update_if_finite(optimizer, 0.1, {"loss": torch.zeros(()), "grad_norm": norm})
         scaler.update()
-        pairs = zip(before, parameters, strict=True)
-        changed.append(any(not torch.equal(old, new.to_local()) for old, new in pairs))
+        found.append((not runs.equal(before, numbers()), float(left_out), scaler.get_scale()))
     model.zero_grad(set_to_none=True)
-    return changed
+    return found
 
 
 def under_bf16(folder: str, shard: bool, rank: int, checkpointing: bool) -> Gradients:
@@ -210,7 +216,7 @@ def test_the_norm_is_that_of_all_shards(two_ranks: list[Row], tiny_bert: Path) -
 
 
 def test_an_infinity_in_one_shard_skips_the_step_on_both(two_ranks: list[Row]) -> None:
-    assert of_both(two_ranks, "scaler") == [[False, True]] * 2
+    assert of_both(two_ranks, "scaler") == [[(True, 0.0, 4.0), (False, 1.0, 2.0)]] * 2
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -29,6 +29,7 @@ from bge_core.encoder.settings import read_settings
 from bge_core.files import atomic
 from bge_core.runtime.cli import as_dict
 from bge_core.runtime.config import TrainConfig
+from bge_core.runtime.parcel import pack
 from bge_core.training import checkpoint, run_folder, stop
 from bge_core.training.random_state import restore_random_state, seed_random_state
 from bge_core.training.read_ahead import ReadAhead
@@ -825,6 +826,21 @@ def test_an_error_in_a_worker_is_no_lost_worker() -> None:
     with pytest.raises(RuntimeError, match="a fault of the data"):
         list(reader.steps(0, 3))
     assert not reader.lost
+
+
+@pytest.mark.parametrize(
+    "message", ["DataLoader worker (pid(s) 7) exited unexpectedly", "Pin memory thread exited unexpectedly"]
+)
+def test_a_lost_worker_costs_no_step(message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the loader says of it depends on who was waiting for the worker; the steps are read and packed here."""
+
+    def lose(*args: Any, **kwargs: Any) -> Iterator[Any]:
+        yield pack([torch.tensor(0)])
+        raise RuntimeError(message)
+
+    monkeypatch.setattr(torch.utils.data, "DataLoader", lose)
+    reader = ReadAhead([[torch.tensor(step)] for step in range(3)], 1, torch.device("cpu"))
+    assert [int(step[0]) for step in reader.steps(0, 3)] == [0, 1, 2] and reader.lost
 
 
 def test_signal_handlers_are_given_back_and_nohup_is_kept() -> None:
