@@ -64,7 +64,7 @@ class FixedRows:
         kernel: of attention.
         first_position: the number of a text's first position.
         pad_id: the padding token.
-        distinct: what occurs twice is computed once.
+        distinct: what occurs twice is computed once, but for pairs: equal tokens may have other types.
     """
 
     kernel: str
@@ -75,7 +75,7 @@ class FixedRows:
     def row(self, tokens: Tokens, type_T: Tensor | None = None) -> FixedRow:
         """The row of these texts; all on the CPU."""
         place_S: Sequence[int] = range(len(tokens))
-        if self.distinct:
+        if self.distinct and type_T is None:
             tokens, place_S = tokens.distinct()
         num_tokens, num_texts, longest = bucket_of(tokens.lengths)
         rest, more = num_tokens - sum(tokens.lengths), num_texts - len(tokens)

@@ -43,7 +43,7 @@ class Tokens:
             torch.tensor(flat, dtype=torch.int64),
             lengths,
             [numbers.setdefault(key, len(numbers)) for key in keys],
-            skipped if prompt_lengths else None,
+            None if prompt_lengths is None else skipped,
         )
 
     def __len__(self) -> int:

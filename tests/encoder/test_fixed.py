@@ -1,24 +1,32 @@
-"""Rows of fixed shape: what was recorded of one batch, as a CUDA graph is, gives another one of its bucket its own."""
+"""Rows of fixed shape: buckets, padding, and whether what is recorded of one batch, as by a CUDA graph, is right for others."""
 
+import random
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import count
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from batches import gradients_of, load, make_rows, rank_batch
 from test_packing import MODELS, assert_close, make, texts_of
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from bge_core.encoder import packing
-from bge_core.encoder.fixed import FixedRow, FixedRows
+from bge_core.encoder.fixed import FixedRow, FixedRows, bucket_of
+from bge_core.encoder.graphs import MAX_BUCKETS
 from bge_core.encoder.model import Encoder
 from bge_core.encoder.packing import fixed_hidden
 from bge_core.encoder.settings import EncoderSettings
 from bge_core.encoder.tokens import Tokens
 from bge_core.runtime.flags import POOLINGS
+from bge_core.training.step import StepSettings, forward_backward
 
 PAD = 1
 FULL = 80 - (PAD + 1)  # tokens of the longest text that each of MODELS takes
@@ -111,23 +119,6 @@ def test_a_recorded_step_is_right_for_another_batch(name: str, pooling: str, pro
     assert_close([vector_ND[: len(second)], *gradients], want, 1e-11)
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_padding_may_be_longer_than_the_model_takes(name: str) -> None:
-    """Two texts of padding with 113 tokens each, where the model has 80 positions."""
-    encoder, texts = make_encoder(name), texts_of([2] * 13 + [4])
-    row = row_of(encoder, texts)
-    assert row.cu_seqlens.diff().tolist()[14:] == [113, 113]
-    vector_ND = encoder(row)
-    assert_close([vector_ND[:14].detach()], [by_hand(encoder, texts, [0] * 14).detach()], 1e-11)
-
-
-def test_rows_with_skipped_tokens_are_another_bucket() -> None:
-    """What a graph of rows without them would not read."""
-    encoder, texts = make_encoder("bert", "cls"), texts_of(ONE)
-    buckets = {row_of(encoder, texts, skipped).bucket for skipped in (None, [0] * len(ONE))}
-    assert len(buckets) == 2
-
-
 def test_the_contract_is_broken_by_rectangles() -> None:
     """What Python derives from the lengths of the first batch is wrong for another of as many tokens and texts."""
     encoder, lengths = make_encoder("bert"), ([7, 1, 3, 30, 3], [9, 2, 10, 20, 3])
@@ -191,3 +182,172 @@ def test_a_row_is_one_graph(name: str, how: Callable[[Encoder, Any], Callable[[F
         torch._dynamo.reset()
     for of_got, of_want in zip(got, want, strict=True):
         assert_close(of_got, of_want, 1e-11)
+
+
+# --- buckets ------------------------------------------------------------------------------------------------------------
+
+LENGTHS: list[list[int]] = [
+    [], [1], [FULL], [128], [129], [512], [8192], [1] * 3000, [16] * 16, [17] * 15, [256], [255], [241],
+    *([2**i - 1, 2**i, 2**i + 1] for i in range(1, 13)),
+]  # fmt: skip
+
+
+def drawn_lengths(seed: int) -> list[int]:
+    """Up to thousands of texts, of a length of any order up to a longest of any order."""
+    rng = random.Random(seed)
+    num_texts, longest = int(2 ** rng.uniform(0, 12)), 2 ** rng.uniform(0, 13)
+    return [max(1, int(longest ** rng.uniform(0, 1))) for _ in range(num_texts)]
+
+
+def is_step(number: int, least: int, parts: int) -> bool:
+    """Whether it is a multiple of so many parts of the power of two at or below it, and of `least`."""
+    return number % least == 0 and number % max(1, 2 ** int(np.log2(number)) // parts) == 0
+
+
+def test_a_bucket_is_the_smallest_that_holds_the_texts() -> None:
+    """By search: the least number of texts, and of it the least number of tokens, whose padding can be dealt out."""
+    for lengths in [*LENGTHS, *map(drawn_lengths, range(200))]:
+        num_tokens, num_texts, longest = bucket_of(lengths)
+        assert longest == next(n for n in (2**i for i in range(7, 20)) if n >= max(lengths, default=0))
+        for texts in (n for n in count(max(1, len(lengths))) if is_step(n, 16, 4)):
+            tokens = next(n for n in count(sum(lengths) + texts - len(lengths)) if n and is_step(n, 256, 16))
+            if tokens - sum(lengths) <= (texts - len(lengths)) * longest:
+                break
+        assert (num_tokens, num_texts) == (tokens, texts), f"{len(lengths)} texts of {sum(lengths)} tokens"
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_a_row_is_the_texts_and_padding_behind_them(seed: int) -> None:
+    """Distinct ones, first positions, prompts and types in all combinations."""
+    rng, distinct, first_position = random.Random(seed), seed % 2 == 1, seed // 2 % 2 * 2
+    texts = [[rng.randrange(10, 99) for _ in range(length)] for length in drawn_lengths(seed)[:300] if length < 4000]
+    texts = [*texts, *rng.choices(texts, k=5)] if texts and seed > 1 else []
+    told = [rng.randrange(3) for _ in texts] if seed % 3 else None  # of 24 seeds, 2 x 2 x 3 x 2 cases
+    tokens = Tokens.from_lists(texts, told)
+    types = None if distinct or seed % 4 else torch.tensor([t % 2 for text in texts for t in text], dtype=torch.int64)
+    row = FixedRows("torch", first_position, PAD, distinct).row(tokens, types)
+    lengths = row.cu_seqlens.diff().tolist()
+    ids, positions = (x.split(lengths) for x in (row.input_id_T, row.position_T))
+    num_tokens, num_texts, longest, *_ = row.bucket
+    assert (row.cu_seqlens[0], row.cu_seqlens[-1], len(lengths)) == (0, num_tokens, num_texts)
+    assert min(lengths) >= 1 and max(lengths) <= longest and row.cu_seqlens.dtype == torch.int32
+    assert [ids[place].tolist() for place in row.place_S] == texts and len(row) == len(texts)
+    keys = [(*text, skip) for text, skip in zip(texts, tokens.prompt_lengths or [0] * len(texts), strict=True)]
+    num_used = len(set(keys)) if distinct else len(texts)
+    assert sorted(set(row.place_S.tolist())) == [*range(num_used)]
+    for place in range(num_used):
+        assert positions[place].tolist() == [*range(first_position, first_position + lengths[place])]
+    padding = slice(sum(lengths[:num_used]), None)
+    assert set(row.input_id_T[padding].tolist()) <= {PAD}
+    assert set(row.position_T[padding].tolist()) <= {first_position}  # however few the model has
+    assert (row.skipped_N is None) == (told is None)
+    if row.skipped_N is not None:
+        assert row.skipped_N[row.place_S].tolist() == tokens.prompt_lengths
+        assert len(row.skipped_N) == num_texts and not row.skipped_N[num_used:].any()
+    assert (row.token_type_id_T is None) == (types is None)
+    if types is not None:
+        assert row.token_type_id_T.tolist() == [*types.tolist(), *[0] * (num_tokens - len(types))]
+
+
+def test_texts_of_pairs_are_not_joined() -> None:
+    """Equal tokens may have other types."""
+    tokens = Tokens.from_lists([[5, 6], [5, 6]])
+    row = FixedRows("", 0, PAD, distinct=True).row(tokens, torch.tensor([0, 0, 0, 1]))
+    assert row.place_S.tolist() == [0, 1] and row.token_type_id_T[:4].tolist() == [0, 0, 0, 1]
+
+
+def test_rows_of_other_fields_are_of_other_buckets() -> None:
+    """A graph made of a row without prompts would not read those of another one."""
+    rows, texts = FixedRows("", 0, PAD, distinct=False), [[5, 6], [5, 7]]
+    of = [rows.row(Tokens.from_lists(texts, told)).bucket for told in (None, [0, 0], [1, 1])]
+    assert of[0] != of[1] == of[2]
+    assert rows.row(Tokens.from_lists([], [])).bucket == of[1]  # nor does a rank without rows make a graph of its own
+
+
+@pytest.mark.parametrize("num_texts, max_tokens, most", [(64, None, 16), (512, None, 8), (2000, 8192, MAX_BUCKETS)])
+def test_realistic_batches_need_few_buckets(num_texts: int, max_tokens: int | None, most: int) -> None:
+    """Questions of some 12 tokens, passages of some 120, cut at 512: 95 % of the rows lie in few buckets, 3 % is padding."""
+    rng, buckets, num_tokens = np.random.default_rng(0), Counter(), 0
+    for _ in range(200):
+        is_query = np.arange(num_texts) < num_texts // 8
+        lengths = np.where(is_query, rng.lognormal(2.5, 0.4, num_texts), rng.lognormal(4.8, 1.0, num_texts))
+        cut = lengths.clip(3, 512).astype(int).tolist()
+        num_tokens += sum(cut)
+        buckets.update(bucket_of(part.lengths) for part in Tokens(torch.empty(sum(cut)), cut).split(None, max_tokens))
+    assert sum(size for _, size in buckets.most_common(most)) > 0.95 * buckets.total()
+    assert num_tokens > 0.97 * sum(bucket[0] * size for bucket, size in buckets.items())
+
+
+# --- padding ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_row_of_any_texts_is_every_text_alone(name: str) -> None:
+    """One text, one token, as many as the model takes; padding in one text, longer than the model takes."""
+    encoder = make_encoder(name, "cls" if packing.has_bert_layers(make(name)) else "last_token")
+    for lengths in ([1], [FULL], [1] * 20, [8] * 14 + [17], [FULL] * 3):
+        texts = texts_of(lengths)
+        row, weight_SD = row_of(encoder, texts), torch.randn(len(texts), 32, dtype=torch.float64)
+        vector_SD = encoder(row)[: len(texts)]
+        want = step(encoder, by_hand(encoder, texts, [0] * len(texts)), weight_SD)
+        assert_close(step(encoder, vector_SD, weight_SD), want, 1e-11)
+    assert row_of(encoder, texts_of([8] * 14 + [17])).cu_seqlens.diff()[-1] > FULL
+
+
+def other_padding(row: FixedRow, num_tokens: int, num_texts: int) -> FixedRow:
+    """Other tokens at other places in texts of other lengths."""
+    rest, more = row.bucket[0] - num_tokens, row.bucket[1] - num_texts
+    ends = torch.arange(num_tokens + 1, num_tokens + more).clamp(max=num_tokens + rest - 1)
+    return replace(
+        row,
+        input_id_T=torch.cat([row.input_id_T[:num_tokens], torch.randint(2, 10, (rest,))]),
+        position_T=torch.cat([row.position_T[:num_tokens], torch.randint(PAD + 1, PAD + 9, (rest,))]),
+        cu_seqlens=torch.cat([row.cu_seqlens[: num_texts + 1], ends, row.cu_seqlens[-1:]]).to(torch.int32),
+    )
+
+
+@pytest.mark.parametrize("name, pooling", dict.fromkeys(case[:2] for case in CASES))
+def test_padding_reaches_neither_vectors_nor_gradients(name: str, pooling: str) -> None:
+    """The same bits whatever the padding is; no gradient for what only padding has."""
+    encoder, texts = make_encoder(name, pooling), texts_of(ONE)
+    row = row_of(encoder, texts)
+    weight_ND = weights_of(row, len(texts))
+    rows = row, other_padding(row, sum(ONE), len(ONE))
+    (vector_ND, *gradients), (other_ND, *others) = (step(encoder, encoder(r), weight_ND) for r in rows)
+    assert torch.equal(vector_ND[: len(texts)], other_ND[: len(texts)]) and not torch.equal(vector_ND, other_ND)
+    assert all(map(torch.equal, gradients, others))
+    gradient_of = dict(zip(map(id, trained(encoder)), others, strict=True))
+    of_tokens = gradient_of[id(encoder.backbone.get_input_embeddings().weight)]
+    unused = torch.ones(len(of_tokens), dtype=torch.bool).index_fill_(0, torch.cat(texts), False)
+    assert not of_tokens[unused].any() and of_tokens[~unused].any(1).all()
+    if packing.has_bert_layers(encoder.backbone):
+        of_positions = gradient_of[id(encoder.backbone.embeddings.position_embeddings.weight)]
+        first = packing.first_position(encoder.backbone)
+        assert not of_positions[:first].any() and not of_positions[first + FULL :].any()
+
+
+@pytest.mark.parametrize("chunk_size", [None, 3])
+def test_padding_reaches_neither_loss_nor_metrics(chunk_size: int | None, tiny_bert: Path) -> None:
+    """The same bits with another padding token."""
+    encoder, results = load(tiny_bert, torch.float32), []
+    for pad_id in (0, 77):
+        rows, batch = FixedRows("", 0, pad_id, distinct=True), rank_batch(make_rows(0, (2, 3, 1)), teacher=False)
+        batch = replace(batch, chunks=[rows.row(part) for part in batch.tokens.split(chunk_size)])
+        shares = forward_backward(encoder, [batch], StepSettings(chunk_size=chunk_size))
+        results.append(shares | gradients_of(encoder))
+    assert results[0].keys() == results[1].keys() and len(results[0]) > 40
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+
+
+@pytest.mark.parametrize("dropout", [{}, {"attention_dropout": 0.5}], ids=str)
+def test_dropout_comes_from_the_random_state(
+    dropout: dict[str, float], tiny_bert: Path, tiny_bert_dropout: Path
+) -> None:
+    """The same state, the same bits, with and without a gradient; all dropouts, and that of attention alone."""
+    encoder = load(tiny_bert if dropout else tiny_bert_dropout, torch.float32, **dropout)
+    row, found = row_of(encoder, texts_of([5, 9, 30])), []
+    for seed, gradient in ((3, False), (3, True), (4, True)):
+        torch.manual_seed(seed)
+        with torch.set_grad_enabled(gradient):
+            found.append(encoder(row)[:3].detach())
+    assert encoder.draws and torch.equal(found[0], found[1]) and not torch.allclose(found[1], found[2])
