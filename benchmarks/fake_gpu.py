@@ -150,6 +150,11 @@ class FakeGpu(TorchDispatchMode):
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         if not any(isinstance(x, FakeTensor) for x in inputs) and not _is_cuda(kwargs.get("device")):
             return func(*args, **kwargs)
+        if name.startswith("prim::"):  # a question of Python, about a tensor's device or layout
+            return func(*args, **kwargs)
+        if torch.is_inference_mode_enabled() and func._can_decompose():  # elsewhere autograd has taken it apart
+            with self._within():
+                return func.decompose(*args, **kwargs)
         if name in WAITS:
             self.log.append(Operation(self.now(), name, waits=True))
             return True if name == "aten::equal" else torch.zeros((), dtype=inputs[0].dtype).item()
@@ -158,10 +163,17 @@ class FakeGpu(TorchDispatchMode):
         else:
             with self._fake:
                 result = func(*self._faked(args), **self._faked(kwargs))
-        if not name.startswith("prim::"):
-            outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
-            self.log.append(self._operation(func, inputs, outputs, _flag(func, args, kwargs, "non_blocking")))
+        outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        self.log.append(self._operation(func, inputs, outputs, _flag(func, args, kwargs, "non_blocking")))
         return tree_map_only(FakeTensor, _real_on_cpu, result)
+
+    @contextmanager
+    def _within(self) -> Iterator[None]:
+        TorchDispatchMode.__enter__(self)
+        try:
+            yield
+        finally:
+            TorchDispatchMode.__exit__(self, None, None, None)
 
     def _faked(self, tree: Any) -> Any:
         """With tensors without numbers in the places of those on the CPU."""

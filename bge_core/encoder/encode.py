@@ -18,6 +18,7 @@ from tqdm import tqdm
 from bge_core import UserError
 from bge_core.encoder.tokens import Tokens, prompt_length, tokenize
 from bge_core.runtime.distributed import is_sharded, shared_array, sum_over_ranks, world
+from bge_core.runtime.parcel import fetch
 from bge_core.runtime.watchdog import heartbeat
 
 BLOCK = 16_384  # texts that are tokenized and sorted together
@@ -167,19 +168,19 @@ def _run_block(
 ) -> None:
     """Fill in the rows of this rank's batches."""
     rank, world_size = world()
-    computing: list[tuple[list[int], Tensor]] = []  # a batch is fetched after the next is begun: a GPU never waits
+    computing: list[tuple[list[int], Callable[[], Tensor]]] = []  # awaited once the next is begun: a GPU never waits
     for first in range(0, len(batches), world_size):  # a turn: every rank runs the model once, if only on nothing
         heartbeat()
         turn = batches[first : first + world_size]
         batch = turn[rank] if rank < len(turn) else []
         if batch or is_sharded(model):
-            computing.append((batch, forward([items[i] for i in batch])))
+            computing.append((batch, fetch(forward([items[i] for i in batch]).to(torch.float32))))
         for places, values in computing[:-1]:
-            rows[places] = values.to("cpu", torch.float32)
+            rows[places] = values()
         computing = computing[-1:]
         bar.update(sum(map(len, turn)))
     for places, values in computing:
-        rows[places] = values.to("cpu", torch.float32)
+        rows[places] = values()
 
 
 def plan_batches(lengths: Sequence[int], batch_size: int | None, max_tokens: int) -> Iterator[list[int]]:

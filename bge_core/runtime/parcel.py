@@ -9,6 +9,7 @@ the process wait. A data worker packs, the loader pins, the loop sends.
 
 import io
 import pickle
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -72,6 +73,20 @@ def pack(value: Any) -> Parcel:
 def send(value: Any, device: torch.device) -> Any:
     """A value that lies on the CPU, on a device: to a GPU in one copy that nobody waits for."""
     return value if device.type == "cpu" else pack(value).pin_memory().to(device)
+
+
+def fetch(tensor: Tensor) -> Callable[[], Tensor]:
+    """Begin to copy a tensor to the CPU; what is returned waits for it, and for nothing asked of a GPU later."""
+    if not tensor.is_cuda:
+        return tensor.cpu
+    copied, arrived = tensor.to("cpu", non_blocking=True), torch.cuda.Event()
+    arrived.record()
+
+    def wait() -> Tensor:
+        arrived.synchronize()
+        return copied
+
+    return wait
 
 
 class _Pickler(pickle.Pickler):

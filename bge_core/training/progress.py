@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from bge_core.runtime.log import memory_mb
+from bge_core.runtime.parcel import fetch
 from bge_core.training.batch import Batch
 
 
@@ -32,17 +33,11 @@ class Reading:
 
     def __init__(self, step: int, batches: Sequence[Batch], figures: Mapping[str, Tensor]) -> None:
         self.step, self.batches, self._names = step, batches, list(figures)
-        values = torch.stack([*figures.values()])
-        self._arrived = torch.cuda.Event() if values.is_cuda else None
-        self._values = values.to("cpu", non_blocking=True) if self._arrived else values
-        if self._arrived:
-            self._arrived.record()
+        self._fetched = fetch(torch.stack([*figures.values()]))
 
     def take(self) -> dict[str, float]:
         """The figures, as soon as the device has them."""
-        if self._arrived:
-            self._arrived.synchronize()
-        return dict(zip(self._names, self._values.tolist(), strict=True))
+        return dict(zip(self._names, self._fetched().tolist(), strict=True))
 
 
 @dataclass

@@ -61,8 +61,8 @@ def test_the_counter_counts_what_is_known() -> None:
 
 
 STEPS = """
-import json
-from operations import count_case
+import fake_gpu, harness, json, tempfile
+from operations import AutoTokenizer, count_case, make_model
 cases = {
     "one layer": count_case(4, 2, None, 1),
     "two layers": count_case(4, 2, None, 2),
@@ -72,13 +72,19 @@ cases = {
     "graphs and GradCache": count_case(16, 2, 12, 1, cuda_graphs=True),
     "accumulation": count_case(4, 2, None, 1, per_device_train_batch_size=2, gradient_accumulation_steps=2),
 }
+with fake_gpu.FakeGpu() as gpu, tempfile.TemporaryDirectory() as folder:
+    encoder = make_model(1, AutoTokenizer.from_pretrained(harness.tiny_bert(folder))).to("cuda")
+    for _ in range(2):  # the first looks for a kernel
+        gpu.log.clear()
+        encoder.encode(["一二三四五六七八九十"[i:] for i in range(10)], precision="bf16", batch_size=4)
+    cases["encoding"] = [f"{x.how} {x.copy}" if x.copy else x.name for x in gpu.log if x.copy or x.waits]
 print(json.dumps(cases))
 """
 
 
 @pytest.fixture(scope="module")
 def steps() -> dict[str, Any]:
-    """What train.py's second step asks for, by case and phase."""
+    """What train.py's second step asks for, by case and phase; copies and waits of encoding, in their order."""
     return counts("-c", STEPS)
 
 
@@ -99,6 +105,12 @@ def test_a_step_waits_for_nothing_but_the_figures_of_the_one_before(case: str, s
     for counted in phases.values():
         copies.update({name: number for name, number in counted.items() if name.endswith(("device", "host"))})
     assert copies == {"pinned to device": 2, "pinned to host": 1}
+
+
+def test_encoding_asks_for_the_next_batch_before_it_waits_for_one(steps: dict[str, Any]) -> None:
+    """Three batches; a copy to the host is begun at once, or it would come behind the next batch's work."""
+    batch, wait = ["pinned to device", "pinned to host"], ["Event.synchronize"]
+    assert steps["encoding"] == [*batch, *batch, *wait, *batch, *wait, *wait]
 
 
 @pytest.mark.parametrize(("phase", "most"), [("forward", 1510), ("backward", 2950)])
