@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -13,11 +13,12 @@ from transformers import BertConfig, BertModel
 from bge_core.encoder import Encoder
 from bge_core.encoder.settings import EncoderSettings
 from bge_core.encoder.tokens import Tokens, pad_buckets
-from bge_core.runtime.config import TrainConfig
 from bge_core.training.batch import Batch
-from bge_core.training.data import TrainingData
 from bge_core.training.optim import build_optimizer
 from bge_core.training.step import StepSettings, forward_backward
+
+if TYPE_CHECKING:
+    from bge_core.training.data import TrainingData
 
 Step = Callable[[Batch], None]
 LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
@@ -68,8 +69,11 @@ def random_batch(
     return Batch(Tokens(ids, lengths), own_BG, passage_ids, passage_ids[own_BG[:, :1]], None, counts, rows)
 
 
-def training_data(encoder: Encoder, file: str, batch_size: int, **lengths: int) -> TrainingData:
+def training_data(encoder: Encoder, file: str, batch_size: int, **lengths: int) -> "TrainingData":
     """Rows as train.py reads them, group size 2."""
+    from bge_core.runtime.config import TrainConfig
+    from bge_core.training.data import TrainingData  # a GPU's machine may have no `datasets`
+
     settings = {"train_group_size": 2, "per_device_train_batch_size": batch_size, "num_train_epochs": 100}
     names = {"model_name_or_path": "unused", "output_dir": "unused", "train_data": [file]}
     config = TrainConfig(**names, **settings, **NO_INSTRUCTION, **(LENGTHS | lengths))

@@ -5,7 +5,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import xxhash
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from bge_core import UserError
@@ -25,6 +24,8 @@ def code_files(backbone: Any) -> list[Path]:
 
 def model_code(backbone: Any) -> str | None:
     """Hash of the files of a model's own code; None where the model is one of transformers'."""
+    import xxhash
+
     files = {file.name: file.read_bytes() for file in code_files(backbone)}
     return xxhash.xxh3_128(repr(files).encode()).hexdigest() if files else None
 

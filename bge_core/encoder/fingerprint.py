@@ -4,7 +4,6 @@ import json
 from typing import Any
 
 import torch
-import xxhash
 from tokenizers.pre_tokenizers import BertPreTokenizer, PreTokenizer
 
 from bge_core.encoder.code import model_code
@@ -30,6 +29,8 @@ def fingerprint(encoder: Any) -> str:
     Returns:
         32 hexadecimal digits.
     """
+    import xxhash
+
     config = [
         type(encoder.backbone).__name__,
         model_code(encoder.backbone),
