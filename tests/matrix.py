@@ -1,4 +1,4 @@
-"""The parity matrix: every combination of processes, chunks, loss path, loss, accumulation, negatives and precision.
+"""The parity matrix: every combination of processes, chunks, path, loss, accumulation, negatives and precision.
 
 Every cell is one real optimizer step (`forward_backward`) of a two-layer BERT with dropout 0 on the same global batch.
 Its loss and every parameter's gradient are compared, on every rank, with the float64 truth of tests/reference.py, which
@@ -46,7 +46,9 @@ from tiny_model import add_dense, make_tiny_bert
 from transformers.utils import logging as transformers_logging
 
 import bge_core
+from bge_core.encoder.fixed import FixedRow, FixedRows
 from bge_core.encoder.model import Encoder
+from bge_core.encoder.tokens import Tokens
 from bge_core.loss import LossConfig
 from bge_core.runtime.distributed import unwrap, wrap
 from bge_core.training.batch import Batch
@@ -57,6 +59,7 @@ ROOT = Path(__file__).resolve().parent.parent
 WORLDS = (1, 2, 4)
 CHUNKS = (None, 1, 3, 8)
 PATHS = ("dense", "blockwise")
+FIXED = "rows of fixed shape"  # as on a GPU: encoder/fixed.py; the loss is computed densely
 LOSSES = ("info_nce", "no_in_batch", "kl_div", "m3_kd_loss", "mrl", *EXAMPLES)
 ACCUMULATION = (1, 2)
 # Group sizes (a positive and its negatives) of a micro-batch of 4 rows and, where two are accumulated, one of 3: with
@@ -84,7 +87,7 @@ Result = tuple[float, float, str] | str
 
 @dataclass(frozen=True)
 class Cell:
-    """One combination. `chunk`: texts at a time with GradCache, None without; `path`: how the loss is computed."""
+    """One combination. `chunk`: texts at a time with GradCache, None without; `path`: of PATHS, or FIXED."""
 
     world_size: int
     chunk: int | None
@@ -115,6 +118,15 @@ CELLS = [
     if (cell := Cell(*values)).accumulation == 2 or (cell.dtype == "float64" and cell.world_size < 4)
     if (cell.world_size, cell.dtype) != (4, "float32")
 ]
+# What a row of fixed shape changes ends with the vectors, before any loss and precision: they have the largest case alone.
+CELLS += [
+    cell
+    for values in product(WORLDS, (None, 3), (FIXED,), LOSSES, ACCUMULATION, NEGATIVES, DTYPES)
+    if (cell := Cell(*values)).accumulation == 2 or cell.world_size < 4
+    if (cell.loss, cell.dtype) == ("info_nce", "float64") or (cell.accumulation, cell.negatives) == (2, "uneven")
+    if cell.dtype == "float64" or (cell.loss == "info_nce" and cell.world_size < 4)
+    if cell.loss == "info_nce" or cell.chunk or cell.world_size == 2
+]
 
 
 def global_batch(negatives: str, accumulation: int) -> tuple[tuple[TextRow, ...], ...]:
@@ -126,6 +138,12 @@ def rows_of(rank: int, world_size: int, rows: Sequence[TextRow]) -> Sequence[Tex
     """This rank's rows, in order; the last ranks may have fewer or none."""
     share = -(-len(rows) // world_size)
     return rows[rank * share : (rank + 1) * share]
+
+
+def chunks_of(batch: Batch, chunk: int | None, *, distinct: bool) -> list[FixedRow]:
+    """The texts as rows of fixed shape, as the data worker makes them."""
+    rows = FixedRows("", first_position=0, pad_id=0, distinct=distinct)
+    return [rows.row(part) for part in batch.tokens.split(chunk)]
 
 
 # --- one rank ---------------------------------------------------------------------------------------------------------
@@ -141,12 +159,18 @@ class Rank:
         self.truth = torch.load(folder / "truth.pt", weights_only=True)
         self.examples = {name: load_loss(f"{ROOT}/examples/losses/{name}.py:{name}_loss") for name in EXAMPLES}
 
-    def batches(self, micro_batches: Sequence[Sequence[TextRow]], loss: str) -> list[Batch]:
-        """This rank's micro-batches; the guide's tokens are those of the encoder."""
+    def batches(
+        self, micro_batches: Sequence[Sequence[TextRow]], loss: str, *, fixed: bool = False, chunk: int | None = None
+    ) -> list[Batch]:
+        """This rank's micro-batches, with `fixed` their chunks, too; the guide's tokens are those of the encoder."""
         teacher = "distillation" in MODES.get(loss, {})
         dealt = [[rows_of(rank, self.world_size, rows) for rank in range(self.world_size)] for rows in micro_batches]
         batches = [rank_batch(of_ranks[self.rank], of_ranks, teacher=teacher) for of_ranks in dealt]
-        return [replace(batch, guide_tokens=batch.tokens) for batch in batches] if loss == "gist" else batches
+        if fixed:
+            batches = [replace(batch, chunks=chunks_of(batch, chunk, distinct=True)) for batch in batches]
+        if loss != "gist":
+            return batches
+        return [replace(batch, guide_tokens=batch.tokens, guide_chunks=batch.chunks) for batch in batches]
 
     def settings(self, loss: str, dtype: str, chunk: int | None, block_size: int, **options: Any) -> StepSettings:
         """The step's settings; passages are shared between ranks wherever other rows' passages are candidates."""
@@ -168,7 +192,8 @@ class Rank:
 
     def compute(self, cell: Cell) -> Result:
         """One optimizer step against the truth."""
-        batches = self.batches(global_batch(cell.negatives, cell.accumulation), cell.loss)
+        micro_batches, fixed = global_batch(cell.negatives, cell.accumulation), cell.path == FIXED
+        batches = self.batches(micro_batches, cell.loss, fixed=fixed, chunk=cell.chunk)
         block_size = BLOCK_SIZES[cell.world_size] if cell.path == "blockwise" else 0
         settings = self.settings(cell.loss, cell.dtype, cell.chunk, block_size)
         shares = forward_backward(self.models[cell.dtype], batches, settings)
@@ -202,17 +227,20 @@ def many_blocks(loss: str, chunk: int | None, rank: Rank) -> Result:
     return rank.errors(shares["loss"], unwrap(rank.models["float64"]), rank.truth[loss, "many", 1])
 
 
-def dropout(loss: str, chunk: int, rank: Rank) -> Result:
+def dropout(loss: str, chunk: int, fixed: bool, rank: Rank) -> Result:
     """GradCache with dropout against the same chunks with all graphs kept, from the same random state."""
     encoder = load(rank.folder / "dropout", torch.float64)
     batches = rank.batches(global_batch("uneven", 2), loss)
+    if fixed:
+        batches = [replace(batch, chunks=chunks_of(batch, chunk, distinct=False)) for batch in batches]
     settings = rank.settings(loss, "float64", chunk, 0)
     torch.manual_seed(7 + rank.rank)
     total = torch.zeros((), dtype=torch.float64)
     for batch in batches:
         texts = batch.tokens.texts()
         parts = [texts[i : i + chunk] for i in range(0, len(texts), chunk)] or [[]]
-        vector_SD = torch.cat([encoder(type(batch.tokens).from_lists([t.tolist() for t in part])) for part in parts])
+        chunks = batch.chunks or [Tokens.from_lists([text.tolist() for text in part]) for part in parts]
+        vector_SD = torch.cat([encoder(part) for part in chunks])
         mean = settings.loss(loss_input(vector_SD, batch, settings.cross_device), settings.loss_config).loss
         share = batch.num_queries / sum(batch.num_global_rows for batch in batches)
         (mean * share).backward()
@@ -235,50 +263,62 @@ def checkpointing(chunk: int | None, rank: Rank) -> Result:
     return rank.errors(shares["loss"], encoder, rank.truth["info_nce", "uneven", 2])
 
 
-def behind_pooling(chunk: int | None, attention: str, rank: Rank) -> Result:
+def behind_pooling(chunk: int | None, attention: str, fixed: bool, rank: Rank) -> Result:
     """Dense modules learn, too."""
     encoder = load(rank.folder / "dense", torch.float64, attention=attention)
     settings = rank.settings("info_nce", "float64", chunk, 0)
-    shares = forward_backward(wrap(encoder), rank.batches(global_batch("uneven", 2), "info_nce"), settings)
+    batches = rank.batches(global_batch("uneven", 2), "info_nce", fixed=fixed, chunk=chunk)
+    shares = forward_backward(wrap(encoder), batches, settings)
     return rank.errors(shares["loss"], encoder, rank.truth["info_nce", "dense modules", 2])
 
 
-def bfloat16(chunk: int | None, rank: Rank) -> Result:
+def bfloat16(chunk: int | None, fixed: bool, rank: Rank) -> Result:
     """Autocast to bfloat16, whose numbers have a relative error of up to 2^-9 each."""
     autocast = partial(torch.autocast, "cpu", torch.bfloat16)
     settings = rank.settings("info_nce", "float32", chunk, 0, autocast=autocast, temperature=1.0)
     model = rank.models["float32"]
-    shares = forward_backward(model, rank.batches(global_batch("uneven", 2), "info_nce"), settings)
+    batches = rank.batches(global_batch("uneven", 2), "info_nce", fixed=fixed, chunk=chunk)
+    shares = forward_backward(model, batches, settings)
     return rank.errors(shares["loss"], unwrap(model), rank.truth["info_nce", "temperature 1", 2])
 
 
-def loss_scaling(chunk: int | None, rank: Rank) -> Result:
+def loss_scaling(chunk: int | None, fixed: bool, rank: Rank) -> Result:
     """A real gradient scaler, as fp16 has: what it unscales is the gradient."""
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
     settings = rank.settings("info_nce", "float32", chunk, 0, scaler=scaler)
     model = rank.models["float32"]
-    shares = forward_backward(model, rank.batches(global_batch("uneven", 2), "info_nce"), settings)
+    batches = rank.batches(global_batch("uneven", 2), "info_nce", fixed=fixed, chunk=chunk)
+    shares = forward_backward(model, batches, settings)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     scaler.unscale_(torch.optim.SGD(trained, lr=0.0))
     return rank.errors(shares["loss"], unwrap(model), rank.truth["info_nce", "uneven", 2])
 
 
 def extras() -> Iterator[Extra]:
-    """All of them, for every number of processes."""
+    """All of them, for every number of processes; rows of fixed shape for two."""
     for W in WORLDS:
+        ways = (False, True) if W == 2 else (False,)
         for loss, chunk in product(LOSSES, (None, 3)):
             yield Extra(W, f"many blocks, {loss}, chunk {chunk}", BOUNDS["float64"], partial(many_blocks, loss, chunk))
-        for loss, chunk in product(("info_nce", "gte"), (1, 3, 8)):
-            yield Extra(W, f"dropout, {loss}, chunk {chunk}", BOUNDS["float64"], partial(dropout, loss, chunk))
+        for loss, chunk, fixed in product(("info_nce", "gte"), (1, 3, 8), ways):
+            name = f"dropout, {loss}, chunk {chunk}{_of_rows(fixed)}"
+            if not fixed or loss == "info_nce":
+                yield Extra(W, name, BOUNDS["float64"], partial(dropout, loss, chunk, fixed))
         for chunk in (None, 3):
             yield Extra(W, f"checkpointing, chunk {chunk}", BOUNDS["float64"], partial(checkpointing, chunk))
-            for attention in ("padded", "auto"):
-                compute = partial(behind_pooling, chunk, attention)
-                yield Extra(W, f"dense modules, {attention}, chunk {chunk}", BOUNDS["float64"], compute)
-            yield Extra(W, f"loss scaling, chunk {chunk}", BOUNDS["float32"], partial(loss_scaling, chunk))
-            # Two layers are about 20 roundings in a row, forward and back, of 2^-9 each: 20 * 2^-9 = 4 %, at
-            # temperature 1 (0.02 would magnify an error of the cosine 50 times).
-            yield Extra(W, f"bfloat16, chunk {chunk}", 4e-2, partial(bfloat16, chunk))
+            for attention, fixed in (("padded", False), *(("auto", fixed) for fixed in ways)):
+                name = f"dense modules, {attention}, chunk {chunk}{_of_rows(fixed)}"
+                yield Extra(W, name, BOUNDS["float64"], partial(behind_pooling, chunk, attention, fixed))
+            for fixed in ways:
+                name = f"loss scaling, chunk {chunk}{_of_rows(fixed)}"
+                yield Extra(W, name, BOUNDS["float32"], partial(loss_scaling, chunk, fixed))
+                # Two layers are about 20 roundings in a row, forward and back, of 2^-9 each: 20 * 2^-9 = 4 %, at
+                # temperature 1 (0.02 would magnify an error of the cosine 50 times).
+                yield Extra(W, f"bfloat16, chunk {chunk}{_of_rows(fixed)}", 4e-2, partial(bfloat16, chunk, fixed))
+
+
+def _of_rows(fixed: bool) -> str:
+    return f", {FIXED}" * fixed
 
 
 EXTRAS = list(extras())

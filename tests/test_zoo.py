@@ -20,20 +20,27 @@ import numpy as np
 import pytest
 import torch
 import zoo
+from batches import gradients_of
 from runs import flags, reset
+from torch.nn import functional as F
 
 import evaluate
 import merge
 import mine
 import train
 from bge_core import UserError
+from bge_core.encoder import packing
+from bge_core.encoder.fixed import FixedRows
 from bge_core.encoder.load import load_encoder
+from bge_core.encoder.model import Encoder
+from bge_core.encoder.tokens import Tokens, tokenize
 from bge_core.mining import files as mining_files
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = json.loads((ROOT / "tests/golden/zoo.json").read_text(encoding="utf-8"))["families"]
 TOLERANCE = 1e-6  # of vectors of length 1; of longer ones relative to their largest entry
 NEAREST = 5  # mined passages of each question
+PADDED = {"gte-multilingual", "stella-en-v5", "jina-v2-zh", "nomic-v1.5", "all-mpnet", "RoFormer", "SGPT"}
 
 
 @pytest.fixture(autouse=True)
@@ -76,6 +83,11 @@ class Case:
         told = dict(zip(self.family.flags[::2], self.family.flags[1::2], strict=False))
         return {"trust_remote_code": bool(self.family.code), "pooling": told.get("--sentence_pooling_method")}
 
+    @property
+    def skips(self) -> bool:
+        """Whether its pooling leaves prompts out."""
+        return any(not module.get("include_prompt", True) for module in self.family.modules or ())
+
     def prompts(self) -> list[str]:
         """The flags that say the prompts of the family."""
         named = zip(("query", "passage"), self.family.prompts, strict=True)
@@ -110,6 +122,23 @@ def encode(case: Case) -> None:
         assert vectors.shape == (len(zoo.TEXTS), case.golden["dimension"])
         if case.family.modules is not None:  # states nothing: normalized here
             close(vectors[:, : len(case.golden["vectors"][0])], case.golden["vectors"])
+
+
+def compare_rows(case: Case, encoder: Encoder) -> None:
+    """Rows of fixed shape give what rectangles give."""
+    encoder.freeze()
+    token_lists, results = tokenize(encoder.tokenizer, [*zoo.TEXTS, *case.family.prompts], case.length), []
+    tokens = Tokens.from_lists(token_lists, [min(2, len(ids) - 1) for ids in token_lists] if case.skips else None)
+    rows = FixedRows("", packing.first_position(encoder.backbone), encoder.tokenizer.pad_token_id, distinct=True)
+    for texts in (tokens, rows.row(tokens)):
+        vector_SD = encoder.eval()(texts)
+        cosine_SS = F.normalize(vector_SD, dim=-1) @ F.normalize(vector_SD, dim=-1).T
+        F.cross_entropy(cosine_SS[:3] / 0.05, torch.tensor([3, 4, 5])).backward()
+        results.append([vector_SD.detach(), *gradients_of(encoder).values()])
+    largest = max(float(gradient.abs().max()) for gradient in results[0][1:])
+    bound = 1e-6 if case.name == "EmbeddingGemma" else 1e-9  # its norms compute in float32, whatever they are given
+    for got, want in zip(results[1], results[0], strict=True):
+        assert float((got - want).abs().max()) < bound * max(float(want.abs().max()), 1e-3 * largest)
 
 
 def mine_(case: Case) -> None:
@@ -265,6 +294,15 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Case]:
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_family_goes_through(stage: str, name: str, cases: Callable[[str], Case]) -> None:
     STAGES[stage](cases(name))
+
+
+@pytest.mark.parametrize("name", [name for name, family in zoo.FAMILIES.items() if not family.refused])
+def test_rows_of_fixed_shape_are_the_family_s_texts(name: str, cases: Callable[[str], Case]) -> None:
+    """Where its texts are packed: vectors and the gradient of a loss by rectangles, in float64."""
+    encoder = load_encoder(cases(name).folder, dtype=torch.float64, **cases(name).loading)
+    assert (encoder.attention == "padded") == (name in PADDED)
+    if name not in PADDED:
+        compare_rows(cases(name), encoder)
 
 
 @pytest.mark.parametrize("name", [name for name, family in zoo.FAMILIES.items() if family.refused])

@@ -10,7 +10,7 @@ import matrix
 import pytest
 import torch
 from filelock import FileLock
-from matrix import CELLS, CHUNKS, EXTRAS, LOSSES, PATHS, WORLDS, Cell, Extra, Result, problem
+from matrix import CELLS, CHUNKS, EXTRAS, FIXED, LOSSES, PATHS, WORLDS, Cell, Extra, Result, problem
 
 GROUPS: dict[tuple[int, str, str], list[Cell]] = {}
 for cell in CELLS:
@@ -57,8 +57,15 @@ def test_cells_beyond_the_product(extra: Extra, results: dict[str, Result]) -> N
 
 def test_the_matrix_is_the_whole_product(results: dict[str, Result]) -> None:
     """No combination is missing or computed twice, and nothing failed before the first cell."""
-    assert len(set(CELLS)) == len(CELLS) == (3 + 3 + 1) * len(CHUNKS) * len(PATHS) * len(LOSSES) * 3
-    assert {(c.world_size, c.chunk, c.path, c.loss) for c in CELLS} == set(product(WORLDS, CHUNKS, PATHS, LOSSES))
+    by_path = {path: [c for c in CELLS if c.path == path] for path in (*PATHS, FIXED)}
+    for path in PATHS:
+        cells = by_path[path]
+        assert len(set(cells)) == len(cells) == (3 + 3 + 1) * len(CHUNKS) * len(LOSSES) * 3
+        assert {(c.world_size, c.chunk, c.loss) for c in cells} == set(product(WORLDS, CHUNKS, LOSSES))
+    cells = by_path[FIXED]
+    assert len(set(cells)) == len(cells) == (2 + 2 + 1) * 2 * 3 + 2 * 2 + (1 + 2 + 1) * (len(LOSSES) - 1)
+    assert {(c.world_size, c.chunk) for c in cells if c.loss == "info_nce"} == set(product(WORLDS, (None, 3)))
+    assert {(c.world_size, c.loss) for c in cells} == set(product(WORLDS, LOSSES))
     assert set(results) == set(map(str, [*CELLS, *EXTRAS]))
 
 
