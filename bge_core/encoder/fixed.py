@@ -98,9 +98,11 @@ def bucket_of(lengths: Sequence[int]) -> tuple[int, int, int]:
     """The bucket of texts of these lengths: the padding has one token a text at least and `longest` at most.
 
     Few buckets are needed, and little is wasted: T goes by sixteenths of a power of two (256 at least), N by quarters
-    (16 at least), the longest by powers of two (128 at least).
+    (16 at least), the longest by powers of four (512 at least): what a kernel asks of shorter texts is next to nothing.
     """
-    longest = max(128, 1 << (max(lengths, default=1) - 1).bit_length())
+    longest = 512
+    while longest < max(lengths, default=0):
+        longest *= 4
     num_texts = _round_up(max(1, len(lengths)), 16, 4)
     while True:
         more = num_texts - len(lengths)
