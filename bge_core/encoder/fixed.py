@@ -72,12 +72,12 @@ class FixedRows:
     pad_id: int
     distinct: bool
 
-    def row(self, tokens: Tokens, type_T: Tensor | None = None) -> FixedRow:
-        """The row of these texts; all on the CPU."""
+    def row(self, tokens: Tokens, type_T: Tensor | None = None, max_tokens: int | None = None) -> FixedRow:
+        """The row of these texts, of a batch cut to `max_tokens`; all on the CPU."""
         place_S: Sequence[int] = range(len(tokens))
         if self.distinct and type_T is None:
             tokens, place_S = tokens.distinct()
-        num_tokens, num_texts, longest = bucket_of(tokens.lengths)
+        num_tokens, num_texts, longest = bucket_of(tokens.lengths, max_tokens)
         rest, more = num_tokens - sum(tokens.lengths), num_texts - len(tokens)
         lengths = [*tokens.lengths, *(rest // more + (i < rest % more) for i in range(more))]
         skipped, positions = tokens.prompt_lengths, [torch.arange(n) for n in tokens.lengths]
@@ -94,22 +94,27 @@ class FixedRows:
         )
 
 
-def bucket_of(lengths: Sequence[int]) -> tuple[int, int, int]:
+def bucket_of(lengths: Sequence[int], max_tokens: int | None = None) -> tuple[int, int, int]:
     """The bucket of texts of these lengths: the padding has one token a text at least and `longest` at most.
 
-    Few buckets are needed, and little is wasted: T goes by sixteenths of a power of two (256 at least), N by quarters
-    (16 at least), the longest by powers of four (512 at least): what a kernel asks of shorter texts is next to nothing.
+    Few buckets are needed, and little is wasted: T goes by sixteenths of a power of two (256 at least), N by halves (16
+    at least), the longest by powers of four (512 at least): what a kernel asks of shorter texts is next to nothing.
+
+    Args:
+        lengths: of the texts.
+        max_tokens: that a batch is cut to; what is left over of one, of any length, goes by halves of a power of two.
     """
     longest = 512
     while longest < max(lengths, default=0):
         longest *= 4
-    num_texts = _round_up(max(1, len(lengths)), 16, 4)
+    parts = 2 if max_tokens and sum(lengths) < 0.75 * max_tokens else 16
+    num_texts = _round_up(max(1, len(lengths)), 16, 2)
     while True:
         more = num_texts - len(lengths)
-        num_tokens = _round_up(sum(lengths) + more, 256, 16)
+        num_tokens = _round_up(sum(lengths) + more, 256, parts)
         if (rest := num_tokens - sum(lengths)) <= more * longest:
             return num_tokens, num_texts, longest
-        num_texts = _round_up(len(lengths) + -(-rest // longest), 16, 4)
+        num_texts = _round_up(len(lengths) + -(-rest // longest), 16, 2)
 
 
 def _round_up(number: int, least: int, parts: int) -> int:

@@ -344,7 +344,8 @@ class TrainingData(torch.utils.data.Dataset[list[Batch]]):
     def _chunks(self, tokens: Tokens | None, rows: FixedRows | None) -> list[FixedRow] | None:
         if tokens is None or rows is None:
             return None
-        return [rows.row(part) for part in tokens.split(self.config.sub_batch_size, self.config.max_tokens)]
+        most = self.config.max_tokens
+        return [rows.row(part, max_tokens=most) for part in tokens.split(self.config.sub_batch_size, most)]
 
     def _tokenize(self, tokenizer: Any, queries: list[str], passages: list[str], longest: int) -> Tokens:
         token_lists = tokenize(tokenizer, queries, min(self.query_max_len, longest))

@@ -206,11 +206,13 @@ def is_step(number: int, least: int, parts: int) -> bool:
 
 def test_a_bucket_is_the_smallest_that_holds_the_texts() -> None:
     """By search: the least number of texts, and of it the least number of tokens, whose padding can be dealt out."""
-    for lengths in [*LENGTHS, *map(drawn_lengths, range(200))]:
-        num_tokens, num_texts, longest = bucket_of(lengths)
+    for i, lengths in enumerate([*LENGTHS, *map(drawn_lengths, range(200))]):
+        max_tokens = (None, 1024, 8192)[i % 3]
+        parts = 2 if max_tokens and sum(lengths) < 0.75 * max_tokens else 16  # what is left over of a batch: coarser
+        num_tokens, num_texts, longest = bucket_of(lengths, max_tokens)
         assert longest == next(n for n in (512, 2048, 8192) if n >= max(lengths, default=0))
-        for texts in (n for n in count(max(1, len(lengths))) if is_step(n, 16, 4)):
-            tokens = next(n for n in count(sum(lengths) + texts - len(lengths)) if n and is_step(n, 256, 16))
+        for texts in (n for n in count(max(1, len(lengths))) if is_step(n, 16, 2)):
+            tokens = next(n for n in count(sum(lengths) + texts - len(lengths)) if n and is_step(n, 256, parts))
             if tokens - sum(lengths) <= (texts - len(lengths)) * longest:
                 break
         assert (num_tokens, num_texts) == (tokens, texts), f"{len(lengths)} texts of {sum(lengths)} tokens"
@@ -273,7 +275,8 @@ def test_realistic_batches_need_few_buckets(num_texts: int, max_tokens: int | No
         lengths = np.where(is_query, rng.lognormal(2.5, 0.4, num_texts), rng.lognormal(4.8, 1.0, num_texts))
         cut = lengths.clip(3, 512).astype(int).tolist()
         num_tokens += sum(cut)
-        buckets.update(bucket_of(part.lengths) for part in Tokens(torch.empty(sum(cut)), cut).split(None, max_tokens))
+        chunks = Tokens(torch.empty(sum(cut)), cut).split(None, max_tokens)
+        buckets.update(bucket_of(part.lengths, max_tokens) for part in chunks)
     assert sum(size for _, size in buckets.most_common(most)) > 0.95 * buckets.total()
     assert num_tokens > 0.97 * sum(bucket[0] * size for bucket, size in buckets.items())
 
