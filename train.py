@@ -88,7 +88,7 @@ def train(config: TrainConfig, at_end: ExitStack) -> int:
     accumulation = config.gradient_accumulation_steps or accelerator.gradient_accumulation_steps
     output_dir = Path(config.output_dir)
     loss = build.load_loss(config.loss)
-    encoder = build.build_encoder(config, config.model_name_or_path, accelerator)
+    encoder = build.build_encoder(config, config.model_name_or_path)
     guide = build.build_guide(config, accelerator.device)
     config = build.resolve(config, encoder.settings, encoder.embedding_size, DEFAULT_METRICS)
     data = build.build_data(config, encoder, guide, rank, world_size, accumulation)
@@ -103,7 +103,7 @@ def train(config: TrainConfig, at_end: ExitStack) -> int:
     # asked here; `begin` below touches it
     opening = None if config.plan else claim_run_folder(config, order, at_end)
     if resume := opening and opening.resume:
-        encoder = build.build_encoder(config, str(resume), accelerator)
+        encoder = build.build_encoder(config, str(resume))
     encoder.settings = build.settings_to_save(config, encoder.settings, data)
     encoder.to(accelerator.device).train()
     graphed = build.graphs_or_layers(config, encoder, guide, data, accelerator.mixed_precision, shard)

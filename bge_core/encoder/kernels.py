@@ -58,6 +58,16 @@ def choose_kernel(
             logger.info("attention: %s", kernel)
             return kernel
         logger.warning("attention kernel %s differs by %.2g of the largest value; not used", kernel, error)
+    without = (
+        kernels and rule.dropout and choose_kernel(attention, device, dtype, heads, size, replace(rule, dropout=0.0))
+    )
+    if without:
+        logger.info(
+            "attention: sdpa, slower than %s, which does not drop attention weights (%g) as it should; "
+            "--attention_dropout 0 would give it",
+            without,
+            rule.dropout,
+        )
     return None
 
 

@@ -254,17 +254,6 @@ def stated_attention_dropout(config: Any) -> float:
     return max((getattr(config, name) for name in _ATTENTION_DROPOUTS if hasattr(config, name)), default=0.0)
 
 
-def config_of(name: str | Path, *, trust_remote_code: bool = False, **access: Any) -> Any:
-    """The config of a hub model or a folder, without its weights; cache_dir and token in `access`.
-
-    Raises:
-        UserError: as `load_encoder`.
-    """
-    subfolder = settings_of(name, **access).transformer_path
-    with _loading(str(name), "model", Path(name)):
-        return AutoConfig.from_pretrained(name, subfolder=subfolder, trust_remote_code=trust_remote_code, **access)
-
-
 def lower_case(tokenizer: Any) -> None:
     """Let a tokenizer see texts in lower case, whatever else it does to them."""
     backend = tokenizer.backend_tokenizer

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 
 from bge_core import UserError
 from bge_core.encoder.graphs import why_no_graphs
-from bge_core.encoder.load import config_of, load_encoder, stated_attention_dropout
+from bge_core.encoder.load import load_encoder
 from bge_core.encoder.model import Encoder, compile_layers
 from bge_core.encoder.prompts import choose_prompts
 from bge_core.encoder.settings import EncoderSettings
@@ -29,22 +29,18 @@ from bge_core.training.step import LossFunction, StepSettings
 logger = logging.getLogger(__name__)
 
 
-def build_encoder(config: TrainConfig, name: str, accelerator: Accelerator) -> Encoder:
+def build_encoder(config: TrainConfig, name: str) -> Encoder:
     """The encoder in `name`, float32 master weights, with what gets no gradient switched off."""
-    hub: dict[str, Any] = {name: getattr(config, name) for name in ("cache_dir", "token", "trust_remote_code")}
-    dropout = config.attention_dropout
-    is_fast = accelerator.device.type == "cuda" and accelerator.mixed_precision != "no"
-    if dropout is None and is_fast and (stated := stated_attention_dropout(config_of(name, **hub))):
-        dropout = 0.0
-        logger.info("attention weights are not dropped: --attention_dropout %g does, as the checkpoint states", stated)
     encoder = load_encoder(
         name,
         pooling=config.sentence_pooling_method,
         normalize=config.normalize_embeddings,
         tokenizer_name=config.tokenizer_name,
+        cache_dir=config.cache_dir,
+        token=config.token,
+        trust_remote_code=config.trust_remote_code,
         attention=config.attention,
-        attention_dropout=dropout,
-        **hub,
+        attention_dropout=config.attention_dropout,
     )
     encoder.freeze(position_embeddings=config.fix_position_embedding)
     if config.gradient_checkpointing:

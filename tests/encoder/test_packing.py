@@ -348,6 +348,16 @@ def test_a_kernel_that_computes_otherwise_is_not_used(
     assert "attention kernel torch differs by" in caplog.text
 
 
+def test_what_dropout_costs_is_said(
+    choose: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    right = kernels.varlen
+    monkeypatch.setattr(kernels, "varlen", lambda *args: right(*args[:10], 0.0, args[11]))
+    caplog.set_level("INFO")
+    assert choose(Rule(0.2, dropout=0.3)) is None
+    assert "attention: sdpa, slower than torch" in caplog.text and "--attention_dropout 0 would give it" in caplog.text
+
+
 def test_a_kernel_that_does_not_run_is_not_used(
     choose: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -25,8 +25,7 @@ import bge_core.runtime.launch
 import train
 from bge_core import UserError
 from bge_core.encoder.load import load_encoder
-from bge_core.runtime.config import TrainConfig
-from bge_core.training import build, progress
+from bge_core.training import progress
 from bge_core.training.data import BatchPlan
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -1016,25 +1015,3 @@ if __name__ == "__main__":  # PYTHONPATH=. python tests/training/test_train.py: 
         "torch": torch.__version__,
     }
     GOLDEN.write_text(json.dumps({**about, "curve": curve}, indent=1) + "\n", encoding="utf-8")
-
-
-@pytest.mark.parametrize(
-    "device, precision, flag, want",
-    [("cuda", "bf16", None, 0.0), ("cuda", "bf16", 0.1, 0.1), ("cuda", "no", None, 0.2), ("cpu", "bf16", None, 0.2)],
-)
-def test_half_precision_on_a_gpu_drops_no_attention_weights(
-    device: str, precision: str, flag: float | None, want: float, tiny_bert_dropout: Path, tmp_path: Path, caplog: Any
-) -> None:
-    """By default, and told in a line; the model's other dropout stays."""
-    config = json.loads((tiny_bert_dropout / "config.json").read_text())
-    shutil.copytree(tiny_bert_dropout, tmp_path / "model")
-    (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"attention_probs_dropout_prob": 0.2}))
-    settings = TrainConfig(
-        model_name_or_path=str(tmp_path / "model"), train_data=["rows.jsonl"], output_dir="run", attention_dropout=flag
-    )
-    accelerator: Any = SimpleNamespace(device=torch.device(device), mixed_precision=precision)
-    caplog.set_level("INFO")
-    encoder = build.build_encoder(settings, settings.model_name_or_path, accelerator)
-    assert {layer.attention.self.dropout.p for layer in encoder.backbone.encoder.layer} == {want}
-    assert {layer.output.dropout.p for layer in encoder.backbone.encoder.layer} == {config["hidden_dropout_prob"]}
-    assert ("--attention_dropout 0.2 does" in caplog.text) == (want == 0.0)
