@@ -6,8 +6,8 @@ computes this rank's rows only and returns their mean; it does no communication,
 synchronizes with the device.
 
 The score matrix of B queries and N candidates is the one thing here that can outgrow the memory. `by_row_blocks` never
-makes it: each block of rows gets its scores, its loss and its gradient in one pass, and is forgotten. Three losses
-written with it, each from its paper, are in examples/losses/.
+makes it: each block of rows gets its scores, its loss and its gradient in one pass, and is forgotten. Five losses,
+each from its paper, are in examples/losses/.
 
 Two queries with a positive and a negative each, to try a loss on:
 

@@ -30,7 +30,13 @@ MODES: dict[str, dict[str, Any]] = {
     "m3_kd_loss": {"distillation": "m3_kd_loss"},
     "mrl": {"mrl_dims": (8, 16, 32)},
 }
-EXAMPLES: dict[str, dict[str, float]] = {"siglip": {"bias": -25.0}, "gte": {}, "gist": {}}
+EXAMPLES: dict[str, dict[str, float]] = {
+    "siglip": {"bias": -25.0},
+    "gte": {},
+    "gist": {},
+    "margin_mse": {},
+    "spread_out": {"weight": 20.0},  # as large as InfoNCE, which alone would hide an error of it
+}
 """The losses of examples/losses and the `args` they are run with; their truth is `reference.<name>_loss`."""
 Gradients = dict[str, Tensor]
 
@@ -172,8 +178,9 @@ def true_gradients(
         ids = [text_id_of(text) for text in passages]
         if mode == "siglip":
             loss = reference.siglip_loss(queries, (candidates, ids), rows, scale=1 / temperature, **EXAMPLES[mode])
-        elif mode == "gte":
-            loss = reference.gte_loss(queries, (candidates, ids), rows, temperature=temperature)
+        elif mode in ("gte", "margin_mse", "spread_out"):
+            slow_loss = getattr(reference, f"{mode}_loss")
+            loss = slow_loss(queries, (candidates, ids), rows, temperature=temperature, **EXAMPLES[mode])
         elif mode == "gist":
             guide = load(guide_folder, torch.float64)
             with torch.no_grad():

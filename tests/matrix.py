@@ -60,7 +60,8 @@ WORLDS = (1, 2, 4)
 CHUNKS = (None, 1, 3, 8)
 PATHS = ("dense", "blockwise")
 FIXED = "rows of fixed shape"  # as on a GPU: encoder/fixed.py; the loss is computed densely
-LOSSES = ("info_nce", "no_in_batch", "kl_div", "m3_kd_loss", "mrl", *EXAMPLES)
+LOSSES = ("info_nce", "no_in_batch", "kl_div", "m3_kd_loss", "mrl", "siglip", "gte", "gist")
+FEW = ("margin_mse", "spread_out")  # losses with few cells, as they are made of what the others use
 ACCUMULATION = (1, 2)
 # Group sizes (a positive and its negatives) of a micro-batch of 4 rows and, where two are accumulated, one of 3: with
 # 4 processes rank 3 then has no row. Rows go to ranks in order, so the last of two ranks has no negatives at all.
@@ -127,6 +128,10 @@ CELLS += [
     if cell.dtype == "float64" or (cell.loss == "info_nce" and cell.world_size < 4)
     if cell.loss == "info_nce" or cell.chunk or cell.world_size == 2
 ]
+CELLS += [
+    Cell(*values)
+    for values in product(WORLDS, (3,), ("blockwise",), FEW, (2,), ("uneven", "rank_without"), ("float64",))
+]
 
 
 def global_batch(negatives: str, accumulation: int) -> tuple[tuple[TextRow, ...], ...]:
@@ -163,7 +168,7 @@ class Rank:
         self, micro_batches: Sequence[Sequence[TextRow]], loss: str, *, fixed: bool = False, chunk: int | None = None
     ) -> list[Batch]:
         """This rank's micro-batches, with `fixed` their chunks, too; the guide's tokens are those of the encoder."""
-        teacher = "distillation" in MODES.get(loss, {})
+        teacher = "distillation" in MODES.get(loss, {}) or loss == "margin_mse"
         dealt = [[rows_of(rank, self.world_size, rows) for rank in range(self.world_size)] for rows in micro_batches]
         batches = [rank_batch(of_ranks[self.rank], of_ranks, teacher=teacher) for of_ranks in dealt]
         if fixed:
@@ -298,7 +303,7 @@ def extras() -> Iterator[Extra]:
     """All of them, for every number of processes; rows of fixed shape for two."""
     for W in WORLDS:
         ways = (False, True) if W == 2 else (False,)
-        for loss, chunk in product(LOSSES, (None, 3)):
+        for loss, chunk in product((*LOSSES, *FEW), (None, 3)):
             yield Extra(W, f"many blocks, {loss}, chunk {chunk}", BOUNDS["float64"], partial(many_blocks, loss, chunk))
         for loss, chunk, fixed in product(("info_nce", "gte"), (1, 3, 8), ways):
             name = f"dropout, {loss}, chunk {chunk}{_of_rows(fixed)}"
@@ -342,11 +347,11 @@ def make_inputs(_: int, folder: Path) -> None:
     make_tiny_bert(folder / "dropout", dropout=0.1)
     add_dense(make_tiny_bert(folder / "dense"))
     truth = {}
-    for loss in LOSSES:
+    needed = dict.fromkeys((cell.loss, cell.negatives, cell.accumulation) for cell in CELLS)
+    for loss in (*LOSSES, *FEW):
         guide = folder / "guide" if loss == "gist" else None
-        for negatives, accumulation in product(NEGATIVES, ACCUMULATION):
-            batch = global_batch(negatives, accumulation)
-            truth[loss, negatives, accumulation] = slow_gradients(folder / "model", batch, loss, guide_folder=guide)
+        for key in (key for key in needed if key[0] == loss):
+            truth[key] = slow_gradients(folder / "model", global_batch(*key[1:]), loss, guide_folder=guide)
         truth[loss, "many", 1] = slow_gradients(folder / "model", [make_rows(7, MANY)], loss, guide_folder=guide)
     truth["info_nce", "temperature 1", 2] = slow_gradients(
         folder / "model", global_batch("uneven", 2), "info_nce", temperature=1.0

@@ -198,6 +198,45 @@ def gist_loss(
     return total / len(rows)
 
 
+def margin_mse_loss(query_MD: Tensor, passages: Passages, rows: Sequence[Row], *, temperature: float) -> Tensor:
+    """1/M sum_i mean_n ( s(q_i, p_i) - s(q_i, n) - t(q_i, p_i) + t(q_i, n) )^2      (Hofstaetter et al. 2020).
+
+    n are the row's own negatives, s = cosine / temperature, t the teacher's score; without negatives the mean is 0.
+    """
+    candidate_ND, _ = passages
+    total = torch.zeros((), dtype=torch.float64)
+    for query_D, row in zip(query_MD, rows, strict=True):
+        positive, *negatives = [query_D.dot(candidate_ND[j]) / temperature for j in row.own]
+        for negative, score in zip(negatives, row.teacher[1:], strict=True):
+            total = total + ((positive - negative) - (row.teacher[0] - score)) ** 2 / len(negatives)
+    return total / len(rows)
+
+
+def spread_out_loss(
+    query_MD: Tensor,
+    passages: Passages,
+    rows: Sequence[Row],
+    *,
+    temperature: float,
+    weight: float = 1.0,
+    mean_weight: float = 1.0,
+) -> Tensor:
+    """InfoNCE + weight (R(queries) + R(passages)), R = mean_weight M1^2 + max(0, M2 - 1/D)      (Zhang et al. 2017).
+
+    M1 and M2 are the means of the inner product and of its square over pairs; of several copies of a passage the first
+    counts.
+    """
+    candidate_ND, ids = passages
+    total = reference_loss(query_MD, passages, rows, temperature=temperature)
+    for texts in (list(query_MD), [candidate_ND[j] for j in range(len(ids)) if ids[j] not in ids[:j]]):
+        products = [texts[i].dot(texts[j]) for i in range(len(texts)) for j in range(i)]
+        if products:
+            mean = sum(products) / len(products)
+            second_moment = sum(product**2 for product in products) / len(products)
+            total = total + weight * (mean_weight * mean**2 + (second_moment - 1 / query_MD.shape[1]).clamp(min=0))
+    return total
+
+
 def reference_metrics(
     query_MD: Tensor,
     passages: Passages,

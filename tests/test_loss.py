@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import reference
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
@@ -475,15 +476,15 @@ def test_the_loss_can_be_pasted_into_a_notebook_and_draws_no_numbers() -> None:
     assert not names & {"random", "logging", "cpu", "numpy", "rand", "randn", "randperm"}
 
 
+def on_meta(x: LossInput) -> LossInput:
+    """Meta tensors have shapes and no values: reading one (`.item()`, `if tensor:`, `nonzero`) would raise."""
+    values = {f.name: getattr(x, f.name) for f in fields(LossInput)}
+    return LossInput(**{name: v.to("meta") if isinstance(v, Tensor) else v for name, v in values.items()})
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_loss_never_waits_for_the_device(mode: str) -> None:
-    """Meta tensors have shapes and no values: reading one (`.item()`, `if tensor:`, `nonzero`) would raise."""
-    x = loss_input(make_batch(0, 4, 3, dim=8).leaves())
-    on_meta: dict[str, Any] = {
-        f.name: value.to("meta") if isinstance(value := getattr(x, f.name), Tensor) else value
-        for f in fields(LossInput)
-    }
-    out = training_loss(LossInput(**on_meta), LossConfig(**MODES[mode]))
+    out = training_loss(on_meta(loss_input(make_batch(0, 4, 3, dim=8).leaves())), LossConfig(**MODES[mode]))
     assert out.loss.shape == () and all(value.shape == () for value in out.metrics.values())
 
 
@@ -545,6 +546,78 @@ def test_a_loss_of_ten_lines_is_exact_on_many_ranks(loss: Any, reference: Any, w
     assert_close(total, want, 1e-9)
     for got_gradient, want_gradient in zip(batch.gradients(), truth.gradients(), strict=True):
         assert_close(got_gradient, want_gradient, 1e-9)
+
+
+# -------------------------------------------------------------- examples/losses that have few cells in tests/matrix.py
+
+ORTHOGONAL = replace(
+    make_batch(0, 3, 1, dim=8, duplicates=False), query_MD=torch.eye(8)[:3], candidate_ND=torch.eye(8)[3:6]
+)
+
+
+def example_loss(name: str) -> Any:
+    return build.load_loss(str(Path(__file__).parents[1] / f"examples/losses/{name}.py:{name}_loss"))
+
+
+@pytest.mark.parametrize("dtype, rtol", [(torch.float64, 1e-9), (torch.float32, 1e-5)], ids=["float64", "float32"])
+@pytest.mark.parametrize("groups", GROUPS)
+@pytest.mark.parametrize(
+    "name, args", [("margin_mse", {}), ("spread_out", {}), ("spread_out", {"weight": 3.0, "mean_weight": 0.0})]
+)
+def test_an_example_is_its_paper(
+    name: str, args: dict[str, float], groups: str, dtype: torch.dtype, rtol: float
+) -> None:
+    """All at once and by blocks, on one rank and on two."""
+    truth = rounded_batch("info_nce", groups)
+    want = getattr(reference, f"{name}_loss")(truth.query_MD, truth.passages, truth.rows, temperature=0.1, **args)
+    want.backward()
+    for world_size, padding, block_size in ((1, 0, 0), (1, 2, 2), (2, 1, 0), (2, 0, 1)):
+        config = LossConfig(temperature=0.1, block_size=block_size, args=args)
+        total, batch = torch.zeros(()), truth.leaves(dtype)
+        for rank, rows in enumerate(rank_rows(5, world_size)):
+            x = loss_input(batch, rank, world_size, padding=padding)
+            total = total + example_loss(name)(x, config).loss * len(rows) / 5
+        total.backward()
+        assert_close(total, want, rtol)
+        for got_gradient, want_gradient in zip(batch.gradients(), truth.gradients(), strict=True):
+            assert_close(got_gradient, want_gradient, rtol)
+
+
+def test_margin_mse_by_hand() -> None:
+    """Margins .4 and 1.6 over the temperature are .8 and 3.2, the teacher's ln 3 = 1.098612: squares .089169, 4.415831."""
+    config, loss = LossConfig(temperature=0.5), example_loss("margin_mse")
+    assert loss(hand_input(), config).loss.item() == pytest.approx((0.089169 + 4.415831) / 2, abs=2e-6)
+    without = hand_input(own_BG=torch.tensor([[0, 1], [2, -1]]))  # the second row has no negative: 0, and it counts
+    assert loss(without, config).loss.item() == pytest.approx(0.089169 / 2, abs=2e-6)
+    with pytest.raises(ValueError, match="--knowledge_distillation"):
+        loss(hand_input(teacher_BG=None), config)
+
+
+@pytest.mark.parametrize(
+    "x, want",
+    [
+        # <q0,q1> = 0; passages .6 0 .8 .8 0 -.6: (1.6 / 6)^2, and their squares' mean 1/3 is below 1/2
+        (hand_input(), 0.071111),
+        # the last passage is a copy of the first: .6 0 .8, (1.4 / 3)^2
+        (hand_input(candidate_id_N=torch.tensor([10, 11, 12, 10])), 0.217778),
+        # equal questions: 1^2 and 1 - 1/2 more
+        (hand_input(all_query_MD=torch.tensor([[1.0, 0.0], [1.0, 0.0]], dtype=torch.float64)), 1.571111),
+        (loss_input(ORTHOGONAL), 0.0),
+        (
+            loss_input(replace(ORTHOGONAL, ids=[7, 7, 7], query_MD=ORTHOGONAL.query_MD * 0), teacher=False),
+            0.0,
+        ),  # no pair
+    ],
+)
+def test_the_spread_out_term_by_hand(x: LossInput, want: float) -> None:
+    output = example_loss("spread_out")(x, LossConfig(args={"weight": 2.0}))
+    assert output.metrics["spread_out"].item() == pytest.approx(want, abs=2e-6)
+    assert (output.loss - training_loss(x, LossConfig()).loss).item() == pytest.approx(2 * want, abs=4e-6)
+
+
+@pytest.mark.parametrize("name", ["margin_mse", "spread_out"])
+def test_an_example_never_waits_for_the_device(name: str) -> None:
+    assert example_loss(name)(on_meta(loss_input(make_batch(0, 4, 3, dim=8).leaves())), LossConfig()).loss.shape == ()
 
 
 def test_the_example_of_the_docstring_runs() -> None:
