@@ -153,7 +153,7 @@ def compiled_layers(encoder: Encoder, backend: Any) -> Callable[[FixedRow], Tens
     return lambda row: fixed_hidden(encoder.backbone, row)
 
 
-QUICK = [("bert", compiled_whole), ("qwen2_window", compiled_whole), ("modernbert", compiled_layers)]
+QUICK = [("bert", compiled_whole), ("modernbert", compiled_layers)]
 COMPILED = [
     pytest.param(name, how, marks=[] if (name, how) in QUICK else pytest.mark.slow)
     for name in MODELS

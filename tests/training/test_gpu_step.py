@@ -1,6 +1,7 @@
 """What a training step asks of a GPU, counted without one (benchmarks/fake_gpu.py): each count in a fresh process."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 from conftest import ROOT
+from filelock import FileLock
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the device without a GPU is compiled by g++")
 
@@ -83,9 +85,18 @@ print(json.dumps(cases))
 
 
 @pytest.fixture(scope="module")
-def steps() -> dict[str, Any]:
-    """What train.py's second step asks for, by case and phase; copies and waits of encoding, in their order."""
-    return counts("-c", STEPS)
+def steps(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What train.py's second step asks for, by case and phase; copies and waits of encoding, in their order.
+
+    Counted once, whichever of pytest's processes asks first.
+    """
+    shared = tmp_path_factory.getbasetemp()
+    shared = shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared
+    with FileLock(shared / "gpu_steps.lock"):
+        file = shared / "gpu_steps.json"
+        if not file.exists():
+            file.write_text(json.dumps(counts("-c", STEPS)))
+    return json.loads(file.read_text())  # type: ignore[no-any-return]
 
 
 @pytest.mark.parametrize(

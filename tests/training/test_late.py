@@ -68,7 +68,7 @@ CASES: dict[str, Row] = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [pytest.param("plain", marks=pytest.mark.slow), "all"])
 def test_a_run_read_late_is_the_same_run(
     tiny_bert_dropout: Path, data: Path, tmp_path: Path, late: pytest.MonkeyPatch, case: str
 ) -> None:
@@ -147,6 +147,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_told_one_step_late(
         assert runs.equal([*map(torch.Tensor.detach, one["params"])], [*map(torch.Tensor.detach, other["params"])])
 
 
+@pytest.mark.slow
 def test_two_processes_stop_together(tiny_bert_dropout: Path, data: Path, tmp_path: Path) -> None:
     """The loss of step 5 is NaN on the last rank alone: the same run up to there, each rank tells its rows of it."""
     loss = POISON.replace("calls == 3", "calls == 5").replace("Poison.apply(output.loss)", "output.loss * float('nan')")
