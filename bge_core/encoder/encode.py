@@ -22,6 +22,7 @@ from bge_core.runtime.parcel import fetch
 from bge_core.runtime.watchdog import heartbeat
 
 BLOCK = 16_384  # texts that are tokenized and sorted together
+HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}  # of a precision's name; "no" has none
 MAX_TOKENS = {"cpu": 2048}  # of a batch; elsewhere 8192. What a CPU computes with more falls out of its cache
 
 Text = TypeVar("Text")
@@ -70,9 +71,8 @@ def encode(
     max_length = min(max_length, encoder.max_length)
     skip = 0 if encoder.settings.include_prompt else prompt_length(encoder.tokenizer, prompt, max_length)
 
-    is_bare = not encoder.tokenizer("")[
-        "input_ids"
-    ]  # no special tokens around a text; Qwen3-Embedding's is its padding
+    # Without special tokens around a text, an empty one is its padding alone. (Qwen3-Embedding's own is its padding.)
+    is_bare = not encoder.tokenizer("")["input_ids"]
 
     def token_lists(block: Sequence[str]) -> list[list[int]]:
         return tokenize(encoder.tokenizer, [prompt + text for text in block], max_length)
@@ -131,7 +131,7 @@ def run_batches(
     device = next(model.parameters()).device
     max_tokens = max_tokens or MAX_TOKENS.get(device.type, 8192)
     blocks = [slice(start, start + BLOCK) for start in range(0, len(texts), BLOCK)]
-    half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision)
+    half = HALF.get(precision)
     autocast = torch.autocast(device.type, half) if half else nullcontext()
     # disable=None: no bar where stderr is not a terminal
     quiet = True if world()[0] or len(texts) <= 1000 else None

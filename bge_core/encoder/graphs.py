@@ -7,9 +7,8 @@ own tensors, its vectors are copied out, and between them nothing is asked of th
     forward     vectors, and what the backward needs   then the loss, of any kind, outside of graphs
     backward    adds d(<vectors, given>) / d(weights) to one flat float32 vector
 
-All graphs share one pool of memory: a backward follows its
-forward before any other graph is repeated. Random numbers are drawn anew at each repetition, from the device's
-generator, so that restoring its state gives the same dropout.
+All graphs share one pool of memory: a backward follows its forward before any other graph is repeated. Random numbers
+are drawn anew at each repetition, from the device's generator, so that restoring its state gives the same dropout.
 
 On a CPU nothing is captured: the same functions run, on the same tensors.
 """
@@ -23,7 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bge_core.encoder.encode import HALF
 from bge_core.encoder.fixed import FixedRow
+from bge_core.encoder.kernels import first_line
 from bge_core.encoder.model import Encoder
 
 logger = logging.getLogger(__name__)
@@ -65,6 +66,11 @@ class Capture:
                 generator.graphsafe_set_state(generator.clone_state())
             return [*passes]
 
+    def rehearse(self, function: Pass) -> None:
+        """Run it, with random numbers as if nothing had been drawn; where graphs are made, as their warm-up does."""
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            self.warm_up(function) if self.is_on else function()
+
     def warm_up(self, function: Pass) -> None:
         """Run it twice, so that what happens once has happened.
 
@@ -85,11 +91,6 @@ class Capture:
         with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
             function()
         return graph.replay
-
-
-def first_line(problem: Exception) -> str:
-    """What an exception says, in one line."""
-    return (str(problem).strip() or type(problem).__name__).split("\n")[0]
 
 
 class Bucket:
@@ -131,7 +132,7 @@ class Bucket:
         """Vectors (N, D); `backward` has to follow before anything else."""
         self._load(row)
         if "forward" not in self.passes:
-            both = self.capture([self._forward, self._backward], self._warm_up)
+            both = self.capture([self._forward, self._backward], self.rehearse)
             self.passes |= dict(zip(("forward", "backward"), both, strict=True))
         self._repeat("forward", self._forward)
         return self.vector_ND.detach().clone()
@@ -169,7 +170,8 @@ class Bucket:
         with torch.autocast(self.vector_ND.device.type, enabled=False):
             return torch.autograd.grad(self.vector_ND, self.weights, self.gradient_ND, allow_unused=True)
 
-    def _warm_up(self) -> None:
+    def rehearse(self) -> None:
+        """A forward and its backward that change nothing."""
         self._forward()
         self._differentiate()
 
@@ -200,6 +202,17 @@ class Buckets:
         return bucket
 
 
+def in_half(encoder: Encoder, half: torch.dtype | None) -> Callable[[FixedRow], Tensor]:
+    """`encoder.vectors` under autocast to `half`; None: without."""
+
+    def vectors(row: FixedRow) -> Tensor:
+        # Without its cache: a graph must not read what was rounded before it was captured.
+        with torch.autocast(encoder.device.type, half, enabled=half is not None, cache_enabled=False):
+            return encoder.vectors(row)
+
+    return vectors
+
+
 def why_no_graphs(encoder: Encoder, half: torch.dtype | None) -> str | None:
     """Why the encoder's passes cannot be graphs here and now; None: they can."""
     if encoder.device.type != "cuda":
@@ -219,16 +232,12 @@ def hold_passes(encoder: Encoder, precision: str) -> None:
         encoder: on its device, in evaluation mode.
         precision: "fp16", "bf16" or "no", in which it will run.
     """
-    half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision)
+    half = HALF.get(precision)
     if reason := why_no_graphs(encoder, half):
         logger.warning("--cuda_graphs: not while encoding: %s", reason)
         return
 
-    def vectors(row: FixedRow) -> Tensor:
-        with torch.autocast("cuda", half, enabled=half is not None, cache_enabled=False):
-            return encoder.vectors(row)
-
-    capture = Capture(encoder.device)
+    vectors, capture = in_half(encoder, half), Capture(encoder.device)
     buckets = Buckets(lambda row: Bucket(vectors, row, capture), visits=2)
 
     def represent(row: FixedRow) -> Tensor:

@@ -22,6 +22,11 @@ logger = logging.getLogger(__name__)
 BOUND = 0.02  # of the largest entry, value or gradient: some four roundings of bfloat16
 
 
+def first_line(problem: Exception) -> str:
+    """What an exception says, in one line."""
+    return (str(problem).strip() or type(problem).__name__).split("\n")[0]
+
+
 def usable_kernels(attention: Attention, device_type: str, dtype: torch.dtype) -> list[str]:
     """The kernels that may run here, the one wished for first; none where "sdpa" is wished for."""
     if device_type != "cuda" or dtype not in (torch.float16, torch.bfloat16) or attention in ("sdpa", "padded"):
@@ -52,7 +57,7 @@ def choose_kernel(
             if rule.dropout and error < BOUND:
                 error = dropout_error(kernel, device, dtype, heads, size, rule)
         except Exception as problem:  # whatever a kernel of another build or GPU may raise
-            logger.warning("attention kernel %s does not run here: %s", kernel, str(problem).strip().split("\n")[0])
+            logger.warning("attention kernel %s does not run here: %s", kernel, first_line(problem))
             continue
         if error < BOUND:
             logger.info("attention: %s", kernel)

@@ -170,24 +170,17 @@ def _backward(ctx: Any, gradient: Tensor, *others: Tensor) -> tuple[Tensor | Non
 varlen.register_autograd(_backward, setup_context=_save)
 
 
-@varlen.register_kernel("cuda")
-def _(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_query: Tensor,
-    cu_key: Tensor,
-    longest_query: int,
-    longest_key: int,
-    scale: float,
-    causal: bool,
-    window: int,
-    dropout: float,
-    kernel: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _sides(scale: float, causal: bool, window: int) -> tuple[int, int, bool]:
+    """The window as flash attention takes it, and its own causality: with a window it is the window that is cut off."""
     before, after = Rule(scale, causal, None if window < 0 else window).sides
-    is_causal = (before, after) == (-1, 0)  # with a window it is the window that is cut off
-    shape, of_texts = query.shape, (*_rows(query, key, value), cu_query, cu_key, longest_query, longest_key)
+    return before, after, (before, after) == (-1, 0)
+
+
+@varlen.register_kernel("cuda")
+def _(query: Tensor, key: Tensor, value: Tensor, *told: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *texts, scale, causal, window, dropout, kernel = told
+    before, after, is_causal = _sides(scale, causal, window)
+    shape, of_texts = query.shape, (*_rows(query, key, value), *texts)
     if kernel == "flash_attn":
         from flash_attn.flash_attn_interface import _flash_attn_varlen_forward as flash
 
@@ -205,26 +198,11 @@ def _(
 
 @varlen_backward.register_kernel("cuda")
 def _(
-    gradient: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    state: Tensor,
-    cu_query: Tensor,
-    cu_key: Tensor,
-    longest_query: int,
-    longest_key: int,
-    scale: float,
-    causal: bool,
-    window: int,
-    dropout: float,
-    kernel: str,
+    gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, state: Tensor, *told: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    before, after = Rule(scale, causal, None if window < 0 else window).sides
-    is_causal = (before, after) == (-1, 0)
-    of_texts = (cu_query, cu_key, longest_query, longest_key, dropout)
+    *texts, scale, causal, window, dropout, kernel = told
+    before, after, is_causal = _sides(scale, causal, window)
+    of_texts = (*texts, dropout)
     shapes, rows = (query.shape, key.shape, value.shape), _rows(gradient, query, key, value, out)
     if kernel == "flash_attn":
         from flash_attn.flash_attn_interface import _flash_attn_varlen_backward as flash

@@ -13,7 +13,8 @@ import torch
 from accelerate import Accelerator
 
 from bge_core import UserError
-from bge_core.encoder.graphs import why_no_graphs
+from bge_core.encoder.encode import HALF
+from bge_core.encoder.graphs import hold_passes, why_no_graphs
 from bge_core.encoder.load import load_encoder
 from bge_core.encoder.model import Encoder, compile_layers
 from bge_core.encoder.prompts import choose_prompts
@@ -63,16 +64,18 @@ def graphs_or_layers(
     Returns:
         The encoder with its passes held; None where they are not.
     """
-    half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision)
+    half = HALF.get(precision)
     with torch.autocast(encoder.device.type, half, enabled=half is not None):
-        data.fixed_rows, data.guide_rows = encoder.fixed_rows(), guide.fixed_rows() if guide else None
+        encoder.eval().fixed_rows()  # found out here, too: once weights lie in shards, it would be a pass of its own
+        data.fixed_rows, data.guide_rows = encoder.train().fixed_rows(), guide.fixed_rows() if guide else None
     if config.cuda_graphs:
-        reason = (
-            "weights lie in shards" if shard else "--gradient_checkpointing" if config.gradient_checkpointing else None
-        )
-        reason = reason or why_no_graphs(encoder, half)
+        reasons = {"weights lie in shards": shard, "--gradient_checkpointing": config.gradient_checkpointing}
+        reason = next((reason for reason, holds in reasons.items() if holds), None) or why_no_graphs(encoder, half)
         if reason is None:
-            return GraphedEncoder(encoder, half, compiled=config.torch_compile)
+            graphed = GraphedEncoder(encoder, half, compiled=config.torch_compile)
+            for evaluated in [encoder, guide] if guide else [encoder]:
+                hold_passes(evaluated, precision)
+            return graphed
         logger.warning("--cuda_graphs: not in training: %s", reason)
     if config.torch_compile:
         compile_layers(encoder.backbone, fixed=data.fixed_rows is not None)

@@ -6,15 +6,20 @@ To autograd a bucket's forward and backward are a single node, `_Pass`.
 """
 
 import copy
+import logging
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bge_core.encoder.fixed import Chunk, FixedRow
-from bge_core.encoder.graphs import Bucket, Buckets, Capture
+from bge_core.encoder.graphs import Bucket, Buckets, Capture, in_half
+from bge_core.encoder.kernels import first_line
 from bge_core.encoder.model import Encoder, compile_layers
+from bge_core.encoder.packing import layers_of
 from bge_core.runtime.distributed import FlatGradients
+
+logger = logging.getLogger(__name__)
 
 
 class GraphedEncoder(FlatGradients):
@@ -38,14 +43,15 @@ class GraphedEncoder(FlatGradients):
         if compiled:
             compile_layers(work.backbone, fixed=True)
         weights = [weight for weight in work.parameters() if weight.requires_grad]
-        capture, sums = Capture(encoder.device), self.views
+        vectors, capture, sums = in_half(work, half), Capture(encoder.device), self.views
 
-        def vectors(row: FixedRow) -> Tensor:
-            # Without its cache: a graph must not read what was rounded before it was captured.
-            with torch.autocast(encoder.device.type, half, enabled=half is not None, cache_enabled=False):
-                return work.vectors(row)
+        def make(row: FixedRow) -> Bucket:
+            bucket = Bucket(vectors, row, capture, weights, sums)
+            if compiled:
+                _compile_or_not(work.backbone, bucket)
+            return bucket
 
-        self.buckets = Buckets(lambda row: Bucket(vectors, row, capture, weights, sums))
+        self.buckets = Buckets(make)
         self.anchor = torch.zeros((), requires_grad=True)  # lets autograd call `_Pass.backward`
 
     def forward(self, chunk: Chunk) -> Tensor:
@@ -74,6 +80,18 @@ class _Pass(torch.autograd.Function):
     def backward(ctx: Any, gradient_ND: Tensor) -> tuple[None, None, None]:  # type: ignore[override]
         ctx.bucket.backward(gradient_ND)
         return None, None, None
+
+
+def _compile_or_not(backbone: Any, bucket: Bucket) -> None:
+    """Compile the layers for a bucket; where they cannot be, say so once and let them run as they are from then on."""
+    layers = [layer for layer in layers_of(backbone) if layer._compiled_call_impl is not None]
+    try:
+        if layers:
+            bucket.capture.rehearse(bucket.rehearse)
+    except Exception as problem:  # of a compiler
+        logger.warning("--torch_compile: these layers cannot be compiled, going on without: %s", first_line(problem))
+        for layer in layers:
+            layer._compiled_call_impl = None
 
 
 def _working_copy(encoder: Encoder, half: torch.dtype | None) -> tuple[Encoder, tuple[list[Tensor], list[Tensor]]]:

@@ -225,6 +225,26 @@ def test_what_cannot_be_captured_runs_without(
     )
 
 
+def test_layers_that_cannot_be_compiled_run_as_they_are(
+    folder: Path, way: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def no_compiler(backbone: Any, *, fixed: bool) -> None:
+        for layer in backbone.encoder.layer[:-1]:
+            layer._compiled_call_impl = broken
+
+    def broken(*args: Any, **more: Any) -> Tensor:
+        raise RuntimeError("Cannot find a working triton installation.\nMore information")
+
+    monkeypatch.setattr(training_graphs, "compile_layers", no_compiler)
+    encoder = load(folder / "model", torch.float64)
+    graphed = GraphedEncoder(encoder, None, compiled=True)
+    forward_backward(graphed, [batch_of(rows, 3) for rows in ROWS[:2]], StepSettings(chunk_size=3))
+    _, want = true_gradients(folder / "model", ROWS[:2], "info_nce")
+    assert gradient_error(gradients_of(encoder), want)[0] < 1e-9
+    (line,) = [record.message for record in caplog.records]
+    assert line.endswith("cannot be compiled, going on without: Cannot find a working triton installation.")
+
+
 def test_the_least_recently_used_bucket_goes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graphs, "MAX_BUCKETS", 2)
     rows = {n: FixedRows("", 0, 0, False).row(batch_of(ROWS[0], None).tokens.split(n)[0]) for n in (1, 2, 4)}
@@ -286,10 +306,13 @@ def test_a_run_by_graphs_is_the_run_without(
     for module in (build, graphs):
         monkeypatch.setattr(module, "why_no_graphs", lambda *args: None)
         monkeypatch.setattr(training_graphs if module is build else graphs, "Capture", Recording)
+    held: list[Any] = []  # evaluations encode by graphs, too
+    monkeypatch.setattr(build, "hold_passes", lambda encoder, half: held.append(encoder) or hold_passes(encoder, half))
     folders = {graphed: tmp_path / f"graphs_{graphed}" for graphed in (False, True)}
     for graphed, folder in folders.items():
         assert runs.run(tiny_bert_dropout, data, folder, cuda_graphs=graphed, **settings) == 0
     assert runs.equal_weights(*folders.values())
+    assert len(held) == 1 and held[0].represent is not None
     steps, same_steps = map(runs.read_steps, folders.values())
     assert steps == same_steps
     resumed = runs.copy_run(folders[True], tmp_path / "resumed")
